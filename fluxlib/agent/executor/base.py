@@ -1,0 +1,124 @@
+"""What an executor is: the one contract that Linux, Windows and the development profile fill.
+
+An executor starts programs, tells what they write and how they end, and kills
+whole trees. It knows nothing of functions' slots, timeouts or records: those
+are ``agent.runs`` and ``executor.supervise``.
+
+Rules every executor keeps:
+
+- ``start`` returns once the program has been asked for, not once it runs. A
+  program that cannot be started is told through ``on_exit`` with ``start_error``.
+- ``on_output`` and ``on_exit`` are called from threads of the executor, never
+  two at once for one job; after ``on_exit`` nothing more is called. They must
+  not block: every other job's output waits behind them.
+- ``on_exit`` is called exactly once for every job that ``start`` accepted, when
+  nothing of its tree is alive any more and its output has been read to the end.
+  When the first process ends, what it left behind is killed, not waited for.
+- ``terminate`` and ``kill`` may be called from any thread, at any time, any
+  number of times; on a job that has ended they do nothing.
+- When a helper process dies, its jobs end with ``lost`` set and nothing of them
+  left alive, and the helper is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from fluxlib.model import Enforcement, FunctionSpec, Network, WorkingDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Every figure in force for one job; None = not limited."""
+
+    memory_bytes: int | None = None
+    cpu_millicores: int | None = None
+    processes: int | None = None
+    open_files: int | None = None
+    file_size_bytes: int | None = None
+    tmp_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One program to run. ``argv[0]`` is the handler's absolute path inside ``code_dir``."""
+
+    execution_id: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    code_dir: Path
+    stdin: bytes = b""
+    limits: Limits = field(default_factory=Limits)
+    network: Network = Network.HOST
+    working_directory: WorkingDirectory = WorkingDirectory.CODE
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a job ended. Exactly one of ``exit_code``, ``signal``, ``start_error`` and ``lost`` says so."""
+
+    exit_code: int | None = None
+    signal: int | None = None
+    start_error: str = ""  # "step: reason", the program never ran
+    lost: bool = False  # a helper died with it; how it would have ended is unknown
+    out_of_memory: bool = False
+    peak_memory_bytes: int | None = None
+    cpu_seconds: float | None = None
+
+
+class RunningJob(Protocol):
+    @property
+    def pid(self) -> int | None:
+        """The program's process ID, None before it is known."""
+
+    def terminate(self) -> None:
+        """Ask the whole tree to stop (SIGTERM; CTRL_BREAK on Windows)."""
+
+    def kill(self) -> None:
+        """End the whole tree, daemonised grandchildren included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What is in force on this host: reported in the agent's figures and in GET /agents."""
+
+    profile: str  # "default", "strict", "minimal", "off"
+    enforces: frozenset[Enforcement]
+    notes: tuple[str, ...] = ()  # reasons and warnings for people
+
+
+class Executor(Protocol):
+    @property
+    def isolation(self) -> Isolation: ...
+
+    def check(self, spec: FunctionSpec) -> tuple[str, ...]:
+        """Warnings about limits that are accepted but not held (profile ``off`` only).
+
+        Raises Unenforceable when the function asks for a limit this host cannot hold it to,
+        InvalidInput when its handler cannot be run on this platform at all.
+        """
+
+    def check_args(self, handler: str, args: tuple[str, ...]) -> None:
+        """Raises InvalidInput for arguments this platform cannot hand over unchanged."""
+
+    def start(
+        self,
+        job: Job,
+        on_output: Callable[[bytes], None],
+        on_exit: Callable[[Exit], None],
+        on_started: Callable[[int], None] | None = None,
+    ) -> RunningJob:
+        """Run ``job``. ``on_started(pid)`` is called when the program has been started, before any on_exit.
+
+        Raises CannotStart when the host is at fault and nothing was started,
+        Stopping after ``stop`` was called.
+        """
+
+    def clean_up_former_life(self) -> int:
+        """Kill and remove what an earlier life of this agent left behind; how many jobs that were."""
+
+    def stop(self, deadline: float) -> None:
+        """Kill what still runs and end every helper and thread by ``deadline`` (time.monotonic)."""

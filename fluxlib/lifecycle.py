@@ -1,0 +1,233 @@
+"""Threads with a name, an owner and a way to stop; one order and one deadline for stopping.
+
+Nothing else in the tree starts an endless thread, reads a signal or sleeps.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+# A loop that crashes at once is not restarted in a spin.
+_RESTART_PAUSE = 1.0
+
+
+class Deadline:
+    """A point in monotonic time that several waits share."""
+
+    def __init__(self, seconds: float) -> None:
+        self.at = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self.at - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class LoopReport:
+    """What /health says of one loop."""
+
+    name: str
+    alive: bool
+    crashes: int
+    last_error: str
+    last_ran_at: float  # epoch seconds, 0 = never
+
+
+class Loop:
+    """Calls ``body(now)`` every ``interval`` seconds, or sooner when woken.
+
+    ``now`` is epoch seconds. A body that raises is logged, counted and called
+    again after a pause; the loop itself ends only by ``stop``.
+    """
+
+    def __init__(self, name: str, body: Callable[[float], object], interval: float) -> None:
+        self.name = name
+        self._body = body
+        self._interval = interval
+        self._condition = threading.Condition()
+        self._woken = False
+        self._stopping = False
+        self._crashes = 0
+        self._last_error = ""
+        self._last_ran_at = 0.0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> Loop:
+        self._thread.start()
+        return self
+
+    def wake(self) -> None:
+        """Run the body now, or again at once if it is running."""
+        with self._condition:
+            self._woken = True
+            self._condition.notify()
+
+    def stop(self, deadline: Deadline) -> None:
+        """End the loop; returns when its thread has ended or the deadline has passed."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(deadline.remaining())
+            if self._thread.is_alive():
+                log.warning("the loop %s did not stop in time", self.name)
+
+    def report(self) -> LoopReport:
+        return LoopReport(self.name, self._thread.is_alive(), self._crashes, self._last_error, self._last_ran_at)
+
+    def _run(self) -> None:
+        pause = 0.0
+        while self._wait(pause):
+            try:
+                self._last_ran_at = time.time()
+                self._body(self._last_ran_at)
+                pause = self._interval
+            except Exception as error:
+                self._crashes += 1
+                self._last_error = f"{type(error).__name__}: {error}"
+                log.exception("the loop %s crashed (%d times so far) and goes on", self.name, self._crashes)
+                pause = max(_RESTART_PAUSE, self._interval)
+
+    def _wait(self, seconds: float) -> bool:
+        with self._condition:
+            self._condition.wait_for(lambda: self._woken or self._stopping, seconds)
+            self._woken = False
+            return not self._stopping
+
+
+class Timer:
+    """A call that :class:`Timers` will make; ``cancel`` is idempotent and needs no lock."""
+
+    __slots__ = ("_call", "at")
+
+    def __init__(self, at: float, call: Callable[[], object]) -> None:
+        self.at = at
+        self._call: Callable[[], object] | None = call
+
+    def cancel(self) -> None:
+        self._call = None
+
+    def fire(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._call is None
+
+
+class Timers:
+    """Many timeouts on one thread. Calls must be short: they hold up the ones behind them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._heap: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> Timers:
+        self._thread.start()
+        return self
+
+    def after(self, seconds: float, call: Callable[[], object]) -> Timer:
+        timer = Timer(time.monotonic() + seconds, call)
+        with self._condition:
+            heapq.heappush(self._heap, (timer.at, next(self._order), timer))
+            if self._heap[0][2] is timer:
+                self._condition.notify()
+        return timer
+
+    def stop(self, deadline: Deadline) -> None:
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(deadline.remaining())
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._stopping:
+                    # Cancelled timers at the top are dropped here; those further
+                    # down cost a little memory until their time comes.
+                    while self._heap and self._heap[0][2].cancelled:
+                        heapq.heappop(self._heap)
+                    wait = self._heap[0][0] - time.monotonic() if self._heap else None
+                    if wait is not None and wait <= 0:
+                        break
+                    self._condition.wait(wait)
+                if self._stopping:
+                    return
+                timer = heapq.heappop(self._heap)[2]
+            try:
+                timer.fire()
+            except Exception:
+                log.exception("a timer of %s failed", self.name)
+
+
+class Parts:
+    """What a process is made of, stopped in the reverse of the order it was added.
+
+    One failing stop never skips the next, and all share one deadline.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[str, Callable[[Deadline], object]]] = []
+
+    def add(self, name: str, stop: Callable[[Deadline], object]) -> None:
+        self._parts.append((name, stop))
+
+    def stop(self, deadline: Deadline) -> None:
+        while self._parts:
+            name, stop = self._parts.pop()
+            try:
+                stop(deadline)
+            except Exception:
+                log.exception("stopping %s failed", name)
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and Ctrl-C as an event; a second one ends the process at once.
+
+    The handler only sets a flag: it may run between any two instructions.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def install(self) -> StopSignal:
+        """Only from the main thread, as signal.signal demands."""
+        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", None)):
+            if number is not None:
+                signal.signal(number, self._handle)
+        return self
+
+    def set(self) -> None:
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self) -> None:
+        """Until told to stop. Wakes twice a second: on Windows a lock wait cannot be interrupted."""
+        while not self._event.wait(0.5):
+            pass
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._event.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._event.set()

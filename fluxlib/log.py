@@ -1,0 +1,30 @@
+"""Logging for both programs: one line an event, to standard error, as journald likes it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# Libraries whose INFO lines repeat what ours say, or say it per request.
+_QUIET = ("waitress", "waitress.queue", "werkzeug", "botocore", "boto3", "urllib3", "paramiko", "google")
+
+
+def set_up(level: str = "INFO", *, timestamps: bool = True) -> None:
+    """Send everything of ours to standard error at ``level``.
+
+    ``timestamps=False`` under journald, which stamps each line itself.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_FORMAT if timestamps else _FORMAT.partition(" ")[2]))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """Text from outside made safe for a log line: no control characters, bounded."""
+    cleaned = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text[: limit + 1])
+    return cleaned if len(cleaned) <= limit else cleaned[:limit] + "…"
