@@ -71,10 +71,6 @@ class TooLarge(InvalidInput):
     http_status = 413
 
 
-class LeaseLost(Conflict):
-    """A leader's write came too late: another process holds the lease now."""
-
-
 class UnsupportedMedia(FluxError):
     http_status = 415
     grpc_status = "INVALID_ARGUMENT"
@@ -98,6 +94,10 @@ class NotFound(FluxError):
 class Conflict(FluxError):
     http_status = 409
     grpc_status = "FAILED_PRECONDITION"
+
+
+class LeaseLost(Conflict):
+    """A leader's write came too late: another process holds the lease now."""
 
 
 class Refused(FluxError):
