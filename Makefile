@@ -1,0 +1,65 @@
+# `make run` and `make test` do their own set-up; see README.md.
+VENV ?= .venv
+PY = $(VENV)/bin/python
+export FLUX_VENV = $(abspath $(VENV))
+STATE ?= .state
+# program=Debian package, for the tests; what is missing is installed when root.
+TEST_PACKAGES = redis-server=redis-server cc=gcc sshd=openssh-server ip=iproute2 openssl=openssl curl=curl zip=zip
+GEN = fluxlib/rpc/gen
+
+.PHONY: run test check format proto lock bench test-vm test-windows test-faults test-soak fuzz deb clean
+
+run:
+	@scripts/setup run
+	@exec $(PY) flux.py run --state $(STATE)
+
+test:
+	@scripts/setup dev $(TEST_PACKAGES)
+	@$(PY) -m pytest -m "not vm and not windows and not faults and not soak and not fuzz and not slow" $(ARGS)
+
+check:
+	@scripts/setup dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format:
+	@scripts/setup dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+proto:
+	@scripts/setup dev
+	$(PY) -m grpc_tools.protoc -I $(GEN)=protos --python_out=. --pyi_out=. --grpc_python_out=. $(GEN)/flux.proto
+
+# The newest versions that fit pyproject.toml, written with their hashes.
+LOCK = uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make lock' --upgrade
+lock:
+	$(LOCK) --extra dev -o requirements/dev.txt
+	$(LOCK) -c requirements/dev.txt -o requirements/run.txt
+	$(LOCK) --extra cloud -c requirements/dev.txt -o requirements/cloud.txt
+
+bench:
+	@scripts/setup dev $(TEST_PACKAGES)
+	$(PY) -m benchmarks $(ARGS)
+
+test-faults:
+	@scripts/setup dev $(TEST_PACKAGES)
+	@$(PY) -m pytest -m faults tests $(ARGS)
+
+test-soak:
+	@scripts/setup dev $(TEST_PACKAGES)
+	@$(PY) -m pytest -m soak tests $(ARGS)
+
+fuzz:
+	@scripts/setup dev $(TEST_PACKAGES)
+	@$(PY) -m pytest -m fuzz tests $(ARGS)
+
+VM_PACKAGES = qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils debootstrap=debootstrap mke2fs=e2fsprogs ssh=openssh-client
+test-vm:
+	@scripts/setup dev $(TEST_PACKAGES) $(VM_PACKAGES)
+	@$(PY) -m pytest -m vm tests/vm $(ARGS)
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
