@@ -1,0 +1,44 @@
+"""What Flux and its agents talk about: frozen records, enums, and which state may follow which.
+
+No clock, thread or I/O here: times are epoch seconds handed in by the caller.
+"""
+
+from fluxlib.model.agents import (
+    AGENT_ID,
+    RESERVED_AGENT_IDS,
+    AgentRecord,
+    AgentStatus,
+    Enforcement,
+    FunctionState,
+    Inventory,
+    NodeFigures,
+)
+from fluxlib.model.executions import EXECUTION_ID, ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+from fluxlib.model.functions import FUNCTION_NAME, Behavior, Function, FunctionSpec, Network, Platform, WorkingDirectory
+from fluxlib.model.times import epoch, rfc3339
+
+__all__ = [
+    "AGENT_ID",
+    "EXECUTION_ID",
+    "FUNCTION_NAME",
+    "RESERVED_AGENT_IDS",
+    "AgentRecord",
+    "AgentStatus",
+    "Behavior",
+    "Enforcement",
+    "ErrorKind",
+    "ExecutionRecord",
+    "ExecutionRequest",
+    "ExecutionStatus",
+    "Function",
+    "FunctionSpec",
+    "FunctionState",
+    "Inventory",
+    "Network",
+    "NodeFigures",
+    "Phase",
+    "Platform",
+    "WorkingDirectory",
+    "epoch",
+    "rfc3339",
+]

@@ -1,0 +1,144 @@
+"""A function as its owner declares it, and where it may run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+FUNCTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+
+
+class Behavior(str, Enum):
+    """What a call does when nothing can take it now."""
+
+    EXIT = "exit"
+    WAIT = "wait"
+
+
+class Network(str, Enum):
+    HOST = "host"
+    NONE = "none"
+
+
+class WorkingDirectory(str, Enum):
+    """Where a function starts: its own code (read-only, the original's way) or a private work directory."""
+
+    CODE = "code"
+    WORK = "work"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Platform:
+    """An operating system and architecture in Go's words; an empty part is unknown or any."""
+
+    os: str = ""
+    architecture: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.os or 'any'}/{self.architecture or 'any'}"
+
+    @classmethod
+    def parse(cls, text: str) -> Platform:
+        """``linux/amd64`` or ``linux``; ``any`` and an empty part match everything."""
+        os, _, architecture = text.strip().lower().partition("/")
+        return cls("" if os == "any" else os, "" if architecture == "any" else architecture)
+
+    def matches(self, wanted: Platform) -> bool:
+        """Whether a node of this platform can run what asks for ``wanted``; unknown fits all."""
+        same_os = not self.os or not wanted.os or self.os == wanted.os or (wanted.os == "unix" and self.os != "windows")
+        same_arch = not self.architecture or not wanted.architecture or self.architecture == wanted.architecture
+        return same_os and same_arch
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionSpec:
+    """A function as its owner declared it. Zero means "not limited" or "the agent's default"."""
+
+    name: str
+    handler: str
+    cpu_millicores: int = 0
+    memory_mb: int = 0
+    timeout_seconds: int = 0
+    max_concurrency: int = 5
+    max_concurrency_behavior: Behavior = Behavior.EXIT
+    resource_pressure_behavior: Behavior = Behavior.EXIT
+    env: Mapping[str, str] = field(default_factory=dict)
+    platforms: tuple[Platform, ...] = ()
+    network: Network = Network.HOST
+    working_directory: WorkingDirectory = WorkingDirectory.CODE
+    max_processes: int = 0
+    max_open_files: int = 0
+    max_file_size_mb: int = 0
+    tmp_size_mb: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON values, every field present."""
+        return {
+            "name": self.name,
+            "handler": self.handler,
+            "resources": {"cpu": self.cpu_millicores, "memory": self.memory_mb},
+            "timeout": self.timeout_seconds,
+            "max_concurrency": self.max_concurrency,
+            "max_concurrency_behavior": self.max_concurrency_behavior.value,
+            "resource_pressure_behavior": self.resource_pressure_behavior.value,
+            "env": dict(self.env),
+            "platforms": [str(platform) for platform in self.platforms],
+            "network": self.network.value,
+            "cwd": self.working_directory.value,
+            "limits": {
+                "processes": self.max_processes,
+                "open_files": self.max_open_files,
+                "file_size": self.max_file_size_mb,
+                "tmp_size": self.tmp_size_mb,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FunctionSpec:
+        """The inverse of :meth:`to_json`, for values a store or a peer of ours wrote."""
+        limits = data.get("limits") or {}
+        return cls(
+            name=data["name"],
+            handler=data["handler"],
+            cpu_millicores=data["resources"]["cpu"],
+            memory_mb=data["resources"]["memory"],
+            timeout_seconds=data["timeout"],
+            max_concurrency=data["max_concurrency"],
+            max_concurrency_behavior=Behavior(data["max_concurrency_behavior"]),
+            resource_pressure_behavior=Behavior(data["resource_pressure_behavior"]),
+            env=dict(data["env"]),
+            platforms=tuple(Platform.parse(text) for text in data.get("platforms", ())),
+            network=Network(data.get("network", "host")),
+            working_directory=WorkingDirectory(data.get("cwd", "code")),
+            max_processes=limits.get("processes", 0),
+            max_open_files=limits.get("open_files", 0),
+            max_file_size_mb=limits.get("file_size", 0),
+            tmp_size_mb=limits.get("tmp_size", 0),
+        )
+
+    def digest(self) -> str:
+        """SHA-256 hex of the canonical JSON; agents report it back in their inventory."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """The desired state of one function: what was declared, what was deployed."""
+
+    spec: FunctionSpec
+    spec_digest: str
+    code_digest: str = ""  # empty = nothing deployed yet
+    code_bytes: int = 0
+    detected_platforms: tuple[Platform, ...] = ()  # read from the handler when it was deployed
+    updated_at: float = 0.0
+
+    @property
+    def platforms(self) -> tuple[Platform, ...]:
+        """Where it may run; empty means anywhere. What the owner said wins over what was read."""
+        return self.spec.platforms or self.detected_platforms
