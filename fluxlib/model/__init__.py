@@ -19,6 +19,7 @@ from fluxlib.model.times import epoch, rfc3339
 
 __all__ = [
     "AGENT_ID",
+    "ANYWHERE",
     "EXECUTION_ID",
     "FUNCTION_NAME",
     "RESERVED_AGENT_IDS",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from fluxlib.model.functions import Platform
+from fluxlib.model.functions import ANYWHERE, Platform
 from fluxlib.model.times import rfc3339
 
 AGENT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -93,7 +93,7 @@ class AgentRecord:
     provider: str = ""  # "" = registered by hand
     provider_id: str = ""
     instance_type: str = ""
-    platform: Platform = Platform()
+    platform: Platform = ANYWHERE
     version: str = ""
     isolation: str = ""
     enforces: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ class Inventory:
     agent_id: str
     instance_id: str  # changes with every start of the agent process
     version: str = ""
-    platform: Platform = Platform()
+    platform: Platform = ANYWHERE
     max_tasks: int = 0
     isolation: str = ""
     isolation_notes: tuple[str, ...] = ()

@@ -55,6 +55,9 @@ class Platform:
         return same_os and same_arch
 
 
+ANYWHERE = Platform()
+
+
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
     """A function as its owner declared it. Zero means "not limited" or "the agent's default"."""

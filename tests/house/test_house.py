@@ -17,7 +17,7 @@ LONGEST_MODULE = 350
 
 
 def _tracked(top: Path, *patterns: str) -> list[Path]:
-    listed = subprocess.run(
+    listed = subprocess.run(  #
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
         cwd=top,
         capture_output=True,
