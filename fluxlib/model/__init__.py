@@ -14,7 +14,16 @@ from fluxlib.model.agents import (
     NodeFigures,
 )
 from fluxlib.model.executions import EXECUTION_ID, ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
-from fluxlib.model.functions import FUNCTION_NAME, Behavior, Function, FunctionSpec, Network, Platform, WorkingDirectory
+from fluxlib.model.functions import (
+    ANYWHERE,
+    FUNCTION_NAME,
+    Behavior,
+    Function,
+    FunctionSpec,
+    Network,
+    Platform,
+    WorkingDirectory,
+)
 from fluxlib.model.times import epoch, rfc3339
 
 __all__ = [
