@@ -1,0 +1,1 @@
+"""Measurements of Flux. Ratios within one run are what to trust: machines are noisy."""

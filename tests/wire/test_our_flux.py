@@ -1,0 +1,162 @@
+"""Our control plane over an original agent: nothing beyond the contract's table is used, TLS on and off."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.support.programs import Flux, wait_until
+
+SCRIPT = """#!/bin/sh
+case "$1" in
+  exit) exit "$2" ;;
+  signal) kill -9 $$ ;;
+  sleep) echo started; exec sleep "$2" ;;
+  *) echo "hello $1" ;;
+esac
+"""
+SPEC = {"name": "wired", "handler": "main.sh", "timeout": 20, "max_concurrency": 2}
+
+
+def original_certificate(certs: Path, into: Path) -> tuple[str, str, str]:
+    """As the original makes them: SAN ``flux-agent`` and no ID, the key in SEC1 form."""
+    from fluxlib.pki import Authority
+
+    ca_pem = Authority.open(certs).flux_identity().ca_pem
+    ca = x509.load_pem_x509_certificate(ca_pem)
+    ca_key = serialization.load_pem_private_key((certs / "ca" / "ca-key.pem").read_bytes(), None)
+    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "flux-agent")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(ca.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(ca.not_valid_before_utc)
+        .not_valid_after(ca.not_valid_before_utc.replace(year=ca.not_valid_before_utc.year + 1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("flux-agent")]), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    sec1 = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+    files = {"ca": ca_pem, "cert": certificate.public_bytes(serialization.Encoding.PEM), "key": sec1}
+    for file, pem in files.items():
+        (into / f"original-{file}.pem").write_bytes(pem)
+    return tuple(str(into / f"original-{file}.pem") for file in ("ca", "cert", "key"))  # type: ignore[return-value]
+
+
+class Rig:
+    def __init__(self, flux: Flux, process: subprocess.Popen[str], address: str) -> None:
+        self.flux, self.process, self.address, self.api = flux, process, address, flux.api
+
+
+@pytest.fixture(scope="module", params=["tls", "plain"])
+def rig(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, original_agent: Callable[..., Any]
+) -> Iterator[Rig]:
+    directory = tmp_path_factory.mktemp("rig")
+    with_tls = request.param == "tls"
+    with Flux(directory, tls=with_tls, health_interval_sec=1) as flux:
+        tls = original_certificate(flux.certs, directory) if with_tls else None
+        with original_agent("old-1", tls=tls) as (process, address):
+            if with_tls:
+                # Without an ID in its certificate it is only taken when said to be legacy.
+                status, answer = flux.api.call("POST", "/agents/register", {"address": address})
+                assert status == 502, answer
+                assert "legacy" in answer["error"]
+            flux_answer = flux.api.call("POST", "/agents/register", {"address": address, "legacy": True, "tls": True})
+            assert flux_answer[0] == 201, flux_answer
+            flux.api.deploy(SPEC, {"main.sh": SCRIPT})
+            yield Rig(flux, process, address)
+
+
+def test_it_is_listed_as_it_is(rig: Rig) -> None:
+    _, agents = rig.api.call("GET", "/agents")
+    assert [(agent["id"], agent["address"], agent["status"]) for agent in agents] == [("old-1", rig.address, "online")]
+
+
+def test_sync_answers(rig: Rig) -> None:
+    status, answer = rig.api.execute("wired", "you")
+    assert (status, answer["status"], answer["output"]) == (200, "success", "hello you\n")
+    assert answer["agent_id"] == "old-1"
+    status, answer = rig.api.execute("wired", "exit", "3")
+    assert (status, answer["status"], answer["error"]) == (500, "failed", "exit code 3")
+    status, answer = rig.api.execute("wired", "signal")
+    assert (status, answer["status"]) == (500, "failed")
+
+
+def test_at_capacity_with_status_ok_is_never_a_202(rig: Rig) -> None:
+    rig.api.deploy({**SPEC, "name": "narrow", "max_concurrency": 1}, {"main.sh": SCRIPT})
+    status, first = rig.api.call("POST", "/execute/narrow/async", {"args": ["sleep", "30"]})
+    assert status == 202, first
+    status, second = rig.api.call("POST", "/execute/narrow/async", {"args": ["sleep", "30"]})
+    assert status == 503, second
+    assert second["error"]
+    status, cancelled = rig.api.call("DELETE", f"/executions/{first['execution_id']}")
+    assert (status, cancelled["status"]) == (200, "cancelled")
+    status, again = rig.api.call("DELETE", f"/executions/{first['execution_id']}")
+    assert status == 409, again
+
+
+def test_an_async_end_is_learnt(rig: Rig) -> None:
+    status, answer = rig.api.call("POST", "/execute/wired/async", {"args": ["you"]})
+    assert status == 202, answer
+    record = rig.api.ended(answer["execution_id"])
+    assert (record["status"], record["output"], record["agent_id"]) == ("success", "hello you\n", "old-1")
+
+
+def test_an_archive_too_large_for_it_fails_no_deploy(rig: Rig) -> None:
+    import random
+
+    noise = random.Random(5).randbytes(49 * 1024 * 1024 + 900_000)
+    spec = {**SPEC, "name": "huge"}
+    rig.api.call("PUT", "/functions", __import__("yaml").safe_dump(spec).encode())
+    from tests.support.programs import make_zip
+
+    archive = make_zip({"main.sh": SCRIPT, "noise": noise})
+    archive += b""
+    status, answer = rig.api.call("PUT", "/deploy/huge", archive)
+    assert status in (201, 413), answer
+    if status == 201 and answer["deployed_count"] == 0:
+        assert "MiB" in answer["agents"][0]["message"]
+
+
+def test_it_is_not_pinged_into_a_goaway(rig: Rig) -> None:
+    """Go's default policy answers two early pings with GOAWAY; health polls alone are no pings."""
+    deadline = time.monotonic() + 25
+    wait_until(lambda: time.monotonic() > deadline, "some quiet time", 60)
+    assert rig.flux.status_of("old-1") == "online"
+    status, _ = rig.api.execute("wired", "you")
+    assert status == 200
+    assert "GOAWAY" not in rig.flux.log.read_text()
+
+
+def test_a_lost_original_is_a_502_with_the_execution(tmp_path: Path, original_agent: Callable[..., Any]) -> None:
+    with (
+        Flux(tmp_path, tls=False, health_interval_sec=1) as flux,
+        original_agent("old-2") as (process, address),
+    ):
+        flux.register_address(address)
+        flux.api.deploy(SPEC, {"main.sh": SCRIPT})
+        import threading
+
+        answers: list[Any] = []
+        caller = threading.Thread(target=lambda: answers.append(flux.api.execute("wired", "sleep", "30")))
+        caller.start()
+        wait_until(lambda: flux.api.call("GET", "/executions?status=running")[1]["items"], "it to run")
+        process.kill()
+        caller.join(30)
+        status, answer = answers[0]
+        assert status == 502, answer
+        assert answer["execution_id"]
