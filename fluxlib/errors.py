@@ -23,6 +23,7 @@
     │   ├── AgentLost             502                        after it may have started the work
     │   └── AgentRefused          502   FAILED_PRECONDITION  the agent answered no
     ├── ProviderError             502   UNAVAILABLE          a cloud or a node's SSH said no
+    │   └── StrandedNode          502                        and a machine it launched could not be ended
     ├── CannotStart               500   FAILED_PRECONDITION  a program could not be started
     ├── Unenforceable             429   FAILED_PRECONDITION  this host cannot enforce what is asked
     └── Internal                  500   INTERNAL             a fault of ours
@@ -152,6 +153,14 @@ class ProviderError(FluxError):
 
     http_status = 502
     grpc_status = "UNAVAILABLE"
+
+
+class StrandedNode(ProviderError):
+    """A launched machine could be neither used nor ended: it has to be ended later."""
+
+    def __init__(self, message: str, provider_id: str) -> None:
+        super().__init__(message)
+        self.provider_id = provider_id
 
 
 class CannotStart(FluxError):

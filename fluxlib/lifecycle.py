@@ -178,6 +178,11 @@ class Timers:
                 log.exception("a timer of %s failed", self.name)
 
 
+def pause(seconds: float) -> None:
+    """Wait where only time helps: between two looks at something outside that tells nobody of its changes."""
+    time.sleep(seconds)
+
+
 class Parts:
     """What a process is made of, stopped in the reverse of the order it was added.
 

@@ -1,0 +1,221 @@
+"""agent.yaml: every setting of an agent with its unit, default and reason."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxlib.config.control import AGENT_PORT, LOG_LEVELS, read_file, redis_address
+from fluxlib.config.environment import program_data
+from fluxlib.config.reader import Faults, between, load_mapping, one_of, setting, take
+from fluxlib.errors import ConfigInvalid
+from fluxlib.model import AGENT_ID, RESERVED_AGENT_IDS
+
+_UID_RANGE = re.compile(r"(\d{1,10})\+(\d{1,5})")
+
+
+def agent_id_problem(value: str) -> str | None:
+    """What is wrong with an agent's ID, or None."""
+    if value in RESERVED_AGENT_IDS:
+        return f"{value} is reserved: choose another"
+    if not AGENT_ID.fullmatch(value):
+        return "must be 1 to 63 lower-case letters, digits and hyphens, with neither end a hyphen"
+    return None
+
+
+def _uid_range(value: Any) -> str | None:
+    match = _UID_RANGE.fullmatch(value)
+    if match is None:
+        return "must be FIRST+COUNT, for example 1879048192+256"
+    first, count = int(match.group(1)), int(match.group(2))
+    if first < 1000 or count < 1 or first + count >= 2**32 - 1:
+        return "must lie between 1000 and 4294967294"
+    return None
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Everything agent.yaml says. Paths are absolute."""
+
+    agent_id: str = setting(
+        "agent_id", "string", why="this agent's name in the fleet; the one in its certificate", check=agent_id_problem
+    )
+    path: Path = Path("agent.yaml")
+    port: int = setting("port", "integer", AGENT_PORT, why="the port of its gRPC server", check=between(1, 65535))
+    listen_host: str = setting("listen_host", "string", "0.0.0.0", why="the address it listens on")
+    node_private_ip: str = setting(
+        "network.node_private_ip", "string", "", why="told to functions as FLUX_NODE_PRIVATE_IP"
+    )
+    node_public_ip: str = setting(
+        "network.node_public_ip", "string", "", why="told to functions as FLUX_NODE_PUBLIC_IP"
+    )
+    tls_enabled: bool = setting(
+        "tls.enabled", "boolean", False, why="mutual TLS with Flux; off only in private networks"
+    )
+    tls_ca_cert: Path | None = setting("tls.ca_cert", "string", None, why="the CA's certificate", convert=Path)
+    tls_cert_file: Path | None = setting("tls.cert_file", "string", None, why="this agent's certificate", convert=Path)
+    tls_key_file: Path | None = setting("tls.key_file", "string", None, why="its private key", convert=Path)
+    state_dir: Path = setting(
+        "state_dir", "string", Path(), why="functions, outputs and the embedded store", convert=Path
+    )
+    store: str = setting(
+        "store",
+        "string",
+        "sqlite",
+        why="where records live: sqlite (embedded) or redis",
+        check=one_of("sqlite", "redis"),
+    )
+    redis_addr: str = setting(
+        "redis_addr", "string", "", why="host:port or redis:// URL, with store: redis", check=redis_address
+    )
+    max_tasks: int = setting(
+        "max_tasks", "integer", 256, why="executions at a time, all functions together", check=between(1, 10000)
+    )
+    isolation: str = setting(
+        "isolation",
+        "string",
+        "",
+        why="the profile; absent = default as root, off otherwise",
+        check=one_of("default", "strict", "minimal", "off"),
+    )
+    uid_range: str = setting(
+        "uid_range",
+        "string",
+        "1879048192+256",
+        why="numeric users of the running slots, FIRST+COUNT, at least max_tasks",
+        check=_uid_range,
+    )
+    runner_user: str = setting(
+        "runner_user",
+        "string",
+        "flux-runner",
+        why="owns deployed code, and runs functions where each has no user of its own",
+    )
+    kill_grace_sec: float = setting(
+        "kill_grace_sec",
+        "number",
+        2.0,
+        unit="s",
+        why="between asking a function to stop and killing it",
+        check=between(0, 60),
+    )
+    detach_grace_sec: float = setting(
+        "detach_grace_sec",
+        "number",
+        10.0,
+        unit="s",
+        why="sync runs of a vanished Flux are cancelled after it",
+        check=between(1, 300),
+    )
+    max_output_mb: int = setting(
+        "max_output_mb",
+        "integer",
+        10,
+        unit="MB",
+        why="output kept of one execution; the rest is dropped",
+        check=between(1, 1000),
+    )
+    execution_ttl_sec: float = setting(
+        "execution_ttl",
+        "number",
+        3600.0,
+        unit="s",
+        why="how long ended records and outputs are kept",
+        check=between(1, 10**7),
+    )
+    max_processes: int = setting(
+        "limits.processes",
+        "integer",
+        512,
+        why="of one execution, unless its function says less",
+        check=between(1, 10**6),
+    )
+    max_open_files: int = setting("limits.open_files", "integer", 1024, why="of one process", check=between(16, 10**6))
+    max_file_size_mb: int = setting(
+        "limits.file_size",
+        "integer",
+        1024,
+        unit="MB",
+        why="the largest file a function may write",
+        check=between(1, 10**7),
+    )
+    tmp_size_mb: int = setting(
+        "limits.tmp_size", "integer", 256, unit="MB", why="its private /tmp and /dev/shm, each", check=between(1, 10**6)
+    )
+    shutdown_sec: float = setting(
+        "shutdown_sec",
+        "number",
+        20.0,
+        unit="s",
+        why="how long running functions may take to end when the agent stops",
+        check=between(0, 3600),
+    )
+    log_level: str = setting("log_level", "string", "INFO", why="how much is logged", check=one_of(*LOG_LEVELS))
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def uid_first(self) -> int:
+        return int(self.uid_range.partition("+")[0])
+
+    @property
+    def uid_count(self) -> int:
+        return int(self.uid_range.partition("+")[2])
+
+
+def default_state_dir(beside: Path) -> Path:
+    """/var/lib/flux-agent for root, %PROGRAMDATA% on Windows, otherwise beside the configuration."""
+    if sys.platform == "win32":
+        return program_data() / "flux-agent" / "state"
+    return Path("/var/lib/flux-agent") if os.geteuid() == 0 else beside / "agent-state"
+
+
+def read_agent(data: bytes | str, path: Path) -> AgentConfig:
+    """agent.yaml's text. Raises ConfigInvalid with every fault.
+
+    Top-level keys that are not ours are warnings: the original read its file
+    loosely, and its users' files carry leftovers.
+    """
+    document = load_mapping(data, str(path), ConfigInvalid)
+    faults, warnings = Faults(), list[str]()
+    ours = {key for key in document if key in _OUTER_KEYS}
+    leftovers = {key: "unknown here, ignored" for key in document if key not in ours}
+    values = take(AgentConfig, document, "", faults, ignored=leftovers, warnings=warnings)
+    tls = ("tls_ca_cert", "tls_cert_file", "tls_key_file")
+    if values.get("tls_enabled"):
+        for name in tls:
+            if not values.get(name):
+                faults.add(f"tls.{name.removeprefix('tls_')}", "is required when tls.enabled is true")
+    if values.get("store") == "redis" and not values.get("redis_addr"):
+        faults.add("redis_addr", "is required with store: redis")
+    faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
+    if values.get("redis_addr") and values.get("store") != "redis":
+        warnings.append("redis_addr: ignored, records live in the embedded store (say store: redis to use it)")
+    beside = path.resolve().parent
+    for name in (*tls, "state_dir"):
+        if name in values and not values[name].is_absolute():
+            values[name] = beside / values[name]
+    values.setdefault("state_dir", default_state_dir(beside))
+    config = AgentConfig(path=path, warnings=tuple(warnings), **values)
+    if config.max_tasks > config.uid_count and "uid_range" in values:
+        raise ConfigInvalid(
+            f"{path} cannot be used: uid_range has {config.uid_count} users for max_tasks {config.max_tasks}"
+        )
+    if config.max_tasks > config.uid_count:
+        config = replace(config, uid_range=f"{config.uid_first}+{config.max_tasks}")
+    return config
+
+
+_OUTER_KEYS = {
+    field.metadata["setting"].key.partition(".")[0]
+    for field in AgentConfig.__dataclass_fields__.values()
+    if "setting" in field.metadata
+}
+
+
+def load_agent(path: Path) -> AgentConfig:
+    """The file's configuration. Raises ConfigInvalid, also when it cannot be read."""
+    return read_agent(read_file(path), path)

@@ -1,0 +1,51 @@
+"""The few environment variables Flux reads, and the one it sets. Nowhere else is the environment touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def config_path(variable: str, default: str) -> Path:
+    """``FLUX_CONFIG`` or ``AGENT_CONFIG``, else ``default`` in the working directory."""
+    return Path(os.environ.get(variable) or default)
+
+
+def is_named(variable: str) -> bool:
+    """Whether somebody named the file, so that a missing one is a mistake."""
+    return bool(os.environ.get(variable))
+
+
+def prepare_grpc() -> None:
+    """Must run before grpc is imported: its fork handlers crash children of a threaded process."""
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def under_journald() -> bool:
+    """systemd sets this when standard error goes to the journal, which stamps lines itself."""
+    return "JOURNAL_STREAM" in os.environ
+
+
+def for_child(**changes: str) -> dict[str, str]:
+    """This process's environment with changes, for a program of ours started beside it."""
+    return {**os.environ, **changes}
+
+
+def program_data() -> Path:
+    """Where Windows keeps what all users share."""
+    return Path(os.environ.get("PROGRAMDATA") or r"C:\ProgramData")
+
+
+def windows_basics() -> dict[str, str]:
+    """What Windows programs cannot start without, from this machine."""
+    names = (
+        "SystemRoot",
+        "SystemDrive",
+        "windir",
+        "ComSpec",
+        "PATHEXT",
+        "NUMBER_OF_PROCESSORS",
+        "PROCESSOR_ARCHITECTURE",
+    )
+    return {name: os.environ[name] for name in names if name in os.environ}

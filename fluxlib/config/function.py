@@ -1,0 +1,147 @@
+"""The YAML of PUT /functions: a function as its owner declares it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fluxlib.config.reader import Faults, between, load_mapping, one_of, setting, take
+from fluxlib.model import FUNCTION_NAME, Behavior, FunctionSpec, Network, Platform, WorkingDirectory
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+_PLATFORM_PART = re.compile(r"[a-z0-9_.-]{1,32}")
+_MAX_ENV_BYTES = 64 * 1024
+_RESERVED_ENV = "FLUX_"
+_OSES = ("linux", "windows", "darwin", "freebsd", "unix", "any")
+
+
+def name_problem(value: Any) -> str | None:
+    """What is wrong with a function's name, or None."""
+    if not FUNCTION_NAME.fullmatch(value) or ".." in value:
+        return "must be 1 to 64 letters, digits, dots, hyphens and underscores, with a letter or digit at both ends"
+    return None
+
+
+def handler_problem(value: Any) -> str | None:
+    """What is wrong with a path inside a zip, or None."""
+    if not value or len(value) > 512:
+        return "must be a path inside the zip, 1 to 512 characters"
+    if any(ord(char) < 32 or char in '\\:*?"<>|' for char in value):
+        return 'must not contain control characters, backslashes or any of : * ? " < > |'
+    parts = value.split("/")
+    if value.startswith("/") or any(part in ("", ".", "..") for part in parts):
+        return "must be a relative path without empty parts, '.' or '..'"
+    return None
+
+
+def _env_problem(value: Any) -> str | None:
+    for name in value:
+        if not _ENV_NAME.fullmatch(name):
+            return f"{name[:60]!r} is no variable name (letters, digits and underscores)"
+        if name.upper().startswith(_RESERVED_ENV):
+            return f"{name} begins with {_RESERVED_ENV}, which Flux sets itself"
+    if sum(len(name) + len(text.encode()) for name, text in value.items()) > _MAX_ENV_BYTES:
+        return f"is larger than {_MAX_ENV_BYTES // 1024} KiB"
+    return None
+
+
+def _platforms_problem(value: Any) -> str | None:
+    for text in value:
+        os, _, architecture = text.strip().lower().partition("/")
+        if os not in _OSES or (architecture and not _PLATFORM_PART.fullmatch(architecture)):
+            return f"{text[:60]!r} is no platform (for example linux/amd64)"
+    return None
+
+
+def _parse_platforms(value: tuple[str, ...]) -> tuple[Platform, ...]:
+    return tuple(Platform.parse(text) for text in value)
+
+
+@dataclass(frozen=True)
+class FunctionFile:
+    """The keys of a function's YAML; names are those of FunctionSpec."""
+
+    name: str = setting("name", "string", why="how it is called: POST /execute/NAME", check=name_problem)
+    handler: str = setting("handler", "string", why="the program, a path inside the zip", check=handler_problem)
+    cpu_millicores: int = setting(
+        "resources.cpu",
+        "integer",
+        0,
+        unit="millicores",
+        why="1000 = one core; 0 = not limited",
+        check=between(0, 10**6),
+    )
+    memory_mb: int = setting(
+        "resources.memory", "integer", 0, unit="MB", why="0 = not limited", check=between(0, 10**7)
+    )
+    timeout_seconds: int = setting("timeout", "integer", 0, unit="s", why="0 = none", check=between(0, 7 * 86400))
+    max_concurrency: int = setting(
+        "max_concurrency", "integer", 5, why="at a time on each agent", check=between(1, 10000)
+    )
+    max_concurrency_behavior: Behavior = setting(
+        "max_concurrency_behavior",
+        "string",
+        Behavior.EXIT,
+        why="when all slots are taken: exit (503) or wait",
+        check=one_of("exit", "wait"),
+        convert=Behavior,
+    )
+    resource_pressure_behavior: Behavior = setting(
+        "resource_pressure_behavior",
+        "string",
+        Behavior.EXIT,
+        why="when no agent has the memory or CPU free: exit (429) or wait",
+        check=one_of("exit", "wait"),
+        convert=Behavior,
+    )
+    env: Mapping[str, str] = setting("env", "map", {}, why="variables of its environment", check=_env_problem)
+    platforms: tuple[Platform, ...] = setting(
+        "platforms",
+        "strings",
+        (),
+        why="where it runs, for example linux/amd64; absent = read from the handler",
+        check=_platforms_problem,
+        convert=_parse_platforms,
+    )
+    network: Network = setting(
+        "network",
+        "string",
+        Network.HOST,
+        why="host, or none for no network at all",
+        check=one_of("host", "none"),
+        convert=Network,
+    )
+    working_directory: WorkingDirectory = setting(
+        "cwd",
+        "string",
+        WorkingDirectory.CODE,
+        why="code = its own files, read-only; work = a private, writable directory",
+        check=one_of("code", "work"),
+        convert=WorkingDirectory,
+    )
+    max_processes: int = setting(
+        "limits.processes", "integer", 0, why="0 = the agent's default", check=between(0, 10**6)
+    )
+    max_open_files: int = setting(
+        "limits.open_files", "integer", 0, why="0 = the agent's default", check=between(0, 10**6)
+    )
+    max_file_size_mb: int = setting(
+        "limits.file_size", "integer", 0, unit="MB", why="0 = the agent's default", check=between(0, 10**7)
+    )
+    tmp_size_mb: int = setting(
+        "limits.tmp_size", "integer", 0, unit="MB", why="0 = the agent's default", check=between(0, 10**6)
+    )
+
+
+def read_function(data: bytes | str) -> FunctionSpec:
+    """The declared function. Raises InvalidInput with every fault and the field's name."""
+    document = load_mapping(data, "the function's YAML")
+    faults = Faults()
+    values = take(FunctionFile, document, "", faults)
+    if 0 < values.get("cpu_millicores", 0) < 10:
+        # cpu.max has a floor of 1 ms in each 100 ms.
+        faults.add("resources.cpu", "must be 0 or at least 10 millicores")
+    faults.raise_if_any("the function's YAML cannot be used")
+    return FunctionSpec(**values)

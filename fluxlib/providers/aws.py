@@ -1,0 +1,242 @@
+"""Amazon EC2 through boto3.
+
+Facts of the API (EC2 API reference, RunInstances, ImportKeyPair): a repeated
+ClientToken answers with the instance of the first call; a key pair must be RSA
+or ED25519; a new instance may be unknown to DescribeInstances for some seconds;
+``HttpTokens=required`` turns IMDSv1 off.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fluxlib.config.control import AwsConfig
+from fluxlib.errors import ProviderError, StrandedNode
+from fluxlib.lifecycle import pause
+from fluxlib.providers.base import Launch, Node, NodeState
+
+log = logging.getLogger(__name__)
+
+ROLE, AGENT_ID, INSTALLATION = "flux:role", "flux:agent-id", "flux:installation"
+_STATES = {
+    "pending": NodeState.PENDING,
+    "running": NodeState.RUNNING,
+    "shutting-down": NodeState.ENDING,
+    "stopping": NodeState.ENDING,
+    "stopped": NodeState.ENDING,
+    "terminated": NodeState.ENDED,
+}
+_ADDRESS_POLL = 2.0
+_WAITER_DELAY = 5
+
+
+class Aws:
+    """One region of one account. boto3 is imported here and nowhere else."""
+
+    name = "aws"
+
+    def __init__(self, config: AwsConfig, installation_id: str) -> None:
+        import boto3
+        import botocore.config
+
+        self._config = config
+        self._installation_id = installation_id
+        self.ssh_user = config.ssh_user
+        self._key_name = f"flux-{installation_id}"
+        # "standard" mode retries throttling and server faults with exponential backoff.
+        retries = {"mode": "standard", "max_attempts": 8}
+        self._ec2 = boto3.client(
+            "ec2",
+            region_name=config.region,
+            aws_access_key_id=config.access_key_id or None,
+            aws_secret_access_key=config.secret_access_key or None,
+            endpoint_url=config.endpoint_url or None,
+            config=botocore.config.Config(retries=retries, connect_timeout=10, read_timeout=60),
+        )
+
+    def prepare(self, ssh_public_key: str) -> None:
+        wanted = _ed25519_fingerprint(ssh_public_key)
+        found = self._ask("looking for the key pair", self._key_pair)
+        if found is not None:
+            if found.get("KeyFingerprint", "").rstrip("=") == wanted:
+                return
+            log.warning("the key pair %s in %s is not ours any more: replacing it", self._key_name, self._config.region)
+            self._ask("deleting the old key pair", lambda: self._ec2.delete_key_pair(KeyName=self._key_name))
+        self._ask("importing the key pair", lambda: self._import_key_pair(ssh_public_key))
+
+    def launch(self, wanted: Launch, deadline: float) -> Node:
+        answer = self._ask("launching an instance", lambda: self._ec2.run_instances(**self._request(wanted)))
+        provider_id = str(answer["Instances"][0]["InstanceId"])
+        try:
+            self._ask(f"waiting for {provider_id} to run", lambda: self._wait_running(provider_id, deadline))
+            return self._wait_addresses(provider_id, deadline)
+        except ProviderError as error:
+            self._undo(provider_id, error)
+            raise
+
+    def terminate(self, provider_id: str) -> None:
+        try:
+            self._ec2.terminate_instances(InstanceIds=[provider_id])
+        except Exception as error:
+            if _code(error) == "InvalidInstanceID.NotFound":
+                return
+            raise _translated(f"ending {provider_id}", error) from error
+
+    def nodes(self) -> list[Node]:
+        filters = [
+            {"Name": f"tag:{INSTALLATION}", "Values": [self._installation_id]},
+            {"Name": "instance-state-name", "Values": ["pending", "running", "shutting-down", "stopping", "stopped"]},
+        ]
+        pages = self._ask(
+            "listing instances",
+            lambda: list(self._ec2.get_paginator("describe_instances").paginate(Filters=filters)),
+        )
+        return [
+            self._node(instance)
+            for page in pages
+            for reservation in page["Reservations"]
+            for instance in reservation["Instances"]
+        ]
+
+    # -- the steps -------------------------------------------------------------
+
+    def _request(self, wanted: Launch) -> dict[str, Any]:
+        config = self._config
+        tags = {
+            **config.tags,
+            "Name": wanted.agent_id,
+            ROLE: "agent",
+            AGENT_ID: wanted.agent_id,
+            INSTALLATION: self._installation_id,
+        }
+        tag_list = [{"Key": key, "Value": value} for key, value in tags.items()]
+        request: dict[str, Any] = {
+            "ImageId": config.ami,
+            "InstanceType": wanted.instance_type,
+            "MinCount": 1,
+            "MaxCount": 1,
+            "KeyName": self._key_name,
+            # At most 64 ASCII characters: an agent ID has at most 63.
+            "ClientToken": wanted.agent_id,
+            "MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled", "HttpPutResponseHopLimit": 1},
+            "TagSpecifications": [
+                {"ResourceType": "instance", "Tags": tag_list},
+                {"ResourceType": "volume", "Tags": tag_list},
+            ],
+        }
+        if config.security_group_id:
+            request["SecurityGroupIds"] = [config.security_group_id]
+        if config.subnet_id:
+            request["SubnetId"] = config.subnet_id
+        if config.volume_size_gb:
+            request["BlockDeviceMappings"] = [
+                {
+                    "DeviceName": self._root_device(),
+                    "Ebs": {"VolumeSize": config.volume_size_gb, "VolumeType": "gp3", "DeleteOnTermination": True},
+                }
+            ]
+        if config.spot:
+            request["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
+        return request
+
+    def _root_device(self) -> str:
+        """The image's own root device: a mapping under another name would add a second disk."""
+        images = self._ask("reading the image", lambda: self._ec2.describe_images(ImageIds=[self._config.ami]))[
+            "Images"
+        ]
+        if not images:
+            raise ProviderError(f"aws: there is no image {self._config.ami} in {self._config.region}: check `ami`")
+        return str(images[0].get("RootDeviceName", "/dev/xvda"))
+
+    def _wait_running(self, provider_id: str, deadline: float) -> None:
+        attempts = max(1, int((deadline - time.monotonic()) / _WAITER_DELAY))
+        self._ec2.get_waiter("instance_running").wait(
+            InstanceIds=[provider_id], WaiterConfig={"Delay": _WAITER_DELAY, "MaxAttempts": attempts}
+        )
+
+    def _wait_addresses(self, provider_id: str, deadline: float) -> Node:
+        while True:
+            answer = self._ask(
+                f"reading {provider_id}", lambda: self._ec2.describe_instances(InstanceIds=[provider_id])
+            )
+            node = self._node(answer["Reservations"][0]["Instances"][0])
+            if node.public_ip or (self._config.use_private_ip and node.private_ip):
+                return node
+            if time.monotonic() + _ADDRESS_POLL > deadline:
+                raise ProviderError(
+                    f"aws: {provider_id} has no public address: let its subnet assign one"
+                    " (MapPublicIpOnLaunch), or set `use_private_ip: true` when Flux reaches the subnet"
+                )
+            pause(_ADDRESS_POLL)
+
+    def _undo(self, provider_id: str, cause: ProviderError) -> None:
+        try:
+            self.terminate(provider_id)
+        except ProviderError as error:
+            raise StrandedNode(f"{cause.message}; and {error.message}: it still runs", provider_id) from cause
+
+    def _key_pair(self) -> Mapping[str, Any] | None:
+        try:
+            pairs = self._ec2.describe_key_pairs(KeyNames=[self._key_name])["KeyPairs"]
+        except Exception as error:
+            if _code(error) == "InvalidKeyPair.NotFound":
+                return None
+            raise
+        return dict(pairs[0]) if pairs else None
+
+    def _import_key_pair(self, ssh_public_key: str) -> None:
+        tags = [{"Key": INSTALLATION, "Value": self._installation_id}]
+        try:
+            self._ec2.import_key_pair(
+                KeyName=self._key_name,
+                PublicKeyMaterial=ssh_public_key.encode(),
+                TagSpecifications=[{"ResourceType": "key-pair", "Tags": tags}],
+            )
+        except Exception as error:
+            # Another Flux of this installation was quicker.
+            if _code(error) != "InvalidKeyPair.Duplicate":
+                raise
+
+    def _node(self, instance: Mapping[str, Any]) -> Node:
+        labels = {tag["Key"]: tag["Value"] for tag in instance.get("Tags", ())}
+        launched = instance.get("LaunchTime")
+        return Node(
+            provider=self.name,
+            provider_id=instance["InstanceId"],
+            agent_id=labels.get(AGENT_ID, ""),
+            instance_type=instance.get("InstanceType", ""),
+            state=_STATES.get(instance["State"]["Name"], NodeState.PENDING),
+            public_ip=instance.get("PublicIpAddress") or "",
+            private_ip=instance.get("PrivateIpAddress") or "",
+            launched_at=launched.timestamp() if launched else 0.0,
+            labels=labels,
+        )
+
+    def _ask(self, doing: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except ProviderError:
+            raise
+        except Exception as error:
+            raise _translated(doing, error) from error
+
+
+def _translated(doing: str, error: Exception) -> ProviderError:
+    return ProviderError(f"aws: {doing} failed: {error}")
+
+
+def _code(error: Exception) -> str:
+    """botocore's ClientError carries the service's error code; anything else has none."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _ed25519_fingerprint(ssh_public_key: str) -> str:
+    """EC2 shows the fingerprint of an imported ED25519 key as the Base64 of its SHA-256."""
+    blob = base64.b64decode(ssh_public_key.split()[1])
+    return base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
