@@ -1,0 +1,173 @@
+"""Making and reading certificates: P-256, DNS names as identities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+FLUX_NAME = "flux"
+AGENT_NAME = "flux-agent"  # what the original checks; in every agent's certificate
+AGENT_DOMAIN = ".agent.flux.internal"
+CA_LIFE, FLUX_LIFE, AGENT_LIFE = timedelta(days=3650), timedelta(days=1825), timedelta(days=365)
+# Machines' clocks differ; a certificate must not be from the future on the other side.
+_BACKDATE = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A certificate with its key and the CA that vouches for it, all PEM. ``not_after`` is epoch seconds."""
+
+    cert_pem: bytes
+    key_pem: bytes = field(repr=False)
+    ca_pem: bytes
+    not_after: float
+
+
+def agent_server_name(agent_id: str) -> str:
+    """The name by which Flux knows one agent from another."""
+    return agent_id + AGENT_DOMAIN
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """PKCS#8, or SEC1 as the original writes it. Raises ValueError."""
+    key = serialization.load_pem_private_key(pem, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("not an elliptic-curve key")
+    return key
+
+
+def cert_pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def make_ca(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Flux CA")])
+    usage = _key_usage(signing_certificates=True)
+    return (
+        _builder(name, name, key.public_key(), now, CA_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def sign(
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    public_key: ec.EllipticCurvePublicKey,
+    common_name: str,
+    dns_names: Sequence[str],
+    life: timedelta,
+    now: datetime,
+) -> x509.Certificate:
+    """A leaf for both directions of mutual TLS; it never outlives its CA."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    left = ca.not_valid_after_utc - now
+    return (
+        _builder(subject, ca.subject, public_key, now, min(life, left))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signing_certificates=False), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in dns_names]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+
+
+def make_csr(key: ec.EllipticCurvePrivateKey, common_name: str) -> bytes:
+    """A signing request as PEM. Only its public key counts: names are the CA's to give."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+def public_key_of_csr(pem: bytes) -> ec.EllipticCurvePublicKey:
+    """Raises ValueError for a request that is broken, not P-256 or not signed by its own key."""
+    request = x509.load_pem_x509_csr(pem)
+    key = request.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("the request's key is not P-256")
+    if not request.is_signature_valid:
+        raise ValueError("the request is not signed by its own key")
+    return key
+
+
+def dns_names(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return names.get_values_for_type(x509.DNSName)
+
+
+def agent_id_of(certificate: x509.Certificate) -> str:
+    """The ID an agent's certificate shows, empty for an original's."""
+    named = [name.removesuffix(AGENT_DOMAIN) for name in dns_names(certificate) if name.endswith(AGENT_DOMAIN)]
+    return named[0] if len(named) == 1 else ""
+
+
+def is_signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+def describe_certificate(pem: bytes) -> str:
+    """A certificate for people: its names and when it is good."""
+    certificate = x509.load_pem_x509_certificate(pem)
+    names = ", ".join(dns_names(certificate)) or "no DNS name"
+    return f"{names}; valid {certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, life: timedelta
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATE)
+        .not_valid_after(now + life)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _key_usage(*, signing_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signing_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signing_certificates,
+        crl_sign=signing_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
