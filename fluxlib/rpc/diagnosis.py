@@ -1,0 +1,112 @@
+"""Why a connection to an agent failed: one handshake with ``ssl``, told in a sentence.
+
+gRPC says "failed to connect" for everything; under TLS 1.3 a refused client
+certificate even looks like a dropped connection, because the alert arrives only
+with the first read after a handshake that went well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import tempfile
+
+from fluxlib.pki import Identity, describe_certificate
+
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+
+
+def diagnose(address: str, identity: Identity | None, server_name: str, timeout: float = 5.0) -> str:
+    """The reason in a sentence, with what to do; "" when the handshake goes well now."""
+    host, _, port = address.rpartition(":")
+    try:
+        plain = socket.create_connection((host.strip("[]"), int(port)), timeout)
+    except ConnectionRefusedError:
+        return f"nothing listens at {address}: is flux-agent running, and is this its port?"
+    except TimeoutError:
+        return f"{address} does not answer within {timeout:.0f} s: a firewall, or no such machine"
+    except socket.gaierror as error:
+        return f"{host} is no known host name ({error.strerror})"
+    except (OSError, ValueError) as error:
+        return f"{address} cannot be reached: {error}"
+    with plain:
+        plain.settimeout(timeout)
+        return _plain(plain, address) if identity is None else _tls(plain, address, identity, server_name)
+
+
+def _plain(connection: socket.socket, address: str) -> str:
+    """A gRPC server answers the preface with a SETTINGS frame; a TLS server with an alert or nothing."""
+    try:
+        connection.sendall(_HTTP2_PREFACE)
+        answer = connection.recv(16)
+    except (ConnectionError, TimeoutError):
+        answer = b""
+    if len(answer) >= 4 and answer[3] == 4:
+        return ""
+    if not answer or answer[:1] == b"\x15":
+        return (
+            f"the agent at {address} speaks TLS and Flux does not: remove `disable_grpc_tls` from flux.yaml,"
+            " or set `tls.enabled: false` in agent.yaml"
+        )
+    return f"what listens at {address} is no gRPC server"
+
+
+def _tls(plain: socket.socket, address: str, identity: Identity, server_name: str) -> str:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(cadata=identity.ca_pem.decode())
+    with tempfile.TemporaryDirectory() as directory:
+        # ssl reads a client's own certificate from files only.
+        path = os.path.join(directory, "identity.pem")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(identity.cert_pem + identity.key_pem)
+        context.load_cert_chain(path)
+    try:
+        with context.wrap_socket(plain, server_hostname=server_name) as secured:
+            secured.sendall(_HTTP2_PREFACE)
+            if secured.recv(1):
+                return ""
+            return f"the agent at {address} closed the connection: does it trust this Flux's CA?"
+    except ssl.SSLCertVerificationError as error:
+        return _verification(error, address, server_name)
+    except ssl.SSLError as error:
+        return _alert(error, address, identity)
+    except TimeoutError:
+        return f"{address} does not answer the TLS handshake: {_plaintext_hint()}"
+    except (ConnectionError, OSError) as error:
+        return f"the agent at {address} broke the TLS handshake off ({error}): {_plaintext_hint()}"
+
+
+def _verification(error: ssl.SSLCertVerificationError, address: str, server_name: str) -> str:
+    reason = error.verify_message or str(error)
+    if "expired" in reason:
+        return f"the certificate of the agent at {address} has expired: enrol it again"
+    if "not yet valid" in reason:
+        return f"the certificate of the agent at {address} is not yet valid: compare both machines' clocks"
+    if "mismatch" in reason.lower() or "doesn't match" in reason:
+        return f"the certificate of the agent at {address} is not that of {server_name}: another agent answers there"
+    if "self-signed" in reason or "self signed" in reason or "unable to get" in reason or "signature" in reason:
+        return f"the certificate of the agent at {address} is from another CA than this Flux's: enrol it here"
+    return f"the certificate of the agent at {address} is refused: {reason}"
+
+
+def _alert(error: ssl.SSLError, address: str, identity: Identity) -> str:
+    reason = (error.reason or str(error)).lower().replace("_", " ")
+    shown = describe_certificate(identity.cert_pem)
+    with contextlib.suppress(ValueError):
+        if "wrong version number" in reason or "record layer" in reason or "unexpected eof" in reason:
+            return f"the agent at {address} does not speak TLS: {_plaintext_hint()}"
+    if "unknown ca" in reason:
+        return f"the agent at {address} trusts another CA than this Flux's: enrol it here"
+    if "expired" in reason:
+        return f"the agent at {address} says that Flux's own certificate ({shown}) has expired: check both clocks"
+    if "certificate" in reason:
+        return f"the agent at {address} refuses Flux's certificate ({shown}): {reason}"
+    return f"the TLS handshake with {address} failed: {reason}"
+
+
+def _plaintext_hint() -> str:
+    return "set `tls.enabled: true` in its agent.yaml, or `disable_grpc_tls: true` in flux.yaml"
