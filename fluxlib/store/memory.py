@@ -1,0 +1,292 @@
+"""Both stores in memory: the semantics in their plainest form, for tests and for trying things out."""
+
+from __future__ import annotations
+
+import threading
+from bisect import insort
+from collections import defaultdict
+from dataclasses import replace
+
+from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
+from fluxlib.model import AgentRecord, ExecutionRecord, ExecutionStatus, Function, Phase
+from fluxlib.store.base import Commit, Committed, ExecutionEntry, ExecutionFilter, Lease, Page
+
+_HOLDS = Committed()
+
+
+class Refused:
+    """A conditional write whose condition did not hold."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def wait(self, timeout: float | None = None) -> None:
+        raise self._error
+
+
+class MemoryControlStore:
+    """ControlStore with nothing behind it. One lock; every operation is a few dictionary steps."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._functions: dict[str, Function] = {}
+        self._archives: dict[str, bytes] = {}
+        self._revision = 0
+        self._agents: dict[str, AgentRecord] = {}
+        self._entries: dict[str, ExecutionEntry] = {}
+        self._by_sequence: list[tuple[int, str]] = []
+        self._sequence = 0
+        self._keys: dict[tuple[str, str], str] = {}
+        self._open: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._leases: dict[str, Lease] = {}
+        self._facts: dict[str, str] = {}
+        self._closed = False
+
+    # -- functions and code
+
+    def functions(self) -> list[Function]:
+        with self._lock:
+            return [self._functions[name] for name in sorted(self._functions)]
+
+    def function(self, name: str) -> Function | None:
+        self.ping()
+        return self._functions.get(name)
+
+    def functions_revision(self) -> int:
+        return self._revision
+
+    def save_function(self, function: Function, archive: bytes | None = None) -> None:
+        with self._lock:
+            self.ping()
+            self._functions[function.spec.name] = function
+            if archive is not None:
+                self._archives[function.code_digest] = archive
+            self._drop_orphans()
+            self._revision += 1
+
+    def delete_function(self, name: str) -> bool:
+        with self._lock:
+            self.ping()
+            found = self._functions.pop(name, None)
+            self._drop_orphans()
+            self._revision += found is not None
+            return found is not None
+
+    def archive(self, code_digest: str) -> bytes | None:
+        return self._archives.get(code_digest)
+
+    def _drop_orphans(self) -> None:
+        used = {function.code_digest for function in self._functions.values()}
+        self._archives = {digest: data for digest, data in self._archives.items() if digest in used}
+
+    # -- agents
+
+    def agents(self) -> list[AgentRecord]:
+        with self._lock:
+            return [self._agents[name] for name in sorted(self._agents)]
+
+    def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
+        with self._lock:
+            self._check(lease)
+            self._agents[agent.agent_id] = agent
+
+    def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
+        with self._lock:
+            self._check(lease)
+            return self._agents.pop(agent_id, None) is not None
+
+    # -- executions
+
+    def create_execution(self, entry: ExecutionEntry, *, durable: bool) -> tuple[str, Commit]:
+        with self._lock:
+            self.ping()
+            key = (entry.record.function_name, entry.idempotency_key)
+            if entry.idempotency_key:
+                known = self._keys.get(key)
+                if known is not None:
+                    return known, _HOLDS
+                self._keys[key] = entry.execution_id
+            self._sequence += 1
+            entry = replace(entry, sequence=self._sequence, record=replace(entry.record, output=None))
+            self._entries[entry.execution_id] = entry
+            insort(self._by_sequence, (entry.sequence, entry.execution_id))
+            self._open[entry.record.agent_id][entry.execution_id] = None
+            return entry.execution_id, _HOLDS
+
+    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
+        return self._move(execution_id, agent_id, Phase.STARTING, owner)
+
+    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
+        return self._move(execution_id, "", Phase.QUEUED, owner)
+
+    def _move(self, execution_id: str, agent_id: str, phase: Phase, owner: str) -> Commit:
+        with self._lock:
+            self.ping()
+            entry = self._entries.get(execution_id)
+            if entry is None or entry.record.status.ended:
+                return Refused(Conflict(f"execution {execution_id} has ended"))
+            del self._open[entry.record.agent_id][execution_id]
+            self._open[agent_id][execution_id] = None
+            record = replace(entry.record, agent_id=agent_id, phase=phase)
+            self._entries[execution_id] = replace(entry, record=record, owner=owner)
+            return _HOLDS
+
+    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+        with self._lock:
+            self.ping()
+            entry = self._entries.get(record.execution_id)
+            if entry is None or entry.record.status.ended:
+                return _HOLDS
+            self._open[entry.record.agent_id].pop(record.execution_id, None)
+            kept = replace(record, output=None, phase=Phase.ENDED)
+            self._entries[record.execution_id] = replace(entry, record=kept, request=None, keep_until=keep_until)
+            return _HOLDS
+
+    def execution(self, execution_id: str) -> ExecutionEntry | None:
+        self.ping()
+        return self._entries.get(execution_id)
+
+    def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
+        with self._lock:
+            before = int(cursor) if cursor else self._sequence + 1
+            found: list[ExecutionEntry] = []
+            for sequence, execution_id in reversed(self._by_sequence):
+                entry = self._entries[execution_id]
+                if sequence < before and _matches(entry, where):
+                    found.append(entry)
+                    if len(found) > limit:
+                        break
+            more = len(found) > limit
+            return Page(tuple(found[:limit]), str(found[limit - 1].sequence) if more else "")
+
+    def open_executions(self, agent_id: str) -> list[ExecutionEntry]:
+        with self._lock:
+            return sorted((self._entries[one] for one in self._open[agent_id]), key=lambda entry: entry.sequence)
+
+    def executions_of(self, owner: str) -> list[ExecutionEntry]:
+        with self._lock:
+            found = [self._entries[one] for ids in self._open.values() for one in ids]
+            return sorted((entry for entry in found if entry.owner == owner), key=lambda entry: entry.sequence)
+
+    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
+        with self._lock:
+            self._check(lease)
+            entries = self.executions_of(from_owner)
+            for entry in entries:
+                self._entries[entry.execution_id] = replace(entry, owner=to_owner)
+            return len(entries)
+
+    def expire_executions(self, now: float, limit: int = 1000) -> int:
+        with self._lock:
+            over = [one for one in self._entries.values() if 0 < one.keep_until <= now][:limit]
+            for entry in over:
+                del self._entries[entry.execution_id]
+                self._by_sequence.remove((entry.sequence, entry.execution_id))
+                self._keys.pop((entry.record.function_name, entry.idempotency_key), None)
+            return len(over)
+
+    def count_open(self, function_name: str) -> int:
+        with self._lock:
+            ids = [one for ids in self._open.values() for one in ids]
+            return sum(1 for one in ids if self._entries[one].record.function_name == function_name)
+
+    # -- leases and facts
+
+    def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
+        with self._lock:
+            self.ping()
+            held = self._leases.get(name)
+            if held is not None and held.owner != owner and held.expires_at > now:
+                return None
+            same = held is not None and held.owner == owner and held.expires_at > now
+            token = held.token if held is not None and same else (held.token if held else 0) + 1
+            self._leases[name] = Lease(name, owner, token, now + seconds)
+            return self._leases[name]
+
+    def lease(self, name: str) -> Lease | None:
+        return self._leases.get(name)
+
+    def leases(self, prefix: str) -> list[Lease]:
+        with self._lock:
+            return [lease for name, lease in sorted(self._leases.items()) if name.startswith(prefix)]
+
+    def release_lease(self, lease: Lease) -> None:
+        with self._lock:
+            held = self._leases.get(lease.name)
+            if held is not None and held.token == lease.token:
+                # The token stays: the next holder's must be larger.
+                self._leases[lease.name] = replace(held, expires_at=0.0)
+
+    def get_fact(self, key: str) -> str | None:
+        return self._facts.get(key)
+
+    def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None:
+        with self._lock:
+            self._check(lease)
+            self._facts[key] = value
+
+    # -- the store itself
+
+    def ping(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+
+    def persistence(self) -> tuple[str, ...]:
+        return ("the store is in memory: everything is lost when Flux stops",)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _check(self, lease: Lease | None) -> None:
+        self.ping()
+        if lease is not None:
+            held = self._leases.get(lease.name)
+            if held is None or held.token != lease.token:
+                raise LeaseLost(f"another process holds {lease.name} now")
+
+
+class MemoryRecordStore:
+    """RecordStore with nothing behind it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._records: dict[str, tuple[ExecutionRecord, float]] = {}
+
+    def begin(self, record: ExecutionRecord) -> None:
+        with self._lock:
+            self._records[record.execution_id] = (record, 0.0)
+
+    def end(self, record: ExecutionRecord, output: bytes | None, keep_until: float) -> None:
+        with self._lock:
+            self._records[record.execution_id] = (replace(record, output=output), keep_until)
+
+    def flush(self, timeout: float | None = None) -> None:
+        return
+
+    def record(self, execution_id: str) -> ExecutionRecord | None:
+        with self._lock:
+            found = self._records.get(execution_id)
+        return found[0] if found else None
+
+    def unfinished(self) -> list[ExecutionRecord]:
+        with self._lock:
+            return [record for record, _ in self._records.values() if record.status is ExecutionStatus.RUNNING]
+
+    def expire(self, now: float, limit: int = 1000) -> list[str]:
+        with self._lock:
+            over = [one for one, (_, keep) in self._records.items() if 0 < keep <= now][:limit]
+            for execution_id in over:
+                del self._records[execution_id]
+            return over
+
+    def close(self) -> None:
+        return
+
+
+def _matches(entry: ExecutionEntry, where: ExecutionFilter) -> bool:
+    record = entry.record
+    return (
+        (not where.function_name or record.function_name == where.function_name)
+        and (where.status is None or record.status is where.status)
+        and (not where.queued or (not record.status.ended and record.phase is Phase.QUEUED))
+    )
