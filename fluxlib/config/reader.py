@@ -9,6 +9,7 @@ values.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from dataclasses import field as dataclass_field
@@ -125,11 +126,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=True)
 
 
-# "on", "yes" and 1:30 are text to people: only true and false, and plain numbers, are resolved.
+_BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+# As in YAML 1.2: "off" is a text (an isolation profile, for one), and so is a date.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:timestamp",)]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (_BOOL, _TIMESTAMP)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_mapping(data: bytes | str, what: str, error: type[InvalidInput] = InvalidInput) -> dict[str, Any]:
@@ -241,7 +244,13 @@ def _number(value: Any) -> float | None:
     return float(value) if abs(value) < 1e18 else None  # NaN fails the comparison too
 
 
+# What YAML 1.1 took for true and false, in files people have.
+_WORDS = {"yes": True, "on": True, "no": False, "off": False}
+
+
 def _boolean(value: Any) -> bool | None:
+    if isinstance(value, str):
+        return _WORDS.get(value.lower())
     return value if isinstance(value, bool) else None
 
 

@@ -1,0 +1,175 @@
+"""One thread that reads what every running program writes.
+
+A program that writes many small pieces would cost a wake-up each. After a few
+quick reads its pipe is enlarged and looked at every 20 ms instead: 200 000 lines
+cost hundreds of reads. A program's end is told by the spawner, not by the pipe,
+so a short program never waits for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+_READ_SIZE = 256 * 1024
+_QUICK_READS = 8
+_COALESCE = 0.02
+_PIPE_SIZE = 1024 * 1024
+_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
+
+
+class OutputPipe:
+    """The reading end of one program's output."""
+
+    __slots__ = ("fd", "on_output", "reads", "resting")
+
+    def __init__(self, fd: int, on_output: Callable[[bytes], None]) -> None:
+        self.fd = fd
+        self.on_output = on_output
+        self.reads = 0
+        self.resting = False
+
+
+class Reactor:
+    """The epoll loop. ``watch`` and ``forget`` may be called from any thread, the callbacks run in its own."""
+
+    def __init__(self, name: str) -> None:
+        self._poller = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._pipes: dict[int, OutputPipe] = {}
+        self._resting: deque[tuple[float, OutputPipe]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poller.register(self._wake_read, select.EPOLLIN)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run ``function`` on the reactor's thread soon."""
+        self._calls.append(function)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"\0")
+
+    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+        """Call ``handler`` whenever ``fd`` can be read."""
+        self._handlers[fd] = handler
+        self._poller.register(fd, select.EPOLLIN)
+
+    def forget(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):
+                self._poller.unregister(fd)
+
+    def add_pipe(self, pipe: OutputPipe) -> None:
+        os.set_blocking(pipe.fd, False)
+        self._pipes[pipe.fd] = pipe
+        self._poller.register(pipe.fd, select.EPOLLIN)
+
+    def drain(self, pipe: OutputPipe) -> None:
+        """Read what is left and close. On the reactor's thread, when no writer is alive any more."""
+        while pipe.fd >= 0 and self._read(pipe):
+            pass
+        self._close(pipe)
+
+    def stop(self, timeout: float) -> None:
+        self._stopping = True
+        self.call(lambda: None)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        if not self._thread.is_alive():
+            for pipe in list(self._pipes.values()):
+                self._close(pipe)
+            for fd in (self._wake_read, self._wake_write):
+                os.close(fd)
+            self._poller.close()
+
+    # -- the thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            timeout = -1.0
+            if self._resting:
+                timeout = max(0.0, self._resting[0][0] - time.monotonic())
+            for fd, _ in self._poller.poll(timeout):
+                try:
+                    self._handle(fd)
+                except Exception:
+                    log.exception("handling what a program wrote failed")
+            self._end_rests()
+            while self._calls:
+                try:
+                    self._calls.popleft()()
+                except Exception:
+                    log.exception("a call on the output thread failed")
+
+    def _handle(self, fd: int) -> None:
+        if fd == self._wake_read:
+            with contextlib.suppress(BlockingIOError):
+                os.read(fd, 4096)
+            return
+        handler = self._handlers.get(fd)
+        if handler is not None:
+            handler()
+            return
+        pipe = self._pipes.get(fd)
+        if pipe is None or pipe.resting:
+            return
+        if self._read(pipe) is False:
+            # Every writer closed it although the program may go on: nothing more to see here.
+            self._close(pipe)
+            return
+        pipe.reads += 1
+        if pipe.reads >= _QUICK_READS:
+            self._rest(pipe)
+
+    def _rest(self, pipe: OutputPipe) -> None:
+        if pipe.reads == _QUICK_READS and _SETPIPE_SZ is not None:
+            # Not at the start: most programs write little, and each enlarged pipe costs kernel memory.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe.fd, _SETPIPE_SZ, _PIPE_SIZE)
+        self._poller.unregister(pipe.fd)
+        pipe.resting = True
+        self._resting.append((time.monotonic() + _COALESCE, pipe))
+
+    def _end_rests(self) -> None:
+        now = time.monotonic()
+        while self._resting and self._resting[0][0] <= now:
+            pipe = self._resting.popleft()[1]
+            pipe.resting = False
+            if pipe.fd >= 0:
+                self._poller.register(pipe.fd, select.EPOLLIN)
+
+    def _read(self, pipe: OutputPipe) -> bool | None:
+        """True after some data, False at the end, None when nothing is there now."""
+        try:
+            data = os.read(pipe.fd, _READ_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            log.warning("reading a program's output failed: %s", error)
+            return False
+        if data:
+            pipe.on_output(data)
+        return bool(data)
+
+    def _close(self, pipe: OutputPipe) -> None:
+        if pipe.fd < 0:
+            return
+        if not pipe.resting:
+            with contextlib.suppress(OSError):
+                self._poller.unregister(pipe.fd)
+        self._pipes.pop(pipe.fd, None)
+        os.close(pipe.fd)
+        pipe.fd = -1

@@ -1,0 +1,279 @@
+"""The process that starts every program: small, single-threaded, and alone allowed to fork.
+
+Forking from the agent would cost more the bigger it grows and would copy locks
+of its threads. This process imports next to nothing, is fed over a SEQPACKET
+socket and answers there:
+
+    in   ("run", id, argv, env, cwd, uid, gid, rlimits, plan)   with fds: stdout [, stdin] [, cgroup]
+         ("kill", id, signal)        to the whole tree
+         ("stop",)
+    out  a list of ("started", id, pid) · ("failed", id, step, errno) · ("exit", id, status, cpu_seconds)
+
+An exit is told when nothing of the tree is left. It runs from source
+(``python -I -S spawner.py FD``) and inside the frozen program alike, so it
+imports only the standard library at the top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import marshal
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MAX_MESSAGE = 1 << 20
+MAX_FDS = 4
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_INTS = struct.Struct("i")
+_SIGNALS_TO_RESET = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores both, and exec would keep that
+_SWEEPS = 200
+
+
+class Job:
+    """A program that runs: its process and, when it has one, the function that ends its cgroup."""
+
+    __slots__ = ("end_tree", "execution_id", "identifier", "pid")
+
+    def __init__(self, identifier: int, pid: int, execution_id: bytes, end_tree: Callable[[], None] | None) -> None:
+        self.identifier = identifier
+        self.pid = pid
+        self.execution_id = execution_id
+        self.end_tree = end_tree
+
+
+class Spawner:
+    """The loop. ``launch`` starts one program by the plan of its request."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._root = os.geteuid() == 0
+        self._jobs: dict[int, Job] = {}  # by process
+        self._pids: dict[int, int] = {}  # process by identifier
+        self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._cwd = ""
+        self._rlimits: dict[int, tuple[int, int]] = {}
+        self._answers: list[tuple[Any, ...]] = []
+        self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
+        self._signal_read, signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(signal_write, warn_on_full_buffer=False)
+        # Ctrl-C in a terminal goes to the whole foreground group: stopping is the agent's to say.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def run(self) -> None:
+        """Until the agent closes its end or says stop; what still runs then is killed."""
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        poller.register(self._signal_read, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                if fd == self._signal_read:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(fd, 4096)
+                    self._reap()
+                elif not self._take():
+                    for job in list(self._jobs.values()):
+                        self._kill(job, signal.SIGKILL)
+                        self._sweep(job.execution_id)
+                    return
+            if self._answers:
+                answers, self._answers = self._answers, []
+                self._control.send(marshal.dumps(answers))
+
+    def _take(self) -> bool:
+        message, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * _INTS.size))
+        if not message:
+            return False
+        fds = [
+            fd
+            for level, kind, data in ancillary
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
+            for (fd,) in _INTS.iter_unpack(data[: len(data) - len(data) % _INTS.size])
+        ]
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        request = marshal.loads(message)
+        try:
+            if request[0] == "run":
+                self._start(request, fds)
+            elif request[0] == "kill":
+                pid = self._pids.get(request[1])
+                if pid is not None:
+                    self._kill(self._jobs[pid], request[2])
+            else:
+                return False
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _start(self, request: tuple[Any, ...], fds: list[int]) -> None:
+        _, identifier, argv, env, cwd, uid, gid, rlimits, execution_id = request
+        try:
+            pid = self._spawn(argv, env, cwd, uid, gid, rlimits, fds)
+        except OSError as error:
+            step = "change directory" if error.filename == cwd and cwd != argv[0] else "exec"
+            self._answers.append(("failed", identifier, step, error.errno or 0))
+            return
+        self._jobs[pid] = Job(identifier, pid, execution_id, None)
+        self._pids[identifier] = pid
+        self._answers.append(("started", identifier, pid))
+
+    def _spawn(
+        self,
+        argv: list[bytes],
+        env: dict[bytes, bytes],
+        cwd: str,
+        uid: int,
+        gid: int,
+        rlimits: dict[int, int],
+        fds: list[int],
+    ) -> int:
+        """posix_spawn under borrowed credentials: no fork of this process, no code between fork and exec."""
+        if cwd != self._cwd:
+            os.chdir(cwd)
+            self._cwd = cwd
+        for which, value in rlimits.items():
+            self._limit(which, value)
+        output, stdin = fds[0], fds[1] if len(fds) > 1 else self._null
+        actions = [
+            (os.POSIX_SPAWN_DUP2, stdin, 0),
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        ]
+        borrowed = self._root and uid > 0
+        if borrowed:
+            # The saved IDs stay 0, so that they can be taken back; exec overwrites the child's.
+            os.setresgid(gid, gid, 0)
+            os.setresuid(uid, uid, 0)
+        try:
+            return os.posix_spawn(
+                argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=_SIGNALS_TO_RESET, setsigmask=()
+            )
+        finally:
+            if borrowed:
+                os.setresuid(0, 0, 0)
+                os.setresgid(0, 0, 0)
+
+    def _limit(self, which: int, value: int) -> None:
+        """A limit of the next child, by way of our own: posix_spawn has no attribute for it."""
+        soft, hard = self._rlimits.get(which) or resource.getrlimit(which)
+        if soft == value:
+            return
+        if not self._root and hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        wanted = (value, max(value, hard) if self._root and hard != resource.RLIM_INFINITY else hard)
+        resource.setrlimit(which, wanted)
+        self._rlimits[which] = wanted
+
+    # -- ending ------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                # WNOWAIT: while the leader is a zombie nobody else can get its number or its group's.
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            job = self._jobs.get(found.si_pid)
+            if job is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(job.pid, signal.SIGKILL)
+            try:
+                _, status, usage = os.wait4(found.si_pid, 0)
+            except ChildProcessError:
+                continue
+            if job is None:
+                continue  # an adopted orphan
+            del self._jobs[job.pid]
+            del self._pids[job.identifier]
+            self._sweep(job.execution_id)
+            self._answers.append(("exit", job.identifier, status, usage.ru_utime + usage.ru_stime))
+
+    def _kill(self, job: Job, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(job.pid, number)
+        for pid in self._orphans(job.execution_id):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+    def _sweep(self, execution_id: bytes) -> None:
+        """Kill what left the process group: as a subreaper, this process has become its parent.
+
+        Each round's dead hand their own children over, so it goes on until there are none.
+        """
+        for _ in range(_SWEEPS):
+            orphans = self._orphans(execution_id)
+            if not orphans:
+                return
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in orphans:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+
+    def _orphans(self, execution_id: bytes) -> list[int]:
+        """Adopted children of this execution, or of none that still runs (their environment was wiped)."""
+        try:
+            with open(self._adopted_file, "rb") as file:
+                children = [int(pid) for pid in file.read().split()]
+        except OSError:
+            return []  # not Linux, or /proc is hidden: the process group has to do
+        adopted = [pid for pid in children if pid not in self._jobs]
+        if not adopted:
+            return []
+        running = {job.execution_id for job in self._jobs.values()}
+        return [pid for pid in adopted if (owner := _execution_of(pid)) == execution_id or owner not in running]
+
+
+def _execution_of(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            for item in file.read().split(b"\0"):
+                if item.startswith(b"FLUX_EXECUTION_ID="):
+                    return item.partition(b"=")[2]
+    except OSError:
+        pass
+    return b""
+
+
+def main(fd: int) -> None:
+    """Serve the socket ``fd`` until it closes. Ends the process."""
+    control = socket.socket(fileno=fd)
+    os.set_inheritable(fd, False)
+    os.umask(0o077)
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        if os.geteuid() == 0:
+            libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.geteuid() == 0:
+        os.setgroups([])
+    spawner = Spawner(control)
+    # Nothing made from here on lives in a cycle; collections would only cost.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    control.send(marshal.dumps([("ready",)]))
+    spawner.run()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
