@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxlib.config.control import AGENT_PORT, LOG_LEVELS, read_file, redis_address
-from fluxlib.config.environment import program_data
-from fluxlib.config.reader import Faults, between, load_mapping, one_of, setting, take
+from fluxlib.config.document import load_mapping
+from fluxlib.config.files import (
+    AGENT_PORT,
+    LOG_LEVELS,
+    absolute,
+    address_problem,
+    default_state_dir,
+    read_file,
+    redis_problem,
+)
+from fluxlib.config.reader import Faults, between, one_line, one_of, path_problem, setting, take, user_problem
 from fluxlib.errors import ConfigInvalid
 from fluxlib.model import AGENT_ID, RESERVED_AGENT_IDS
 
+DEFAULT_UID_RANGE = "1879048192+256"
 _UID_RANGE = re.compile(r"(\d{1,10})\+(\d{1,5})")
 
 
@@ -25,6 +32,11 @@ def agent_id_problem(value: str) -> str | None:
     if not AGENT_ID.fullmatch(value):
         return "must be 1 to 63 lower-case letters, digits and hyphens, with neither end a hyphen"
     return None
+
+
+def _first_and_count(value: str) -> tuple[int, int]:
+    first, _, count = value.partition("+")
+    return int(first), int(count)
 
 
 def _uid_range(value: Any) -> str | None:
@@ -46,21 +58,29 @@ class AgentConfig:
     )
     path: Path = Path("agent.yaml")
     port: int = setting("port", "integer", AGENT_PORT, why="the port of its gRPC server", check=between(1, 65535))
-    listen_host: str = setting("listen_host", "string", "0.0.0.0", why="the address it listens on")
+    listen_host: str = setting(
+        "listen_host", "string", "0.0.0.0", why="the address it listens on", check=address_problem
+    )
     node_private_ip: str = setting(
-        "network.node_private_ip", "string", "", why="told to functions as FLUX_NODE_PRIVATE_IP"
+        "network.node_private_ip", "string", "", why="told to functions as FLUX_NODE_PRIVATE_IP", check=one_line
     )
     node_public_ip: str = setting(
-        "network.node_public_ip", "string", "", why="told to functions as FLUX_NODE_PUBLIC_IP"
+        "network.node_public_ip", "string", "", why="told to functions as FLUX_NODE_PUBLIC_IP", check=one_line
     )
     tls_enabled: bool = setting(
         "tls.enabled", "boolean", False, why="mutual TLS with Flux; off only in private networks"
     )
-    tls_ca_cert: Path | None = setting("tls.ca_cert", "string", None, why="the CA's certificate", convert=Path)
-    tls_cert_file: Path | None = setting("tls.cert_file", "string", None, why="this agent's certificate", convert=Path)
-    tls_key_file: Path | None = setting("tls.key_file", "string", None, why="its private key", convert=Path)
+    tls_ca_cert: Path | None = setting(
+        "tls.ca_cert", "string", None, why="the CA's certificate", convert=Path, check=path_problem
+    )
+    tls_cert_file: Path | None = setting(
+        "tls.cert_file", "string", None, why="this agent's certificate", convert=Path, check=path_problem
+    )
+    tls_key_file: Path | None = setting(
+        "tls.key_file", "string", None, why="its private key", convert=Path, check=path_problem
+    )
     state_dir: Path = setting(
-        "state_dir", "string", Path(), why="functions, outputs and the embedded store", convert=Path
+        "state_dir", "string", Path(), why="functions, outputs and the embedded store", convert=Path, check=path_problem
     )
     store: str = setting(
         "store",
@@ -70,7 +90,7 @@ class AgentConfig:
         check=one_of("sqlite", "redis"),
     )
     redis_addr: str = setting(
-        "redis_addr", "string", "", why="host:port or redis:// URL, with store: redis", check=redis_address
+        "redis_addr", "string", "", why="host:port or redis:// URL, with store: redis", check=redis_problem, secret=True
     )
     max_tasks: int = setting(
         "max_tasks", "integer", 256, why="executions at a time, all functions together", check=between(1, 10000)
@@ -85,7 +105,7 @@ class AgentConfig:
     uid_range: str = setting(
         "uid_range",
         "string",
-        "1879048192+256",
+        DEFAULT_UID_RANGE,
         why="numeric users of the running slots, FIRST+COUNT, at least max_tasks",
         check=_uid_range,
     )
@@ -94,6 +114,7 @@ class AgentConfig:
         "string",
         "flux-runner",
         why="owns deployed code, and runs functions where each has no user of its own",
+        check=user_problem,
     )
     kill_grace_sec: float = setting(
         "kill_grace_sec",
@@ -159,63 +180,59 @@ class AgentConfig:
 
     @property
     def uid_first(self) -> int:
-        return int(self.uid_range.partition("+")[0])
+        return _first_and_count(self.uid_range)[0]
 
     @property
     def uid_count(self) -> int:
-        return int(self.uid_range.partition("+")[2])
+        return _first_and_count(self.uid_range)[1]
 
 
-def default_state_dir(beside: Path) -> Path:
-    """/var/lib/flux-agent for root, %PROGRAMDATA% on Windows, otherwise beside the configuration."""
-    if sys.platform == "win32":
-        return program_data() / "flux-agent" / "state"
-    return Path("/var/lib/flux-agent") if os.geteuid() == 0 else beside / "agent-state"
+_TLS_FILES = ("tls_ca_cert", "tls_cert_file", "tls_key_file")
 
 
 def read_agent(data: bytes | str, path: Path) -> AgentConfig:
     """agent.yaml's text. Raises ConfigInvalid with every fault.
 
-    Top-level keys that are not ours are warnings: the original read its file
-    loosely, and its users' files carry leftovers.
+    Unknown keys are warnings: the original read its file loosely, and its
+    users' files carry leftovers.
     """
     document = load_mapping(data, str(path), ConfigInvalid)
     faults, warnings = Faults(), list[str]()
-    ours = {key for key in document if key in _OUTER_KEYS}
-    leftovers = {key: "unknown here, ignored" for key in document if key not in ours}
-    values = take(AgentConfig, document, "", faults, ignored=leftovers, warnings=warnings)
-    tls = ("tls_ca_cert", "tls_cert_file", "tls_key_file")
+    if "redis_addr" in document and document.get("store") != "redis":
+        del document["redis_addr"]
+        warnings.append("redis_addr: ignored, records live in the embedded store (store: redis would use it)")
+    values = take(AgentConfig, document, "", faults, unknown=warnings)
     if values.get("tls_enabled"):
-        for name in tls:
-            if not values.get(name):
+        for name in _TLS_FILES:
+            if name not in values:
                 faults.add(f"tls.{name.removeprefix('tls_')}", "is required when tls.enabled is true")
-    if values.get("store") == "redis" and not values.get("redis_addr"):
+    if values.get("store") == "redis" and not document.get("redis_addr"):
         faults.add("redis_addr", "is required with store: redis")
+    first, count = _first_and_count(values.get("uid_range", DEFAULT_UID_RANGE))
+    max_tasks = values.get("max_tasks", AgentConfig.max_tasks)
+    if max_tasks > count and "uid_range" in values:
+        faults.add("uid_range", f"has {count} users, fewer than max_tasks ({max_tasks})")
     faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
-    if values.get("redis_addr") and values.get("store") != "redis":
-        warnings.append("redis_addr: ignored, records live in the embedded store (say store: redis to use it)")
+    values["uid_range"] = f"{first}+{max(count, max_tasks)}"
     beside = path.resolve().parent
-    for name in (*tls, "state_dir"):
-        if name in values and not values[name].is_absolute():
-            values[name] = beside / values[name]
-    values.setdefault("state_dir", default_state_dir(beside))
-    config = AgentConfig(path=path, warnings=tuple(warnings), **values)
-    if config.max_tasks > config.uid_count and "uid_range" in values:
-        raise ConfigInvalid(
-            f"{path} cannot be used: uid_range has {config.uid_count} users for max_tasks {config.max_tasks}"
-        )
-    if config.max_tasks > config.uid_count:
-        config = replace(config, uid_range=f"{config.uid_first}+{config.max_tasks}")
-    return config
-
-
-_OUTER_KEYS = {
-    field.metadata["setting"].key.partition(".")[0]
-    for field in AgentConfig.__dataclass_fields__.values()
-    if "setting" in field.metadata
-}
+    for name in _TLS_FILES:
+        if name in values:
+            values[name] = absolute(values[name], beside)
+    values["state_dir"] = absolute(values.get("state_dir") or default_state_dir("flux-agent", beside), beside)
+    return AgentConfig(path=path, warnings=tuple(warnings), **values)
 
 
 def load_agent(path: Path) -> AgentConfig:
-    """The file's configuration. Raises ConfigInvalid, also when it cannot be read."""
-    return read_agent(read_file(path), path)
+    """The file's configuration. Raises ConfigInvalid, also when it or a certificate cannot be read."""
+    config = read_agent(read_file(path), path)
+    if not config.tls_enabled:
+        return config
+    faults = Faults()
+    for name in _TLS_FILES:
+        try:
+            with getattr(config, name).open("rb"):
+                pass
+        except OSError as error:
+            faults.add(f"tls.{name.removeprefix('tls_')}", f"{getattr(config, name)}: {error.strerror or error}")
+    faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
+    return config

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from fluxlib.config.environment import program_data
+from fluxlib.config.document import load_mapping
+from fluxlib.config.files import (
+    AGENT_PORT,
+    LOG_LEVELS,
+    absolute,
+    address_problem,
+    default_certs_dir,
+    default_state_dir,
+    open_to_all,
+    read_file,
+    redis_problem,
+)
+from fluxlib.config.keys import ApiKey, read_api_keys
 from fluxlib.config.providers import AutoscalingConfig, AwsConfig, GcpConfig, NodeType, ProvidersConfig, read_providers
-from fluxlib.config.reader import Faults, between, load_mapping, not_blank, one_of, setting, take
+from fluxlib.config.reader import Faults, between, one_line, one_of, path_problem, setting, take
 from fluxlib.errors import ConfigInvalid
 
 __all__ = [
+    "ApiKey",
     "AutoscalingConfig",
     "AwsConfig",
     "ControlConfig",
@@ -27,31 +38,28 @@ __all__ = [
 ]
 
 API_PORT = 7227
-AGENT_PORT = 50052
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+EXAMPLE_KEY = "change-me"
+_SHORT_KEY = 16
 
 
-def _address(value: Any) -> str | None:
-    try:
-        ipaddress.ip_address(value)
-    except ValueError:
-        return "must be an IP address of this machine (0.0.0.0 = all)"
-    return None
-
-
-def redis_address(value: Any) -> str | None:
-    """``host:port`` or a redis URL."""
-    if value.startswith(("redis://", "rediss://", "unix://")):
+def _origin(value: Any) -> str | None:
+    if value == "*":
         return None
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        return "must be host:port, or a redis:// or rediss:// URL"
-    return None
+    try:
+        url = urlsplit(value)
+        fits = url.scheme in ("http", "https") and bool(url.hostname) and value == f"{url.scheme}://{url.netloc}"
+    except ValueError:
+        fits = False
+    return None if fits and value.isprintable() else "is no origin: https://host[:port] without a path, or *"
 
 
-def _origin(values: Any) -> str | None:
-    wrong = [value for value in values if value != "*" and not value.startswith(("http://", "https://"))]
-    return f"{wrong[0]!r} is no origin (https://host[:port], or *)" if wrong else None
+def _sha256(value: Any) -> str | None:
+    return None if re.fullmatch(r"[0-9A-Fa-f]{64}", value) else "must be 64 hexadecimal digits"
+
+
+def _web_address(value: Any) -> str | None:
+    fits = re.fullmatch(r"https?://[!-~]+", value)
+    return None if fits else "must be an http:// or https:// URL"
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,12 @@ class ControlConfig:
     """Everything flux.yaml says. Paths are absolute."""
 
     api_key: str = setting(
-        "api_key", "string", why="the key of the administrator; every change needs it", check=not_blank
+        "api_key", "string", why="the administrator's key; every change needs one", check=one_line, secret=True
     )
+    api_keys: tuple[ApiKey, ...] = setting("api_keys", "section", (), why="more keys, each with a name and a role")
     path: Path = Path("flux.yaml")
     listen_host: str = setting(
-        "listen_host", "string", "0.0.0.0", why="the address the HTTP API listens on", check=_address
+        "listen_host", "string", "0.0.0.0", why="the address the HTTP API listens on", check=address_problem
     )
     port: int = setting("port", "integer", API_PORT, why="the port of the HTTP API", check=between(1, 65535))
     redis_addr: str = setting(
@@ -71,23 +80,25 @@ class ControlConfig:
         "string",
         "",
         why="host:port or redis:// URL of the state that several Flux share; absent = the embedded store",
-        check=redis_address,
+        check=redis_problem,
+        secret=True,
     )
     agent_redis_url: str = setting(
         "agent_redis_url",
         "string",
         "",
         why="Redis for the agents' records; give them a database and user of their own",
-        check=redis_address,
+        check=redis_problem,
+        secret=True,
     )
     agent_port: int = setting(
         "agent_port", "integer", AGENT_PORT, why="the gRPC port of agents on nodes Flux makes", check=between(1, 65535)
     )
     state_dir: Path = setting(
-        "state_dir", "string", Path(), why="where the embedded store lives", convert=Path, check=not_blank
+        "state_dir", "string", Path(), why="where the embedded store lives", convert=Path, check=path_problem
     )
     certs_dir: Path = setting(
-        "certs_dir", "string", Path(), why="the CA, the certificates and the SSH key", convert=Path, check=not_blank
+        "certs_dir", "string", Path(), why="the CA, the certificates and the SSH key", convert=Path, check=path_problem
     )
     disable_grpc_tls: bool = setting(
         "disable_grpc_tls", "boolean", False, why="speak to agents in plain text: private networks only"
@@ -97,7 +108,7 @@ class ControlConfig:
         "strings",
         (),
         why="web origins that may call the API from a browser; none by default",
-        check=_origin,
+        each=_origin,
     )
     public_agents: bool = setting(
         "public_agents",
@@ -174,64 +185,56 @@ class ControlConfig:
         "end_strays", "boolean", False, why="end cloud nodes of this installation that Flux no longer knows"
     )
     agent_package: str = setting(
-        "agent_package", "string", "", why="a flux-agent .deb for new nodes; by default the one that came with Flux"
+        "agent_package",
+        "string",
+        "",
+        why="a flux-agent .deb for new nodes; absent = the one that came with Flux",
+        check=path_problem,
     )
     agent_package_url: str = setting(
-        "agent_package_url", "string", "", why="where nodes download the package themselves, with agent_package_sha256"
+        "agent_package_url",
+        "string",
+        "",
+        why="where nodes download the package themselves, with agent_package_sha256",
+        check=_web_address,
     )
-    agent_package_sha256: str = setting("agent_package_sha256", "string", "", why="the SHA-256 the download must have")
+    agent_package_sha256: str = setting(
+        "agent_package_sha256", "string", "", why="the SHA-256 the download must have", check=_sha256
+    )
     log_level: str = setting("log_level", "string", "INFO", why="how much is logged", check=one_of(*LOG_LEVELS))
     providers: ProvidersConfig = setting("providers", "section", ProvidersConfig(), why="clouds to make nodes in")
-    warnings: tuple[str, ...] = ()
-
-
-def default_state_dir(beside: Path) -> Path:
-    """/var/lib/flux for root, %PROGRAMDATA% on Windows, otherwise beside the configuration."""
-    if sys.platform == "win32":
-        return program_data() / "flux" / "state"
-    return Path("/var/lib/flux") if os.geteuid() == 0 else beside / "state"
-
-
-def default_certs_dir(beside: Path) -> Path:
-    """The original's directory for root, beside the configuration otherwise."""
-    if sys.platform == "win32":
-        return program_data() / "flux" / "certs"
-    return Path("/etc/flux/certs") if os.geteuid() == 0 else beside / "certs"
+    warnings: tuple[str, ...] = ()  # for people, at start and in check-config
+    notes: tuple[str, ...] = ()  # worth a line in the log, nothing to mend
 
 
 def read_control(data: bytes | str, path: Path) -> ControlConfig:
     """flux.yaml's text. Raises ConfigInvalid with every fault."""
     document = load_mapping(data, str(path), ConfigInvalid)
-    faults, warnings = Faults(), list[str]()
+    faults, warnings, notes = Faults(), list[str](), list[str]()
     values = take(ControlConfig, document, "", faults)
     values["providers"] = read_providers(document.get("providers"), faults)
-    if bool(values.get("agent_package_url")) != bool(values.get("agent_package_sha256")):
+    values["api_keys"] = read_api_keys(document.get("api_keys"), faults)
+    if bool(document.get("agent_package_url")) != bool(document.get("agent_package_sha256")):
         faults.add("agent_package_url", "goes with agent_package_sha256, and the other way round")
-    sha256 = values.get("agent_package_sha256", "")
-    if sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", sha256):
-        faults.add("agent_package_sha256", "must be 64 hexadecimal digits")
     faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
-    if "redis_addr" not in document:
-        warnings.append("redis_addr is not set: the embedded store is used (the original meant localhost:6379)")
+    if "redis_addr" not in values:
+        notes.append("redis_addr is not set: the embedded store is used (the original meant localhost:6379)")
+    if EXAMPLE_KEY in values["api_key"]:
+        warnings.append("api_key: is still the example's; put a long random text there")
+    elif len(values["api_key"]) < _SHORT_KEY:
+        warnings.append(f"api_key: has fewer than {_SHORT_KEY} characters; whoever guesses it may do everything")
     beside = path.resolve().parent
-    state_dir = _absolute(values.pop("state_dir", None) or default_state_dir(beside), beside)
-    certs_dir = _absolute(values.pop("certs_dir", None) or default_certs_dir(beside), beside)
-    config = ControlConfig(path=path, warnings=tuple(warnings), **values)
-    return replace(config, state_dir=state_dir, certs_dir=certs_dir)
+    values["state_dir"] = absolute(values.get("state_dir") or default_state_dir("flux", beside), beside)
+    values["certs_dir"] = absolute(values.get("certs_dir") or default_certs_dir(beside), beside)
+    if "agent_package" in values:
+        values["agent_package"] = str(absolute(Path(values["agent_package"]), beside))
+    return ControlConfig(path=path, warnings=tuple(warnings), notes=tuple(notes), **values)
 
 
 def load_control(path: Path) -> ControlConfig:
     """The file's configuration. Raises ConfigInvalid, also when it cannot be read."""
-    return read_control(read_file(path), path)
-
-
-def read_file(path: Path) -> bytes:
-    """A configuration file's bytes. Raises ConfigInvalid with the reason."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigInvalid(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _absolute(path: Path, beside: Path) -> Path:
-    return path if path.is_absolute() else beside / path
+    config = read_control(read_file(path), path)
+    if not open_to_all(path):
+        return config
+    warning = f"{path} can be read by every user of this machine, and it holds the key: chmod 600 {path}"
+    return replace(config, warnings=(*config.warnings, warning))

@@ -32,6 +32,12 @@ def for_child(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def state_directory() -> Path | None:
+    """Where systemd's ``StateDirectory=`` says that state belongs; None outside such a unit."""
+    first = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return Path(first) if first else None
+
+
 def program_data() -> Path:
     """Where Windows keeps what all users share."""
     return Path(os.environ.get("PROGRAMDATA") or r"C:\ProgramData")

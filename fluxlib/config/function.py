@@ -7,14 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluxlib.config.reader import Faults, between, load_mapping, one_of, setting, take
+from fluxlib.config.document import load_mapping
+from fluxlib.config.reader import Faults, between, nearest, one_of, setting, take
 from fluxlib.model import FUNCTION_NAME, Behavior, FunctionSpec, Network, Platform, WorkingDirectory
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
-_PLATFORM_PART = re.compile(r"[a-z0-9_.-]{1,32}")
+_DEVICE = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_MAX_HANDLER = 512
 _MAX_ENV_BYTES = 64 * 1024
 _RESERVED_ENV = "FLUX_"
+# In Go's words, as agents report themselves; `unix` is everything but Windows.
 _OSES = ("linux", "windows", "darwin", "freebsd", "unix", "any")
+_ARCHITECTURES = ("amd64", "arm64", "386", "arm", "riscv64", "ppc64le", "s390x", "loong64", "any")
+_OTHER_NAMES = {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64", "i386": "386", "i686": "386", "x86": "386"}
 
 
 def name_problem(value: Any) -> str | None:
@@ -25,33 +30,41 @@ def name_problem(value: Any) -> str | None:
 
 
 def handler_problem(value: Any) -> str | None:
-    """What is wrong with a path inside a zip, or None."""
-    if not value or len(value) > 512:
-        return "must be a path inside the zip, 1 to 512 characters"
-    if any(ord(char) < 32 or char in '\\:*?"<>|' for char in value):
+    """What is wrong with a path inside a zip, or None. Held to what Windows and Unix both take literally."""
+    if not value or len(value) > _MAX_HANDLER:
+        return f"must be a path inside the zip, 1 to {_MAX_HANDLER} characters"
+    if not value.isprintable() or any(char in '\\:*?"<>|' for char in value):
         return 'must not contain control characters, backslashes or any of : * ? " < > |'
     parts = value.split("/")
     if value.startswith("/") or any(part in ("", ".", "..") for part in parts):
         return "must be a relative path without empty parts, '.' or '..'"
+    # Windows drops what ends a name and opens devices by theirs.
+    if any(part != part.strip() or part.endswith(".") or _DEVICE.fullmatch(part) for part in parts):
+        return "must not have parts that end with a dot, begin or end with a space, or are names of Windows devices"
+    return None
+
+
+def _env_name_problem(value: Any) -> str | None:
+    if not _ENV_NAME.fullmatch(value):
+        return "is no variable name (letters, digits and underscores, no digit first)"
+    if value.upper().startswith(_RESERVED_ENV):
+        return f"begins with {_RESERVED_ENV}, which Flux sets itself"
     return None
 
 
 def _env_problem(value: Any) -> str | None:
-    for name in value:
-        if not _ENV_NAME.fullmatch(name):
-            return f"{name[:60]!r} is no variable name (letters, digits and underscores)"
-        if name.upper().startswith(_RESERVED_ENV):
-            return f"{name} begins with {_RESERVED_ENV}, which Flux sets itself"
-    if sum(len(name) + len(text.encode()) for name, text in value.items()) > _MAX_ENV_BYTES:
-        return f"is larger than {_MAX_ENV_BYTES // 1024} KiB"
-    return None
+    size = sum(len(name) + len(text.encode()) for name, text in value.items())
+    return f"is larger than {_MAX_ENV_BYTES // 1024} KiB" if size > _MAX_ENV_BYTES else None
 
 
-def _platforms_problem(value: Any) -> str | None:
-    for text in value:
-        os, _, architecture = text.strip().lower().partition("/")
-        if os not in _OSES or (architecture and not _PLATFORM_PART.fullmatch(architecture)):
-            return f"{text[:60]!r} is no platform (for example linux/amd64)"
+def _platform_problem(value: Any) -> str | None:
+    os, slash, architecture = value.strip().lower().partition("/")
+    if os not in _OSES:
+        return f"the system must be one of {', '.join(_OSES)}{nearest(os, _OSES)}"
+    if slash and architecture in _OTHER_NAMES:
+        return f"the architecture is called {_OTHER_NAMES[architecture]} here"
+    if slash and architecture not in _ARCHITECTURES:
+        return f"the architecture must be one of {', '.join(_ARCHITECTURES)}{nearest(architecture, _ARCHITECTURES)}"
     return None
 
 
@@ -96,13 +109,15 @@ class FunctionFile:
         check=one_of("exit", "wait"),
         convert=Behavior,
     )
-    env: Mapping[str, str] = setting("env", "map", {}, why="variables of its environment", check=_env_problem)
+    env: Mapping[str, str] = setting(
+        "env", "map", {}, why="variables of its environment", check=_env_problem, each=_env_name_problem
+    )
     platforms: tuple[Platform, ...] = setting(
         "platforms",
         "strings",
         (),
         why="where it runs, for example linux/amd64; absent = read from the handler",
-        check=_platforms_problem,
+        each=_platform_problem,
         convert=_parse_platforms,
     )
     network: Network = setting(
@@ -140,8 +155,8 @@ def read_function(data: bytes | str) -> FunctionSpec:
     document = load_mapping(data, "the function's YAML")
     faults = Faults()
     values = take(FunctionFile, document, "", faults)
+    # cpu.max has a floor of 1 ms in each 100 ms.
     if 0 < values.get("cpu_millicores", 0) < 10:
-        # cpu.max has a floor of 1 ms in each 100 ms.
         faults.add("resources.cpu", "must be 0 or at least 10 millicores")
     faults.raise_if_any("the function's YAML cannot be used")
     return FunctionSpec(**values)

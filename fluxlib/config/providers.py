@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fluxlib.config.reader import Faults, between, not_blank, setting, take
+from fluxlib.config.reader import Faults, between, one_line, setting, take, type_name, user_problem
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 class NodeType:
     """One machine type an autoscaler may launch."""
 
-    instance_type: str = setting("instance_type", "string", why="the cloud's name of the type", check=not_blank)
+    instance_type: str = setting("instance_type", "string", why="the cloud's name of the type", check=one_line)
     vcpus: int = setting("vcpus", "integer", 0, why="orders the types by size", check=between(0, 1024))
     memory_gb: float = setting(
         "memory_gb", "number", 0.0, unit="GB", why="orders the types by size", check=between(0, 65536)
@@ -69,14 +69,14 @@ class AutoscalingConfig:
 class AwsConfig:
     """Nodes on Amazon EC2."""
 
-    region: str = setting("region", "string", why="for example eu-central-1", check=not_blank)
-    ami: str = setting("ami", "string", why="the image; a Debian or Ubuntu", check=not_blank)
+    region: str = setting("region", "string", why="for example eu-central-1", check=one_line)
+    ami: str = setting("ami", "string", why="the image; a Debian or Ubuntu", check=one_line)
     security_group_id: str = setting(
         "security_group_id", "string", "", why="must let Flux reach ports 22 and agent_port"
     )
     access_key_id: str = setting("access_key_id", "string", "", why="absent = the SDK's own search for credentials")
-    secret_access_key: str = setting("secret_access_key", "string", "", why="goes with access_key_id")
-    ssh_user: str = setting("ssh_user", "string", "ec2-user", why="the image's user", check=not_blank)
+    secret_access_key: str = setting("secret_access_key", "string", "", why="goes with access_key_id", secret=True)
+    ssh_user: str = setting("ssh_user", "string", "ec2-user", why="the image's user", check=user_problem)
     agent_version: str = setting("agent_version", "string", "", why="the version agent_package_url installs")
     tags: Mapping[str, str] = setting("tags", "map", {}, why="put on every node beside Flux's own")
     agent_setup_commands: tuple[str, ...] = setting(
@@ -97,15 +97,15 @@ class AwsConfig:
 class GcpConfig:
     """Nodes on Google Compute Engine."""
 
-    project_id: str = setting("project_id", "string", why="the project", check=not_blank)
-    zone: str = setting("zone", "string", why="for example europe-west3-a", check=not_blank)
-    image: str = setting("image", "string", why="the image's path; a Debian or Ubuntu", check=not_blank)
+    project_id: str = setting("project_id", "string", why="the project", check=one_line)
+    zone: str = setting("zone", "string", why="for example europe-west3-a", check=one_line)
+    image: str = setting("image", "string", why="the image's path; a Debian or Ubuntu", check=one_line)
     credentials_file: str = setting("credentials_file", "string", "", why="absent = the SDK's own search")
     service_account_email: str = setting(
         "service_account_email", "string", "", why="the nodes' own account; absent = none, functions get no token"
     )
     ssh_user: str = setting(
-        "ssh_user", "string", "ubuntu", why="made by the image from the key's metadata", check=not_blank
+        "ssh_user", "string", "ubuntu", why="made by the image from the key's metadata", check=user_problem
     )
     agent_version: str = setting("agent_version", "string", "", why="the version agent_package_url installs")
     labels: Mapping[str, str] = setting("labels", "map", {}, why="put on every node beside Flux's own")
@@ -139,7 +139,7 @@ def read_providers(section: Any, faults: Faults) -> ProvidersConfig:
     if section is None:
         return ProvidersConfig()
     if not isinstance(section, dict):
-        faults.add("providers", "must be a mapping of aws and gcp")
+        faults.add("providers", f"must be a mapping of aws and gcp, is {type_name(section)}")
         return ProvidersConfig()
     take(_Clouds, section, "providers.", faults)
     return ProvidersConfig(
@@ -158,7 +158,7 @@ def _cloud(cls: type[T], data: Any, path: str, faults: Faults) -> T | None:
     if data is None:
         return None
     if not isinstance(data, dict):
-        faults.add(path, "must be a mapping")
+        faults.add(path, f"must be a mapping, is {type_name(data)}")
         return None
     before = len(faults.found)
     values = take(cls, data, f"{path}.", faults)
@@ -172,12 +172,12 @@ def _autoscaling(data: Any, path: str, faults: Faults) -> AutoscalingConfig:
     if data is None:
         return AutoscalingConfig()
     if not isinstance(data, dict):
-        faults.add(path, "must be a mapping")
+        faults.add(path, f"must be a mapping, is {type_name(data)}")
         return AutoscalingConfig()
     values = take(AutoscalingConfig, data, f"{path}.", faults)
     types = data.get("node_types") or []
     if not isinstance(types, list):
-        faults.add(f"{path}.node_types", "must be a list")
+        faults.add(f"{path}.node_types", f"must be a list, is {type_name(types)}")
         types = []
     taken = []
     for number, entry in enumerate(types):

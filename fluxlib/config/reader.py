@@ -1,42 +1,54 @@
-"""Typed reading of YAML from outside: every fault at once, each with its key's path.
+"""Settings declared once, and the reader that holds a document to them: every fault at once, each with its path.
 
-Used for flux.yaml, agent.yaml and function files alike. What YAML makes
-dangerous is refused before it is read: aliases (a small file can unfold into
-gigabytes), duplicate keys (the second silently wins), and anything but plain
-values.
+Used for flux.yaml, agent.yaml and function files alike; ``check-config``, the
+examples and the documentation are made from or checked against the same
+declarations.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from dataclasses import field as dataclass_field
 from typing import Any, TypeVar
 
-import yaml
-
+from fluxlib.config.document import Plain
 from fluxlib.errors import InvalidInput
 
 T = TypeVar("T")
 
-MAX_BYTES = 1024 * 1024
-_MAX_DEPTH = 20
+_MAX_FAULTS = 50
+_MAX_TEXT = 65536
+_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
+_NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
+# As YAML 1.1 has it, so that an original's `enabled: yes` is taken.
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class Faults:
-    """Everything found wrong so far."""
+    """Everything found wrong so far. A hostile document may hold thousands: some are listed, all are counted."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self._unlisted = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.found) >= _MAX_FAULTS
 
     def add(self, path: str, problem: str) -> None:
-        self.found.append(f"{path}: {problem}" if path else problem)
+        if self.full:
+            self._unlisted += 1
+        else:
+            self.found.append(f"{path}: {problem}" if path else problem)
 
     def raise_if_any(self, what: str, error: type[InvalidInput] = InvalidInput) -> None:
         if self.found:
-            raise error(what, self.found)
+            more = [f"and {self._unlisted} more"] if self._unlisted else []
+            raise error(what, [*self.found, *more])
 
 
 Check = Callable[[Any], str | None]
@@ -45,14 +57,15 @@ Check = Callable[[Any], str | None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, declared once: the reader, `check-config`, the examples and the documentation use this."""
+    """One setting. ``key`` is as it is spelt in YAML, a dot for each mapping it is inside of."""
 
-    key: str  # as it is spelt in YAML; dots for keys inside a mapping
+    key: str
     kind: str  # "string", "integer", "number", "boolean", "strings", "map", or "section"
     why: str
     unit: str = ""
     required: bool = False
     check: Check | None = None
+    each: Check | None = None  # of every item of a list, of every name of a map
     convert: Callable[[Any], Any] | None = None
 
 
@@ -64,16 +77,17 @@ def setting(
     why: str,
     unit: str = "",
     check: Check | None = None,
+    each: Check | None = None,
     convert: Callable[[Any], Any] | None = None,
+    secret: bool = False,
 ) -> Any:
-    """A dataclass field that is a setting. Without a default it is required."""
-    declared = Setting(key, kind, why, unit, default is MISSING, check, convert)
-    metadata = {"setting": declared}
+    """A dataclass field that is a setting. Without a default it is required; a secret one stays out of ``repr``."""
+    metadata = {"setting": Setting(key, kind, why, unit, default is MISSING, check, each, convert)}
     if default is MISSING:
-        return dataclass_field(metadata=metadata)
+        return dataclass_field(metadata=metadata, repr=not secret)
     if isinstance(default, dict | list):
         return dataclass_field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclass_field(default=default, metadata=metadata)
+    return dataclass_field(default=default, metadata=metadata, repr=not secret)
 
 
 def settings_of(cls: type) -> list[tuple[Field[Any], Setting]]:
@@ -85,194 +99,115 @@ def settings_of(cls: type) -> list[tuple[Field[Any], Setting]]:
 
 
 def between(low: float, high: float) -> Check:
-    return lambda value: None if low <= value <= high else f"must be between {low:g} and {high:g}, is {value:g}"
+    return lambda value: None if low <= value <= high else f"must be between {low:.15g} and {high:.15g}, is {value}"
 
 
 def one_of(*allowed: str) -> Check:
-    return lambda value: None if value in allowed else f"must be one of {', '.join(allowed)}{_nearest(value, allowed)}"
+    return lambda value: None if value in allowed else f"must be one of {', '.join(allowed)}{nearest(value, allowed)}"
 
 
-def not_blank(value: Any) -> str | None:
-    return None if str(value).strip() else "must not be empty"
+def one_line(value: Any) -> str | None:
+    """For what ends up in headers, paths and log lines."""
+    return None if value.isprintable() else "must be one line of printable characters"
 
 
-# ---- YAML --------------------------------------------------------------------
+def path_problem(value: Any) -> str | None:
+    if value.startswith("~"):
+        return "~ is not expanded here: write the directory out"
+    return one_line(value)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without what makes YAML dangerous."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases are not taken", event.start_mark)
-        self.depth = getattr(self, "depth", 0) + 1
-        if self.depth > _MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, "nested too deeply", None)
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool | None.__class__):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=True)
+def user_problem(value: Any) -> str | None:
+    return None if _USER.fullmatch(value) else "is no user's name"
 
 
-_BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
-# As in YAML 1.2: "off" is a text (an isolation profile, for one), and so is a date.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (_BOOL, _TIMESTAMP)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-
-
-def load_mapping(data: bytes | str, what: str, error: type[InvalidInput] = InvalidInput) -> dict[str, Any]:
-    """The document's mapping. Raises ``error`` for anything else; an empty document is an empty mapping."""
-    raw = data.encode() if isinstance(data, str) else data
-    if len(raw) > MAX_BYTES:
-        raise error(f"{what} is larger than {MAX_BYTES // 1024} KiB")
-    try:
-        text = raw.decode("utf-8")
-        document = yaml.load(text, Loader=_Loader)
-    except UnicodeDecodeError as fault:
-        raise error(f"{what} is not UTF-8: byte {fault.start}") from fault
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as fault:
-        mark = getattr(fault, "problem_mark", None)
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        problem = getattr(fault, "problem", None) or str(fault) or type(fault).__name__
-        raise error(f"{what} is not valid YAML: {problem}{where}") from fault
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise error(f"{what} must be a mapping of keys to values, is {_type_name(document)}")
-    faulty = [key for key in document if not isinstance(key, str)]
-    if faulty:
-        raise error(f"{what}: keys must be text, {faulty[0]!r} is not")
-    return document
+def nearest(word: str, known: Collection[str]) -> str:
+    """`` (did you mean X?)`` when something known is close, else nothing."""
+    close = difflib.get_close_matches(word[:100], sorted(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 # ---- values ------------------------------------------------------------------
 
 
 def take(
-    cls: type[T],
-    data: Mapping[str, Any],
-    path: str,
-    faults: Faults,
-    *,
-    ignored: Mapping[str, str] | None = None,
-    warnings: list[str] | None = None,
-    more: Sequence[str] = (),
+    cls: type[T], data: Mapping[str, Any], path: str, faults: Faults, *, unknown: list[str] | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments for ``cls`` from ``data``, faults collected.
+    """The keyword arguments for ``cls`` from ``data``; faults are collected, faulty and absent settings left out.
 
-    ``ignored`` keys give their warning instead of a fault; ``more`` keys are
-    somebody else's and left alone. Sections (kind "section") are the caller's.
+    Unknown keys are faults, or go into ``unknown`` as sentences when that is
+    given. Sections (kind "section") are the caller's to read.
     """
+    tree = _key_tree(cls)
     values: dict[str, Any] = {}
-    known: set[str] = set(more) | set(ignored or ())
-    nested: dict[str, set[str]] = {}
     for field, declared in settings_of(cls):
-        outer, _, inner = declared.key.partition(".")
-        known.add(outer)
-        if inner:
-            nested.setdefault(outer, set()).add(inner)
         if declared.kind == "section":
             continue
-        present, value = _lookup(data, declared.key)
-        where = f"{path}{declared.key}"
-        if not present or value is None:
-            if declared.required:
-                faults.add(where, "is required")
-            continue
-        taken = typed(value, declared.kind, where, faults)
-        if taken is None:
-            continue
-        if isinstance(taken, str) and (problem := _text_problem(taken)):
-            faults.add(where, problem)
-            continue
-        problem = declared.check(taken) if declared.check else None
-        if problem:
-            faults.add(where, problem)
-            continue
-        values[field.name] = declared.convert(taken) if declared.convert else taken
-    for key in data:
-        if ignored and key in ignored:
-            if warnings is not None:
-                warnings.append(f"{path}{key}: {ignored[key]}")
-        elif key not in known:
-            faults.add(f"{path}{key}", f"unknown key{_nearest(str(key), sorted(known))}")
-        elif key in nested:
-            _check_nested(data[key], nested[key], f"{path}{key}", faults)
+        value = _look_up(data, declared.key)
+        before = len(faults.found)
+        taken = _typed(value, declared, f"{path}{declared.key}", faults)
+        if taken is not None and len(faults.found) == before:
+            values[field.name] = declared.convert(taken) if declared.convert else taken
+    _check_keys(data, tree, path, faults, unknown)
     return values
 
 
-def typed(value: Any, kind: str, path: str, faults: Faults) -> Any:
-    """``value`` as ``kind``, or None with a fault."""
-    reader = _KINDS[kind]
-    taken = reader(value)
+def _typed(value: Any, declared: Setting, path: str, faults: Faults) -> Any:
+    """The checked value; None when it is absent or faulty."""
+    if value is None or (declared.kind == "string" and isinstance(value, str) and not value.strip()):
+        if declared.required:
+            faults.add(path, "is required" if value is None else "must not be empty")
+        return None
+    taken = _KINDS[declared.kind](value)
     if taken is None:
-        article = "an" if kind[0] in "aeiou" else "a"
-        words = {"strings": "a list of texts", "map": "a mapping of names to texts"}
-        faults.add(path, f"must be {words.get(kind, f'{article} {kind}')}, is {_type_name(value)}")
+        faults.add(path, f"must be {_KIND_NAMES[declared.kind]}, is {type_name(value)}")
+        return None
+    if isinstance(taken, str) and (problem := _text_problem(taken)):
+        faults.add(path, problem)
+        return None
+    if isinstance(taken, tuple | dict):
+        taken = _items(taken, declared, path, faults)
+    problem = declared.check(taken) if declared.check else None
+    if problem:
+        faults.add(path, problem)
     return taken
+
+
+def _items(taken: tuple[Any, ...] | dict[str, Any], declared: Setting, path: str, faults: Faults) -> Any:
+    """The texts of a list or map, each checked."""
+    texts: list[tuple[str, str]] = []
+    pairs = taken.items() if isinstance(taken, dict) else enumerate(taken)
+    for key, item in pairs:
+        where = f"{path}.{shown(key)}" if isinstance(key, str) else f"{path}[{key}]"
+        if item is None and isinstance(key, str):
+            item = ""  # `NAME:` with nothing behind it
+        if not isinstance(item, str):
+            faults.add(where, f"must be text, is {type_name(item)}")
+            continue
+        checked = key if isinstance(key, str) else str(item)
+        problem = _text_problem(item) or _text_problem(checked) or (declared.each(checked) if declared.each else None)
+        if problem:
+            faults.add(where, problem)
+        texts.append((str(key), str(item)))
+    return dict(texts) if isinstance(taken, dict) else tuple(text for _, text in texts)
 
 
 def _string(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    # A key or a tag may be all digits, a region `no`: what was written counts.
+    return str(value) if isinstance(value, str) else None
 
 
 def _integer(value: Any) -> int | None:
-    # The original's files spell ports as text.
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 20:
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
+    # The original's files spell ports as text. A leading zero is octal to some: refused.
+    return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value.strip()) else None
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < 1e18 else None  # NaN fails the comparison too
-
-
-# What YAML 1.1 took for true and false, in files people have.
-_WORDS = {"yes": True, "on": True, "no": False, "off": False}
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else None
 
 
 def _boolean(value: Any) -> bool | None:
-    if isinstance(value, str):
-        return _WORDS.get(value.lower())
-    return value if isinstance(value, bool) else None
-
-
-def _strings(value: Any) -> tuple[str, ...] | None:
-    if not isinstance(value, list) or not all(isinstance(item, str) and not _text_problem(item) for item in value):
-        return None
-    return tuple(value)
-
-
-def _map(value: Any) -> dict[str, str] | None:
-    if not isinstance(value, dict):
-        return None
-    taken: dict[str, str] = {}
-    for key, item in value.items():
-        if not isinstance(key, str) or isinstance(item, list | dict) or item is None:
-            return None
-        # A person writes PORT: 80 and DEBUG: true and means the text.
-        text = str(item).lower() if isinstance(item, bool) else str(item)
-        if "\0" in key or "\0" in text:
-            return None
-        taken[key] = text
-    return taken
+    return _BOOLEANS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
@@ -280,41 +215,82 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "integer": _integer,
     "number": _number,
     "boolean": _boolean,
-    "strings": _strings,
-    "map": _map,
+    "strings": lambda value: tuple(value) if isinstance(value, list) else None,
+    "map": lambda value: value if isinstance(value, dict) else None,
 }
-
-
-def _lookup(data: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    outer, _, inner = key.partition(".")
-    if not inner:
-        return key in data, data.get(key)
-    section = data.get(outer)
-    return (inner in section, section.get(inner)) if isinstance(section, dict) else (False, None)
-
-
-def _check_nested(value: Any, known: set[str], path: str, faults: Faults) -> None:
-    if value is None:
-        return
-    if not isinstance(value, dict):
-        faults.add(path, f"must be a mapping, is {_type_name(value)}")
-        return
-    for key in value:
-        if key not in known:
-            faults.add(f"{path}.{key}", f"unknown key{_nearest(str(key), sorted(known))}")
+_KIND_NAMES = {
+    "string": "text",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "strings": "a list of texts",
+    "map": "a mapping of names to texts",
+}
 
 
 def _text_problem(text: str) -> str | None:
     if "\0" in text:
         return "must not contain NUL"
-    return "is longer than 64 KiB" if len(text) > 65536 else None
+    return f"is longer than {_MAX_TEXT // 1024} KiB" if len(text) > _MAX_TEXT else None
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word[:100], known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def type_name(value: Any) -> str:
+    """What a value of a document is, for people."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, Plain) and _NUMBER.fullmatch(value):
+        return "a number"
+    if isinstance(value, Plain) and value.lower() in _BOOLEANS:
+        return "true or false"
+    return "nothing" if value is None else "text"
 
 
-def _type_name(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+# ---- keys --------------------------------------------------------------------
+
+
+def _key_tree(cls: type) -> dict[str, set[str]]:
+    """The outer keys with the inner ones of those that are mappings of settings."""
+    tree: dict[str, set[str]] = {}
+    for _, declared in settings_of(cls):
+        outer, _, inner = declared.key.partition(".")
+        tree.setdefault(outer, set()).update({inner} if inner else ())
+    return tree
+
+
+def _look_up(data: Mapping[str, Any], key: str) -> Any:
+    outer, _, inner = key.partition(".")
+    value = data.get(outer)
+    if not inner:
+        return value
+    return value.get(inner) if isinstance(value, dict) else None
+
+
+def _check_keys(
+    data: Mapping[str, Any], tree: Mapping[str, set[str]], path: str, faults: Faults, unknown: list[str] | None
+) -> None:
+    for key, value in data.items():
+        inner = tree.get(key)
+        if inner is None:
+            _unknown_key(key, tree, path, faults, unknown)
+        elif inner and isinstance(value, dict):
+            for name in value:
+                if name not in inner:
+                    _unknown_key(name, inner, f"{path}{key}.", faults, unknown)
+        elif inner and value is not None:
+            faults.add(f"{path}{key}", f"must be a mapping, is {type_name(value)}")
+
+
+def _unknown_key(key: str, known: Collection[str], path: str, faults: Faults, unknown: list[str] | None) -> None:
+    if unknown is not None and len(unknown) < _MAX_FAULTS:
+        unknown.append(f"{path}{shown(key)}: unknown here, ignored{nearest(key, known)}")
+    elif unknown is None:
+        # Looking for the nearest key costs a millisecond; nobody reads the thousandth.
+        faults.add(f"{path}{shown(key)}", f"unknown key{'' if faults.full else nearest(key, known)}")
+
+
+def shown(key: str) -> str:
+    """A key from outside, safe in a line of text."""
+    text = key if key.isprintable() else ascii(key)[1:-1]
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,0 +1,100 @@
+"""Where configuration and state live, and reading a file with the reason when that fails."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fluxlib.config.document import MAX_BYTES
+from fluxlib.config.environment import config_path, is_named, program_data, state_directory
+from fluxlib.errors import ConfigInvalid
+
+AGENT_PORT = 50052
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def find_config(variable: str, name: str, package: str) -> Path:
+    """The file that ``variable`` names, else ``name`` here, else the installed package's; it may not exist."""
+    here = config_path(variable, name)
+    if is_named(variable) or here.exists():
+        return here
+    installed = system_directory(package) / name
+    return installed if installed.exists() else here
+
+
+def system_directory(package: str) -> Path:
+    """Where the packages of Flux keep their configuration: ``package`` is flux or flux-agent."""
+    return program_data() / package if sys.platform == "win32" else Path("/etc") / package
+
+
+def read_file(path: Path) -> bytes:
+    """A configuration file's bytes. Raises ConfigInvalid with the reason."""
+    try:
+        with path.open("rb") as file:
+            # One byte more than is taken, so that the reader can say it is too large.
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ConfigInvalid(f"there is no {path}") from error
+    except OSError as error:
+        raise ConfigInvalid(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def absolute(path: Path, beside: Path) -> Path:
+    """Relative paths count from the file that names them, not from where the program was started."""
+    return path if path.is_absolute() else beside / path
+
+
+def default_state_dir(package: str, beside: Path) -> Path:
+    """systemd's choice, a system directory for root and installed packages, otherwise beside the configuration."""
+    if sys.platform == "win32":
+        return program_data() / package / "state"
+    installed = os.geteuid() == 0 or beside == system_directory(package)
+    return state_directory() or (Path("/var/lib") / package if installed else beside / f"{package}-state")
+
+
+def default_certs_dir(beside: Path) -> Path:
+    """The original's directory for root, beside the configuration otherwise."""
+    if sys.platform == "win32":
+        return program_data() / "flux" / "certs"
+    return Path("/etc/flux/certs") if os.geteuid() == 0 else beside / "certs"
+
+
+def open_to_all(path: Path) -> bool:
+    """Whether every user of this machine may read the file. Windows' rights are not looked at."""
+    return sys.platform != "win32" and bool(path.stat().st_mode & stat.S_IROTH)
+
+
+# ---- checks both files share ---------------------------------------------------
+
+
+def address_problem(value: Any) -> str | None:
+    """What is wrong with an address to listen on, or None."""
+    if value == "localhost":
+        return None
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return "must be an IP address of this machine (0.0.0.0 = all of them)"
+    return None
+
+
+def redis_problem(value: Any) -> str | None:
+    """What is wrong with ``host:port`` or a Redis URL, or None. Does not repeat the value: it may hold a password."""
+    if not value.isprintable() or " " in value:
+        return "must be one line without spaces"
+    try:
+        if "://" in value:
+            url = urlsplit(value)
+            target = {"redis": url.hostname, "rediss": url.hostname, "unix": url.path}.get(url.scheme)
+            fits = bool(target) and url.port != 0
+        else:
+            url = urlsplit(f"//{value}")
+            fits = bool(url.hostname and url.port) and not (url.username or url.path or url.query)
+    except ValueError:  # a port that is no number, half an IPv6 address
+        fits = False
+    return None if fits else "must be host:port, or a redis:// or rediss:// URL"
