@@ -17,7 +17,7 @@ from fluxlib.config.files import (
     read_file,
     redis_problem,
 )
-from fluxlib.config.reader import Faults, between, one_line, one_of, path_problem, setting, take, user_problem
+from fluxlib.config.reader import Faults, between, one_of, path_problem, setting, take, user_problem
 from fluxlib.errors import ConfigInvalid
 from fluxlib.model import AGENT_ID, RESERVED_AGENT_IDS
 
@@ -62,10 +62,10 @@ class AgentConfig:
         "listen_host", "string", "0.0.0.0", why="the address it listens on", check=address_problem
     )
     node_private_ip: str = setting(
-        "network.node_private_ip", "string", "", why="told to functions as FLUX_NODE_PRIVATE_IP", check=one_line
+        "network.node_private_ip", "string", "", why="told to functions as FLUX_NODE_PRIVATE_IP"
     )
     node_public_ip: str = setting(
-        "network.node_public_ip", "string", "", why="told to functions as FLUX_NODE_PUBLIC_IP", check=one_line
+        "network.node_public_ip", "string", "", why="told to functions as FLUX_NODE_PUBLIC_IP"
     )
     tls_enabled: bool = setting(
         "tls.enabled", "boolean", False, why="mutual TLS with Flux; off only in private networks"

@@ -22,7 +22,7 @@ from fluxlib.config.files import (
 )
 from fluxlib.config.keys import ApiKey, read_api_keys
 from fluxlib.config.providers import AutoscalingConfig, AwsConfig, GcpConfig, NodeType, ProvidersConfig, read_providers
-from fluxlib.config.reader import Faults, between, one_line, one_of, path_problem, setting, take
+from fluxlib.config.reader import Faults, between, one_of, path_problem, setting, take, url_problem
 from fluxlib.errors import ConfigInvalid
 
 __all__ = [
@@ -57,18 +57,11 @@ def _sha256(value: Any) -> str | None:
     return None if re.fullmatch(r"[0-9A-Fa-f]{64}", value) else "must be 64 hexadecimal digits"
 
 
-def _web_address(value: Any) -> str | None:
-    fits = re.fullmatch(r"https?://[!-~]+", value)
-    return None if fits else "must be an http:// or https:// URL"
-
-
 @dataclass(frozen=True)
 class ControlConfig:
     """Everything flux.yaml says. Paths are absolute."""
 
-    api_key: str = setting(
-        "api_key", "string", why="the administrator's key; every change needs one", check=one_line, secret=True
-    )
+    api_key: str = setting("api_key", "string", why="the administrator's key; every change needs one", secret=True)
     api_keys: tuple[ApiKey, ...] = setting("api_keys", "section", (), why="more keys, each with a name and a role")
     path: Path = Path("flux.yaml")
     listen_host: str = setting(
@@ -196,7 +189,7 @@ class ControlConfig:
         "string",
         "",
         why="where nodes download the package themselves, with agent_package_sha256",
-        check=_web_address,
+        check=url_problem,
     )
     agent_package_sha256: str = setting(
         "agent_package_sha256", "string", "", why="the SHA-256 the download must have", check=_sha256
@@ -228,6 +221,10 @@ def read_control(data: bytes | str, path: Path) -> ControlConfig:
     values["certs_dir"] = absolute(values.get("certs_dir") or default_certs_dir(beside), beside)
     if "agent_package" in values:
         values["agent_package"] = str(absolute(Path(values["agent_package"]), beside))
+    gcp = values["providers"].gcp
+    if gcp is not None and gcp.credentials_file:
+        gcp = replace(gcp, credentials_file=str(absolute(Path(gcp.credentials_file), beside)))
+        values["providers"] = replace(values["providers"], gcp=gcp)
     return ControlConfig(path=path, warnings=tuple(warnings), notes=tuple(notes), **values)
 
 

@@ -33,8 +33,8 @@ def handler_problem(value: Any) -> str | None:
     """What is wrong with a path inside a zip, or None. Held to what Windows and Unix both take literally."""
     if not value or len(value) > _MAX_HANDLER:
         return f"must be a path inside the zip, 1 to {_MAX_HANDLER} characters"
-    if not value.isprintable() or any(char in '\\:*?"<>|' for char in value):
-        return 'must not contain control characters, backslashes or any of : * ? " < > |'
+    if any(char in '\\:*?"<>|' for char in value):
+        return 'must not contain backslashes or any of : * ? " < > |'
     parts = value.split("/")
     if value.startswith("/") or any(part in ("", ".", "..") for part in parts):
         return "must be a relative path without empty parts, '.' or '..'"

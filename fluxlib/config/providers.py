@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fluxlib.config.reader import Faults, between, one_line, setting, take, type_name, user_problem
+from fluxlib.config.reader import Faults, between, setting, take, type_name, url_problem, user_problem
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 class NodeType:
     """One machine type an autoscaler may launch."""
 
-    instance_type: str = setting("instance_type", "string", why="the cloud's name of the type", check=one_line)
+    instance_type: str = setting("instance_type", "string", why="the cloud's name of the type")
     vcpus: int = setting("vcpus", "integer", 0, why="orders the types by size", check=between(0, 1024))
     memory_gb: float = setting(
         "memory_gb", "number", 0.0, unit="GB", why="orders the types by size", check=between(0, 65536)
@@ -69,15 +69,20 @@ class AutoscalingConfig:
 class AwsConfig:
     """Nodes on Amazon EC2."""
 
-    region: str = setting("region", "string", why="for example eu-central-1", check=one_line)
-    ami: str = setting("ami", "string", why="the image; a Debian or Ubuntu", check=one_line)
+    region: str = setting("region", "string", why="for example eu-central-1")
+    ami: str = setting("ami", "string", why="the image; a Debian or Ubuntu")
     security_group_id: str = setting(
         "security_group_id", "string", "", why="must let Flux reach ports 22 and agent_port"
     )
     access_key_id: str = setting("access_key_id", "string", "", why="absent = the SDK's own search for credentials")
     secret_access_key: str = setting("secret_access_key", "string", "", why="goes with access_key_id", secret=True)
     ssh_user: str = setting("ssh_user", "string", "ec2-user", why="the image's user", check=user_problem)
-    agent_version: str = setting("agent_version", "string", "", why="the version agent_package_url installs")
+    agent_version: str = setting(
+        "agent_version",
+        "string",
+        "",
+        why="expected of the package; another one than ours is a warning unless agent_package_url brings it",
+    )
     tags: Mapping[str, str] = setting("tags", "map", {}, why="put on every node beside Flux's own")
     agent_setup_commands: tuple[str, ...] = setting(
         "agent_setup_commands", "strings", (), why="shell lines run as root on a new node before the agent is installed"
@@ -88,7 +93,7 @@ class AwsConfig:
     )
     spot: bool = setting("spot", "boolean", False, why="cheaper nodes that the cloud may take back")
     use_private_ip: bool = setting("use_private_ip", "boolean", False, why="reach nodes by their private address")
-    endpoint_url: str = setting("endpoint_url", "string", "", why="another EC2 endpoint, for tests")
+    endpoint_url: str = setting("endpoint_url", "string", "", why="another EC2 endpoint, for tests", check=url_problem)
     ssh_port: int = setting("ssh_port", "integer", 22, why="sshd's port on new nodes", check=between(1, 65535))
     autoscaling: AutoscalingConfig = setting("autoscaling", "section", AutoscalingConfig(), why="see autoscaling")
 
@@ -97,17 +102,22 @@ class AwsConfig:
 class GcpConfig:
     """Nodes on Google Compute Engine."""
 
-    project_id: str = setting("project_id", "string", why="the project", check=one_line)
-    zone: str = setting("zone", "string", why="for example europe-west3-a", check=one_line)
-    image: str = setting("image", "string", why="the image's path; a Debian or Ubuntu", check=one_line)
+    project_id: str = setting("project_id", "string", why="the project")
+    zone: str = setting("zone", "string", why="for example europe-west3-a")
+    image: str = setting("image", "string", why="the image's path; a Debian or Ubuntu")
     credentials_file: str = setting("credentials_file", "string", "", why="absent = the SDK's own search")
     service_account_email: str = setting(
-        "service_account_email", "string", "", why="the nodes' own account; absent = none, functions get no token"
+        "service_account_email", "string", "", why="the nodes' own account; absent = none, and functions get no token"
     )
     ssh_user: str = setting(
         "ssh_user", "string", "ubuntu", why="made by the image from the key's metadata", check=user_problem
     )
-    agent_version: str = setting("agent_version", "string", "", why="the version agent_package_url installs")
+    agent_version: str = setting(
+        "agent_version",
+        "string",
+        "",
+        why="expected of the package; another one than ours is a warning unless agent_package_url brings it",
+    )
     labels: Mapping[str, str] = setting("labels", "map", {}, why="put on every node beside Flux's own")
     agent_setup_commands: tuple[str, ...] = setting(
         "agent_setup_commands", "strings", (), why="shell lines run as root on a new node before the agent is installed"
@@ -119,7 +129,9 @@ class GcpConfig:
     )
     spot: bool = setting("spot", "boolean", False, why="cheaper nodes that the cloud may take back")
     use_private_ip: bool = setting("use_private_ip", "boolean", False, why="reach nodes by their private address")
-    endpoint_url: str = setting("endpoint_url", "string", "", why="another Compute endpoint, for tests")
+    endpoint_url: str = setting(
+        "endpoint_url", "string", "", why="another Compute endpoint, for tests", check=url_problem
+    )
     ssh_port: int = setting("ssh_port", "integer", 22, why="sshd's port on new nodes", check=between(1, 65535))
     autoscaling: AutoscalingConfig = setting("autoscaling", "section", AutoscalingConfig(), why="see autoscaling")
 

@@ -24,6 +24,7 @@ _MAX_TEXT = 65536
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
+_URL = re.compile(r"https?://[!-~]+")
 # As YAML 1.1 has it, so that an original's `enabled: yes` is taken.
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -98,23 +99,45 @@ def settings_of(cls: type) -> list[tuple[Field[Any], Setting]]:
 # ---- checks ------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Between:
+    low: float
+    high: float
+
+    def __call__(self, value: Any) -> str | None:
+        return None if self.low <= value <= self.high else f"must be between {self}, is {value:.15g}"
+
+    def __str__(self) -> str:
+        return f"{self.low:.15g} and {self.high:.15g}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    allowed: tuple[str, ...]
+
+    def __call__(self, value: Any) -> str | None:
+        return None if value in self.allowed else f"must be one of {self}{nearest(value, self.allowed)}"
+
+    def __str__(self) -> str:
+        return ", ".join(self.allowed)
+
+
 def between(low: float, high: float) -> Check:
-    return lambda value: None if low <= value <= high else f"must be between {low:.15g} and {high:.15g}, is {value}"
+    return Between(low, high)
 
 
 def one_of(*allowed: str) -> Check:
-    return lambda value: None if value in allowed else f"must be one of {', '.join(allowed)}{nearest(value, allowed)}"
-
-
-def one_line(value: Any) -> str | None:
-    """For what ends up in headers, paths and log lines."""
-    return None if value.isprintable() else "must be one line of printable characters"
+    return OneOf(allowed)
 
 
 def path_problem(value: Any) -> str | None:
     if value.startswith("~"):
         return "~ is not expanded here: write the directory out"
-    return one_line(value)
+    return None
+
+
+def url_problem(value: Any) -> str | None:
+    return None if _URL.fullmatch(value) else "must be an http:// or https:// URL"
 
 
 def user_problem(value: Any) -> str | None:
@@ -162,9 +185,12 @@ def _typed(value: Any, declared: Setting, path: str, faults: Faults) -> Any:
     if taken is None:
         faults.add(path, f"must be {_KIND_NAMES[declared.kind]}, is {type_name(value)}")
         return None
-    if isinstance(taken, str) and (problem := _text_problem(taken)):
-        faults.add(path, problem)
-        return None
+    if isinstance(taken, str):
+        # It ends up in headers, paths, commands and log lines.
+        problem = _text_problem(taken) if taken.isprintable() else "must be one line of printable characters"
+        if problem:
+            faults.add(path, problem)
+            return None
     if isinstance(taken, tuple | dict):
         taken = _items(taken, declared, path, faults)
     problem = declared.check(taken) if declared.check else None

@@ -1,0 +1,158 @@
+"""The agent as a process: everything built in one place, and stopped in an order that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fluxlib.agent.certificates import Certificates, Files
+from fluxlib.agent.executor import build_executor
+from fluxlib.agent.executor.base import Limits
+from fluxlib.agent.monitor import Monitor
+from fluxlib.agent.packages import Packages
+from fluxlib.agent.records import Records
+from fluxlib.agent.runs import Runs, Settings
+from fluxlib.config.agent import AgentConfig
+from fluxlib.config.environment import prepare_grpc
+from fluxlib.errors import FluxError
+from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
+from fluxlib.store import open_record_store
+
+log = logging.getLogger(__name__)
+
+_MB = 1024 * 1024
+_EXPIRE_EVERY = 30.0
+# Unary calls beside the executions: health, deploys, cancels, followers, streams.
+_SPARE_THREADS = 256
+_KILL_TIME = 5.0
+_MAX_ARCHIVE = 2000 * _MB
+
+
+class Agent:
+    """One running agent."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._parts = Parts()
+        state = config.state_dir
+        _make_state_dir(state)
+        # Before grpc is imported and before there are threads: forking is only safe now.
+        prepare_grpc()
+        executor = build_executor(config, state)
+        self._parts.add("executor", lambda deadline: executor.stop(deadline.at))
+        killed = executor.clean_up_former_life()
+        certificates = _certificates(config)
+        store = open_record_store(config.store, config.redis_addr, state, config.agent_id)
+        records = Records(store, state / "outputs", config.execution_ttl_sec, config.max_output_mb * _MB)
+        self._parts.add("records", lambda deadline: records.close())
+        ended = records.end_former_life(time.time(), "agent restarted while it ran")
+        if ended or killed:
+            log.warning("an earlier life of this agent left %d executions: they are ended and recorded", ended)
+        timers = Timers("agent-timers").start()
+        self._parts.add("timers", timers.stop)
+        packages = Packages(state / "functions")
+        monitor = Monitor(state)
+        monitor.start()
+        self._parts.add("monitor", monitor.stop)
+        expiry = Loop("record-expiry", records.tick, _EXPIRE_EVERY).start()
+        self._parts.add("record expiry", expiry.stop)
+        self._runs = Runs(_settings(config), packages, records, executor, timers)
+
+        from fluxlib.agent.listener import Listener
+        from fluxlib.agent.server import AgentService
+        from fluxlib.agent.server_stream import Sessions
+
+        sessions = Sessions(self._runs, timers, monitor.instance_id, config.detach_grace_sec)
+        service = AgentService(
+            config.agent_id,
+            config.max_tasks,
+            _MAX_ARCHIVE,
+            packages,
+            records,
+            self._runs,
+            sessions,
+            executor,
+            monitor,
+            certificates,
+        )
+        self._sessions = sessions
+        self._pool = ThreadPoolExecutor(config.max_tasks + _SPARE_THREADS, thread_name_prefix="call")
+        self._listener = Listener(service, self._pool, config.listen_host, config.port, certificates)
+        isolation = executor.isolation
+        for note in isolation.notes:
+            (log.warning if isolation.profile == "off" else log.info)("%s", note)
+        log.info(
+            "agent %s (%s) listens on %s:%d, isolation %s%s",
+            config.agent_id,
+            monitor.platform,
+            config.listen_host,
+            self._listener.port,
+            isolation.profile,
+            "" if certificates is not None else ", WITHOUT TLS: whoever reaches this port can run programs here",
+        )
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
+
+    def stop(self) -> None:
+        """Tell every Flux, let what runs finish, kill what does not, then take the floor away.
+
+        New work is refused first, so that the wait ends; the server stays until the last answer has been
+        sent, the records until the last end is written.
+        """
+        deadline = Deadline(self._config.shutdown_sec + _KILL_TIME)
+        self._runs.refuse_new()
+        self._sessions.say_stopping()
+        self._runs.stop(deadline.at - _KILL_TIME, deadline.at - _KILL_TIME / 2)
+        self._sessions.close()
+        self._listener.stop(deadline)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._parts.stop(deadline)
+
+
+def serve(config: AgentConfig, stop: StopSignal) -> int:
+    """Run an agent until told to stop; the process's exit code. Raises FluxError when it cannot start."""
+    for warning in config.warnings:
+        log.warning("%s: %s", config.path, warning)
+    agent = Agent(config)
+    stop.wait()
+    log.info("stopping")
+    agent.stop()
+    log.info("stopped")
+    return 0
+
+
+def _certificates(config: AgentConfig) -> Certificates | None:
+    if not config.tls_enabled:
+        return None
+    assert config.tls_ca_cert is not None
+    assert config.tls_cert_file is not None
+    assert config.tls_key_file is not None
+    return Certificates(Files(config.tls_ca_cert, config.tls_cert_file, config.tls_key_file), config.agent_id)
+
+
+def _settings(config: AgentConfig) -> Settings:
+    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+    if config.node_private_ip:
+        environment["FLUX_NODE_PRIVATE_IP"] = config.node_private_ip
+    if config.node_public_ip:
+        environment["FLUX_NODE_PUBLIC_IP"] = config.node_public_ip
+    defaults = Limits(
+        processes=config.max_processes,
+        open_files=config.max_open_files,
+        file_size_bytes=config.max_file_size_mb * _MB,
+        tmp_bytes=config.tmp_size_mb * _MB,
+    )
+    return Settings(config.agent_id, config.max_tasks, config.kill_grace_sec, defaults, environment)
+
+
+def _make_state_dir(path: Path) -> None:
+    try:
+        # Functions' users must be able to walk through to their code; what is private inside is 0700 itself.
+        path.mkdir(mode=0o711, parents=True, exist_ok=True)
+        path.chmod(0o711)
+    except OSError as error:
+        raise FluxError(f"the state directory {path} cannot be made: {error.strerror}: set `state_dir`") from error

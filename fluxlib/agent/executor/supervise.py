@@ -1,0 +1,146 @@
+"""One execution under watch: its timeout, its cancel, its output cap, and what its end is called.
+
+No thread of its own: the executor's callbacks and one shared timer thread move
+it along. However it ends, ``on_end`` is called exactly once, when nothing of
+its tree is alive.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fluxlib.agent.executor.base import Executor, Exit, Job, RunningJob
+from fluxlib.lifecycle import Timer, Timers
+from fluxlib.model import ErrorKind, ExecutionStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an execution ended, in the record's terms."""
+
+    status: ExecutionStatus
+    error: str
+    kind: ErrorKind
+    exit: Exit
+
+
+class Supervised:
+    """A job with its limits of time.
+
+    ``timeout`` is seconds (0 = none), ``grace`` the seconds between asking the tree to stop and killing it.
+    """
+
+    __slots__ = (
+        "_end",
+        "_executor",
+        "_grace",
+        "_job",
+        "_kill_timer",
+        "_lock",
+        "_on_end",
+        "_reason",
+        "_running",
+        "_timeout",
+        "_timeout_timer",
+        "_timers",
+        "_why",
+    )
+
+    def __init__(
+        self,
+        executor: Executor,
+        timers: Timers,
+        job: Job,
+        timeout: float,
+        grace: float,
+        on_end: Callable[[Verdict], None],
+    ) -> None:
+        self._executor = executor
+        self._timers = timers
+        self._job = job
+        self._timeout = timeout
+        self._grace = grace
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._running: RunningJob | None = None
+        self._timeout_timer: Timer | None = None
+        self._kill_timer: Timer | None = None
+        self._why = ErrorKind.NONE
+        self._reason = ""
+        self._end = False
+
+    def start(self, on_output: Callable[[bytes], None], on_started: Callable[[int], None]) -> None:
+        """Raises what Executor.start raises; then ``on_end`` is never called."""
+        running = self._executor.start(self._job, on_output, self._exited, on_started)
+        with self._lock:
+            self._running = running
+            stopping = self._why is not ErrorKind.NONE
+            if self._timeout and not self._end:
+                self._timeout_timer = self._timers.after(self._timeout, self._timed_out)
+        if stopping:
+            self._ask_to_stop(running, self._grace)
+
+    def stop(self, why: ErrorKind, reason: str, *, grace: float | None = None) -> None:
+        """End it: TERM to the tree, after the grace KILL. The first reason given is the one it ends with."""
+        with self._lock:
+            if self._end or self._why is not ErrorKind.NONE:
+                return
+            self._why, self._reason = why, reason
+            running = self._running
+        if running is not None:
+            self._ask_to_stop(running, self._grace if grace is None else grace)
+
+    def _timed_out(self) -> None:
+        self.stop(ErrorKind.TIMEOUT, f"execution timed out after {self._timeout:g}s")
+
+    def _ask_to_stop(self, running: RunningJob, grace: float) -> None:
+        if grace <= 0:
+            running.kill()
+            return
+        running.terminate()
+        with self._lock:
+            if not self._end:
+                self._kill_timer = self._timers.after(grace, running.kill)
+
+    def _exited(self, ended: Exit) -> None:
+        with self._lock:
+            self._end = True
+            why, reason = self._why, self._reason
+            timers = (self._timeout_timer, self._kill_timer)
+        for timer in timers:
+            if timer is not None:
+                timer.cancel()
+        self._on_end(judge(ended, why, reason, self._job))
+
+
+def judge(ended: Exit, why: ErrorKind, reason: str, job: Job) -> Verdict:
+    """The end in words. Being told to stop outweighs how the program then went."""
+    if ended.start_error and why is ErrorKind.NONE:
+        return Verdict(ExecutionStatus.FAILED, f"cannot start: {ended.start_error}", ErrorKind.CANNOT_START, ended)
+    if why is ErrorKind.CANCELLED:
+        return Verdict(ExecutionStatus.CANCELLED, reason, why, ended)
+    if why is not ErrorKind.NONE:
+        return Verdict(ExecutionStatus.FAILED, reason, why, ended)
+    if ended.out_of_memory:
+        # Also when the leader exited with 0: the kernel killed something it had started.
+        limit = job.limits.memory_bytes
+        words = f"out of memory: limit {limit // 1024**2} MB" if limit else "out of memory: the machine had none left"
+        return Verdict(ExecutionStatus.FAILED, words, ErrorKind.OUT_OF_MEMORY, ended)
+    if ended.lost:
+        words = "the agent lost the process that ran it"
+        return Verdict(ExecutionStatus.FAILED, words, ErrorKind.INTERNAL, ended)
+    if ended.signal is not None:
+        return Verdict(ExecutionStatus.FAILED, f"ended by {_signal_name(ended.signal)}", ErrorKind.SIGNAL, ended)
+    if ended.exit_code:
+        return Verdict(ExecutionStatus.FAILED, f"exit code {ended.exit_code}", ErrorKind.EXIT_CODE, ended)
+    return Verdict(ExecutionStatus.SUCCESS, "", ErrorKind.NONE, ended)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,51 @@
+"""The agent's gRPC server: its port, its TLS, its limits."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from fluxlib.agent.certificates import Certificates
+from fluxlib.agent.server import AgentService
+from fluxlib.errors import FluxError
+from fluxlib.lifecycle import Deadline
+from fluxlib.rpc import tls
+from fluxlib.rpc.gen import flux_pb2_grpc
+
+_OPTIONS = [
+    *tls.SIZE_OPTIONS,
+    # Our Flux pings every 10 s to notice a vanished host; C-core's default answers that with GOAWAY.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # And the other way round: a Flux whose host has vanished must not keep its session.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Two agents on one port would share its connections by chance.
+    ("grpc.so_reuseport", 0),
+]
+
+
+class Listener:
+    """Serves from the moment it is made. Raises FluxError when the address cannot be had."""
+
+    def __init__(
+        self, service: AgentService, pool: ThreadPoolExecutor, host: str, port: int, certificates: Certificates | None
+    ) -> None:
+        interceptors = [tls.CallerCheck()] if certificates is not None else []
+        self._server = grpc.server(pool, options=_OPTIONS, interceptors=interceptors)
+        flux_pb2_grpc.add_AgentServiceServicer_to_server(service, self._server)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if certificates is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, tls.server_credentials(certificates.changed))
+        except RuntimeError as error:
+            raise FluxError(
+                f"the agent cannot listen on {address}: is another agent running there? Stop it, or set `port`"
+            ) from error
+        self._server.start()
+
+    def stop(self, deadline: Deadline) -> None:
+        self._server.stop(min(1.0, deadline.remaining())).wait(deadline.remaining())

@@ -1,0 +1,87 @@
+"""What kind of machine this is and how it does, by psutil; cheap enough to be asked by everybody."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from fluxlib.lifecycle import Deadline, Loop
+from fluxlib.model import NodeFigures, Platform
+
+_ARCHITECTURES = {
+    "x86_64": "amd64",
+    "amd64": "amd64",
+    "aarch64": "arm64",
+    "arm64": "arm64",
+    "i686": "386",
+    "x86": "386",
+}
+_SAMPLE_EVERY = 2.0
+_MB = 1024 * 1024
+
+
+def this_platform() -> Platform:
+    """This machine in Go's words, as the original and its users spell them."""
+    systems = {"win32": "windows", "darwin": "darwin", "linux": "linux"}
+    machine = platform.machine().lower()
+    return Platform(systems.get(sys.platform, sys.platform), _ARCHITECTURES.get(machine, machine))
+
+
+class Monitor:
+    """Node figures, sampled by one loop: nobody's question waits for a measurement."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.instance_id = secrets.token_hex(8)
+        self.platform = this_platform()
+        self._state_dir = str(state_dir)
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        psutil.cpu_percent(None)  # the first answer has nothing to compare with
+        self._cpu = 0.0
+        self._sampled = self._sample(time.time())
+        self._loop = Loop("node-figures", self.tick, _SAMPLE_EVERY)
+
+    def start(self) -> None:
+        self._loop.start()
+
+    def stop(self, deadline: Deadline) -> None:
+        self._loop.stop(deadline)
+
+    def tick(self, now: float) -> None:
+        """One sample. ``now`` is epoch seconds."""
+        sampled = self._sample(now)
+        with self._lock:
+            self._sampled = sampled
+
+    def figures(self, active_tasks: int, max_tasks: int) -> NodeFigures:
+        with self._lock:
+            sampled = self._sampled
+        memory_total, memory_used, memory_percent, cpu, disk_free, at = sampled
+        return NodeFigures(
+            cpu_percent=cpu,
+            memory_percent=memory_percent,
+            memory_total_mb=memory_total,
+            memory_used_mb=memory_used,
+            active_tasks=active_tasks,
+            max_tasks=max_tasks,
+            uptime_seconds=int(time.monotonic() - self._started),
+            collected_at=at,
+            disk_free_mb=disk_free,
+        )
+
+    def _sample(self, now: float) -> tuple[int, int, float, float, int, float]:
+        memory = psutil.virtual_memory()
+        cpu = psutil.cpu_percent(None)
+        try:
+            disk_free = psutil.disk_usage(self._state_dir).free // _MB
+        except OSError:
+            disk_free = 0
+        # "used" as most people mean it: what is not available to a new program.
+        used = memory.total - memory.available
+        return memory.total // _MB, used // _MB, 100.0 * used / memory.total, cpu, disk_free, now

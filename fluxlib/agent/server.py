@@ -1,0 +1,270 @@
+"""The gRPC calls: decode, ask, encode. What is refused is an answer in the original's words, with status OK."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+import fluxlib
+from fluxlib.agent.certificates import Certificates
+from fluxlib.agent.executor.base import Executor
+from fluxlib.agent.monitor import Monitor
+from fluxlib.agent.packages import Packages
+from fluxlib.agent.records import Records
+from fluxlib.agent.runs import Runs
+from fluxlib.agent.server_stream import Sessions, cancel_response
+from fluxlib.errors import FluxError, InvalidInput, NotFound, Unenforceable
+from fluxlib.model import ErrorKind, ExecutionRecord, Inventory
+from fluxlib.rpc import codec
+from fluxlib.rpc.gen import flux_pb2 as pb
+from fluxlib.rpc.gen import flux_pb2_grpc
+from fluxlib.rpc.status import abort
+
+log = logging.getLogger(__name__)
+
+FEATURES = ("attach", "deploy_stream", "read_output", "renew")
+# An original Flux waits 5 s for a cancel; what takes longer is dying all the same.
+_CANCEL_ANSWER = 4.0
+_SPOOL = 8 * 1024 * 1024
+
+
+class AgentService(flux_pb2_grpc.AgentServiceServicer):
+    """Every call of flux.proto's AgentService."""
+
+    def __init__(
+        self,
+        agent_id: str,
+        max_tasks: int,
+        max_archive: int,
+        packages: Packages,
+        records: Records,
+        runs: Runs,
+        sessions: Sessions,
+        executor: Executor,
+        monitor: Monitor,
+        certificates: Certificates | None,
+    ) -> None:
+        self._agent_id = agent_id
+        self._max_tasks = max_tasks
+        self._max_archive = max_archive
+        self._packages = packages
+        self._records = records
+        self._runs = runs
+        self._sessions = sessions
+        self._executor = executor
+        self._monitor = monitor
+        self._certificates = certificates
+
+    # -- functions -----------------------------------------------------------------
+
+    def RegisterFunction(self, request: pb.FunctionConfig, context: grpc.ServicerContext) -> pb.FunctionAck:
+        def register() -> tuple[str, ...]:
+            spec, digest = codec.spec_from_message(request)
+            warnings = self._executor.check(spec)
+            self._packages.register(spec, digest)
+            return warnings
+
+        return _acknowledge(pb.FunctionAck, "registered", register)
+
+    def DeployFunction(self, request: pb.DeploymentPackage, context: grpc.ServicerContext) -> pb.DeploymentAck:
+        return self._deploy(request, request.code_archive)
+
+    def DeployStream(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> pb.DeploymentAck:
+        first = next(request_iterator, None)
+        if first is None or not first.HasField("header"):
+            abort(context, InvalidInput("the first chunk must carry the header"))
+        if first.total_bytes > self._max_archive:
+            return _failed(pb.DeploymentAck, InvalidInput(f"the archive is larger than {self._max_archive >> 20} MiB"))
+        with tempfile.SpooledTemporaryFile(_SPOOL) as spool:
+            size = 0
+            for chunk in request_iterator:
+                size += len(chunk.data)
+                if size > first.total_bytes:
+                    return _failed(pb.DeploymentAck, InvalidInput("the archive is larger than was said"))
+                spool.write(chunk.data)
+            if size != first.total_bytes:
+                return _failed(pb.DeploymentAck, InvalidInput("the archive did not arrive whole"))
+            spool.seek(0)
+            return self._deploy(first.header, spool.read())
+
+    def _deploy(self, package: pb.DeploymentPackage, archive: bytes) -> pb.DeploymentAck:
+        def deploy() -> tuple[str, ...]:
+            if package.HasField("config") and package.config.name:
+                spec, digest = codec.spec_from_message(package.config)
+                if spec.name != package.function_name:
+                    raise InvalidInput(f"the archive is for {package.function_name}, its config for {spec.name}")
+            else:
+                installed = self._packages.get(package.function_name)
+                if installed is None:
+                    raise NotFound(f"function {package.function_name} is not registered")
+                spec, digest = installed.spec, installed.spec_digest
+            warnings = self._executor.check(spec)
+            self._packages.deploy(spec, digest, package.code_digest, archive)
+            return warnings
+
+        return _acknowledge(pb.DeploymentAck, "deployed", deploy)
+
+    def RemoveFunction(self, request: pb.RemoveFunctionRequest, context: grpc.ServicerContext) -> pb.FunctionAck:
+        def remove() -> tuple[str, ...]:
+            self._packages.remove(request.function_name)
+            return ()
+
+        return _acknowledge(pb.FunctionAck, "removed", remove)
+
+    # -- executions ----------------------------------------------------------------
+
+    def ExecuteFunction(self, request: pb.ExecutionRequest, context: grpc.ServicerContext) -> pb.ExecutionResponse:
+        asked = codec.request_from_message(request)
+        done = threading.Lock()
+        done.acquire()
+        final: list[ExecutionRecord] = []
+
+        def ended(record: ExecutionRecord) -> None:
+            final.append(record)
+            done.release()
+
+        record = self._runs.start(asked, ended)
+        if record.status.ended or asked.asynchronous:
+            return codec.response_from_record(record)
+        # The caller hung up: an original Flux does so when its own client does.
+        if not context.add_callback(lambda: final or self._runs.cancel(record.execution_id, "cancelled: caller gone")):
+            self._runs.cancel(record.execution_id, "cancelled: caller gone")
+        done.acquire()
+        return codec.response_from_record(final[0])
+
+    def CancelExecution(
+        self, request: pb.CancelExecutionRequest, context: grpc.ServicerContext
+    ) -> pb.CancelExecutionResponse:
+        dead = threading.Event()
+        final: list[ExecutionRecord] = []
+
+        def ended(record: ExecutionRecord) -> None:
+            final.append(record)
+            dead.set()
+
+        record = self._answer(
+            context, lambda: self._runs.cancel(request.execution_id, request.reason or "cancelled", ended)
+        )
+        if record is None or record.status.ended:
+            return cancel_response(record, False)
+        if not request.no_wait:
+            remaining = context.time_remaining()
+            dead.wait(_CANCEL_ANSWER if remaining is None else min(max(_CANCEL_ANSWER, remaining - 1), remaining * 0.8))
+        return cancel_response(final[0] if final else record, True)
+
+    def GetExecution(self, request: pb.GetExecutionRequest, context: grpc.ServicerContext) -> pb.GetExecutionResponse:
+        with_output = not request.without_output
+        record = self._answer(context, lambda: self._records.get(request.execution_id, with_output=with_output))
+        if record is None:
+            return pb.GetExecutionResponse(found=False)
+        return pb.GetExecutionResponse(found=True, data=codec.record_to_json(record, with_output=with_output))
+
+    def ReadOutput(self, request: pb.ReadOutputRequest, context: grpc.ServicerContext) -> Iterator[pb.OutputChunk]:
+        abandoned = threading.Event()
+        context.add_callback(abandoned.set)
+        pieces = self._answer(
+            context,
+            lambda: self._records.read(
+                request.execution_id,
+                request.offset,
+                follow=request.follow,
+                limit=request.max_bytes,
+                abandoned=abandoned,
+            ),
+        )
+        if pieces is None:
+            yield pb.OutputChunk(found=False, ended=True)
+            return
+        for offset, data, ended in pieces:
+            yield pb.OutputChunk(found=True, offset=offset, data=data, ended=ended)
+
+    def Attach(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        return self._sessions.serve(request_iterator, context.is_active, context.cancel)
+
+    # -- the node --------------------------------------------------------------------
+
+    def HealthCheck(self, request: pb.HealthCheckRequest, context: grpc.ServicerContext) -> pb.HealthCheckResponse:
+        return pb.HealthCheckResponse(healthy=True, version=fluxlib.__version__)
+
+    def ReportNodeStatus(self, request: pb.NodeStatusRequest, context: grpc.ServicerContext) -> pb.NodeStatusResponse:
+        report = codec.NodeReport(
+            agent_id=self._agent_id,
+            figures=self._monitor.figures(self._runs.active, self._max_tasks),
+            instance_id=self._monitor.instance_id,
+            platform=self._monitor.platform,
+            isolation=self._executor.isolation.profile,
+            inventory_revision=self._packages.revision,
+        )
+        return codec.report_to_message(report)
+
+    def GetInventory(self, request: pb.InventoryRequest, context: grpc.ServicerContext) -> pb.InventoryResponse:
+        isolation = self._executor.isolation
+        renew = self._certificates is not None
+        inventory = Inventory(
+            agent_id=self._agent_id,
+            instance_id=self._monitor.instance_id,
+            version=fluxlib.__version__,
+            platform=self._monitor.platform,
+            max_tasks=self._max_tasks,
+            isolation=isolation.profile,
+            isolation_notes=isolation.notes,
+            enforces=tuple(sorted(one.value for one in isolation.enforces)),
+            functions=self._packages.states(),
+            revision=self._packages.revision,
+            features=FEATURES if renew else FEATURES[:-1],
+            certificate_not_after=self._certificates.not_after if self._certificates is not None else 0.0,
+            open_executions=self._runs.open_ids(),
+        )
+        return codec.inventory_to_message(inventory)
+
+    # -- certificates ------------------------------------------------------------------
+
+    def CreateCertificateRequest(
+        self, request: pb.CertificateRequestRequest, context: grpc.ServicerContext
+    ) -> pb.CertificateRequestResponse:
+        if self._certificates is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this agent runs without TLS")
+        return pb.CertificateRequestResponse(csr_pem=self._certificates.create_request())
+
+    def InstallCertificate(
+        self, request: pb.InstallCertificateRequest, context: grpc.ServicerContext
+    ) -> pb.FunctionAck:
+        def install() -> tuple[str, ...]:
+            if self._certificates is None:
+                raise InvalidInput("this agent runs without TLS")
+            not_after = self._certificates.install(request.certificate_pem, request.ca_pem)
+            log.info("took a new certificate, good until %s", time.strftime("%Y-%m-%d", time.gmtime(not_after)))
+            return ()
+
+        return _acknowledge(pb.FunctionAck, "installed", install)
+
+    def _answer(self, context: grpc.ServicerContext, ask: Callable[[], Any]) -> Any:
+        """A store that is away is a status of its own, never "not found"."""
+        try:
+            return ask()
+        except FluxError as error:
+            abort(context, error)
+
+
+def _acknowledge(kind: Any, done: str, act: Callable[[], tuple[str, ...]]) -> Any:
+    """An Ack of ``kind`` for what ``act`` did, or for why it did not."""
+    try:
+        warnings = act()
+    except FluxError as error:
+        return _failed(kind, error)
+    except OSError as error:
+        log.exception("a change of the functions failed")
+        return kind(success=False, message=f"the agent's disk: {error}", error_kind=pb.ERROR_KIND_INTERNAL)
+    return kind(success=True, message=done, warnings=warnings)
+
+
+def _failed(kind: Any, error: FluxError) -> Any:
+    kinds = {InvalidInput: ErrorKind.INVALID, Unenforceable: ErrorKind.UNENFORCEABLE, NotFound: ErrorKind.NOT_FOUND}
+    found = next((number for one, number in kinds.items() if isinstance(error, one)), ErrorKind.INTERNAL)
+    return kind(success=False, message=error.message, error_kind=int(found))

@@ -1,0 +1,386 @@
+"""The agents as this Flux sees them this second, in memory, ordered by headroom.
+
+Choosing does not look at every agent: the agents that can take work are kept in
+falling order of headroom, moved by one insertion when a reservation, a release
+or a report changes them. :meth:`Registry.place` walks that order until the
+caller's rule is content, and reserves in the same step, so that two threads
+cannot both take the last slot.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fluxlib.control.connection import AgentConnection
+from fluxlib.model import AgentRecord, FunctionState, NodeFigures, Platform
+from fluxlib.model.agents import AgentStatus
+
+# An agent that runs one task more than it last reported counts as this much
+# less free, before its own figures show it.
+_PER_TASK = 0.02
+
+
+class AgentState:
+    """One agent. Written only by :class:`Registry` (under its lock); reading attributes needs no lock."""
+
+    __slots__ = (
+        "_key",
+        "_memory_at_report",
+        "_total_at_report",
+        "certificate_not_after",
+        "connection",
+        "figures",
+        "full",
+        "holds",
+        "in_flight",
+        "in_step",
+        "instance_id",
+        "isolation_notes",
+        "lacking",
+        "last_heartbeat",
+        "problem",
+        "reachable",
+        "record",
+        "reserved_memory_mb",
+        "revision",
+        "total",
+    )
+
+    def __init__(self, record: AgentRecord, connection: AgentConnection | None = None) -> None:
+        self.record = record
+        self.connection = connection
+        self.figures: NodeFigures | None = None
+        self.last_heartbeat = record.last_heartbeat
+        self.instance_id = ""
+        self.revision = -1  # of its functions, as it last reported; -1 = never asked
+        self.in_step = False  # holds what it should, as far as it can be given it
+        self.reachable = True  # executions can be sent now
+        self.problem = ""  # why it is offline or out of step, for people
+        self.isolation_notes: tuple[str, ...] = ()
+        self.certificate_not_after = 0.0
+        self.holds: dict[str, FunctionState] = {}  # what it has of each function, by digest
+        self.lacking: dict[str, str] = {}  # functions it must not get, and why (a push failed)
+        self.in_flight: dict[str, int] = {}  # by function, as this Flux sent them
+        self.total = 0
+        self.full: set[str] = set()  # functions that have no slot left here; "" = the whole agent
+        self.reserved_memory_mb = 0
+        self._total_at_report = 0
+        self._memory_at_report = 0
+        self._key: tuple[float, int, str] | None = None  # its place in the order
+
+    @property
+    def agent_id(self) -> str:
+        return self.record.agent_id
+
+    @property
+    def platform(self) -> Platform:
+        return self.record.platform
+
+    @property
+    def takes_work(self) -> bool:
+        return self.record.status.takes_work and self.in_step and self.reachable and self.connection is not None
+
+    @property
+    def max_tasks(self) -> int:
+        """0 = unknown (an original agent)."""
+        return (self.figures.max_tasks if self.figures is not None else 0) or self.record.max_tasks
+
+    @property
+    def sent_since_report(self) -> int:
+        """Tasks of ours it runs beyond those in its last report; negative when some have ended."""
+        return self.total - self._total_at_report
+
+    @property
+    def expected_active(self) -> int:
+        """Running tasks, everybody's: the last report and what this Flux has done since."""
+        reported = self.figures.active_tasks if self.figures is not None else 0
+        return max(self.total, reported + self.sent_since_report)
+
+    @property
+    def expected_memory_free_mb(self) -> int:
+        """What the last report left, less what was promised to executions sent since; -1 = never reported."""
+        if self.figures is None or not self.figures.memory_total_mb:
+            return -1
+        sent = max(0, self.reserved_memory_mb - self._memory_at_report)
+        return max(0, self.figures.memory_total_mb - self.figures.memory_used_mb - sent)
+
+    @property
+    def shown_status(self) -> AgentStatus:
+        """The stored status, ``busy`` while every slot is taken."""
+        status = self.record.status
+        if status.takes_work:
+            full = bool(self.max_tasks) and self.expected_active >= self.max_tasks
+            return AgentStatus.BUSY if full else AgentStatus.ONLINE
+        return status
+
+
+def free_share(agent: AgentState) -> float:
+    """Headroom when nobody says otherwise: the mean free share of CPU, memory and slots."""
+    if agent.figures is None:
+        return 0.5 - _PER_TASK * agent.total
+    cpu = 1 - agent.figures.cpu_percent / 100
+    memory = 1 - agent.figures.memory_percent / 100
+    slots = 1 - agent.expected_active / agent.max_tasks if agent.max_tasks else 1.0
+    return (cpu + memory + slots) / 3 - _PER_TASK * agent.sent_since_report
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """A slot taken at an agent until :meth:`Registry.release`."""
+
+    agent: AgentState
+    function_name: str
+    memory_mb: int = 0
+    released: bool = False
+
+    @property
+    def agent_id(self) -> str:
+        return self.agent.agent_id
+
+
+Headroom = Callable[[AgentState], float]
+Choose = Callable[[Iterator[AgentState]], AgentState | None]
+OnCapacity = Callable[[str, str | None], None]
+OnChange = Callable[[str], None]
+
+
+class Registry:
+    """All agents. Every method may be called from any thread; none of them blocks on I/O.
+
+    ``headroom`` ranks agents (greater = freer); it is called under the lock at every
+    change of an agent and must be quick and pure.
+    """
+
+    def __init__(self, headroom: Headroom = free_share) -> None:
+        self._headroom = headroom
+        self._lock = threading.Lock()
+        self._agents: dict[str, AgentState] = {}
+        self._order: list[tuple[float, int, str]] = []  # rising; only agents that take work
+        self._turn = itertools.count()
+        self._full: dict[str, int] = {}  # function → agents in the order that are full for it
+        self._on_capacity: list[OnCapacity] = []
+        self._on_change: list[OnChange] = []
+
+    # -- reading -------------------------------------------------------------------
+
+    def get(self, agent_id: str) -> AgentState | None:
+        return self._agents.get(agent_id)
+
+    def agents(self) -> list[AgentState]:
+        """Every agent, by ID."""
+        with self._lock:
+            return [self._agents[agent_id] for agent_id in sorted(self._agents)]
+
+    def placeable(self) -> int:
+        """How many agents take work now."""
+        return len(self._order)
+
+    def full_everywhere(self, function_name: str) -> bool:
+        """Whether every agent that takes work has no slot left for this function: known without a walk."""
+        with self._lock:
+            return self._all_full(function_name)
+
+    # -- slots ---------------------------------------------------------------------
+
+    def place(self, function_name: str, choose: Choose, *, slots: int = 0, memory_mb: int = 0) -> Reservation | None:
+        """Let ``choose`` pick from the agents that take work, most headroom first, and reserve there.
+
+        Agents without a slot for the function are not shown, nor those that lack it. ``slots`` is the
+        function's ``max_concurrency`` per agent (0 = not limited). ``choose`` runs under the lock: it must be
+        quick and call nothing here. None when it picks none.
+        """
+        with self._lock:
+            if self._all_full(function_name):
+                return None
+            agent = choose(self._candidates(function_name))
+            return None if agent is None else self._reserve(agent, function_name, slots, memory_mb)
+
+    def reserve(self, agent_id: str, function_name: str, *, slots: int = 0, memory_mb: int = 0) -> Reservation | None:
+        """Count an execution that this agent has already, whatever its limits; None for an unknown agent."""
+        with self._lock:
+            agent = self._agents.get(agent_id)
+            return None if agent is None else self._reserve(agent, function_name, slots, memory_mb)
+
+    def release(self, reservation: Reservation) -> None:
+        """Give the slot back; a second time does nothing. Tells the capacity listeners."""
+        with self._lock:
+            if reservation.released:
+                return
+            reservation.released = True
+            agent, name = reservation.agent, reservation.function_name
+            agent.total -= 1
+            left = agent.in_flight.get(name, 0) - 1
+            if left > 0:
+                agent.in_flight[name] = left
+            else:
+                agent.in_flight.pop(name, None)
+            agent.reserved_memory_mb -= reservation.memory_mb
+            if self._agents.get(agent.agent_id) is not agent:
+                return
+            whole = "" in agent.full
+            self._set_full(agent, agent.full - {"", name})
+            self._rank(agent)
+        self._tell_capacity(agent.agent_id, None if whole else name)
+
+    def mark_full(self, agent_id: str, function_name: str) -> None:
+        """The agent refused one at capacity: others fill it. Until a slot frees, it says so, or it reports."""
+        with self._lock:
+            agent = self._agents.get(agent_id)
+            if agent is not None:
+                self._set_full(agent, agent.full | {function_name})
+
+    def freed(self, agent_id: str, function_name: str) -> None:
+        """The agent says that it can take this function again ("" = anything)."""
+        with self._lock:
+            agent = self._agents.get(agent_id)
+            if agent is None:
+                return
+            self._set_full(agent, agent.full - {"", function_name} if function_name else set())
+        self._tell_capacity(agent_id, function_name or None)
+
+    def function_changed(self, function_name: str) -> None:
+        """Its spec changed: what was full by its former limit may have room."""
+        with self._lock:
+            for agent in self._agents.values():
+                if function_name in agent.full:
+                    self._set_full(agent, agent.full - {function_name})
+        self._tell_capacity("", function_name)
+
+    # -- what membership says ------------------------------------------------------------
+
+    def add(self, state: AgentState) -> None:
+        """A new agent, or a new life of one under the same ID."""
+        with self._lock:
+            former = self._agents.get(state.agent_id)
+            if former is not None:
+                self._set_full(former, set())
+                self._unrank(former)
+            self._agents[state.agent_id] = state
+            self._rank(state)
+        self._tell_change(state)
+
+    def remove(self, agent_id: str) -> AgentState | None:
+        with self._lock:
+            state = self._agents.get(agent_id)
+            if state is None:
+                return None
+            self._set_full(state, set())
+            self._unrank(state)
+            del self._agents[agent_id]
+        for listener in self._on_change:
+            listener(agent_id)
+        return state
+
+    def update(self, agent_id: str, **changes: Any) -> AgentState | None:
+        """Set attributes of an agent's state in one step. Tells the listeners."""
+        with self._lock:
+            state = self._agents.get(agent_id)
+            if state is None:
+                return None
+            for name, value in changes.items():
+                setattr(state, name, value)
+            self._rank(state)
+        self._tell_change(state)
+        return state
+
+    def report(self, agent_id: str, figures: NodeFigures, *, at: float, instance_id: str = "") -> None:
+        """Fresh figures. What was marked full by a refusal gets a new chance."""
+        with self._lock:
+            state = self._agents.get(agent_id)
+            if state is None:
+                return
+            state.figures = figures
+            state.last_heartbeat = at
+            state.instance_id = instance_id
+            state._total_at_report = state.total
+            state._memory_at_report = state.reserved_memory_mb
+            had_full = bool(state.full)
+            self._set_full(state, set())
+            self._rank(state)
+        if had_full:
+            self._tell_capacity(agent_id, None)
+
+    # -- listeners -----------------------------------------------------------------------
+
+    def on_capacity(self, listener: OnCapacity) -> None:
+        """``listener(agent_id, function_name)``: a slot may have freed there; None = for any function.
+
+        Called from any thread without the lock, also on the path of an execution: be quick.
+        The agent ID is "" when any agent may have room.
+        """
+        self._on_capacity.append(listener)
+
+    def on_change(self, listener: OnChange) -> None:
+        """``listener(agent_id)``: the agent joined, left, or changed what it can take."""
+        self._on_change.append(listener)
+
+    def _tell_capacity(self, agent_id: str, function_name: str | None) -> None:
+        for listener in self._on_capacity:
+            listener(agent_id, function_name)
+
+    def _tell_change(self, state: AgentState) -> None:
+        for listener in self._on_change:
+            listener(state.agent_id)
+        if state.takes_work:
+            self._tell_capacity(state.agent_id, None)
+
+    # -- under the lock ------------------------------------------------------------------
+
+    def _candidates(self, function_name: str) -> Iterator[AgentState]:
+        for _, _, agent_id in reversed(self._order):
+            agent = self._agents[agent_id]
+            if function_name not in agent.full and "" not in agent.full and function_name not in agent.lacking:
+                yield agent
+
+    def _all_full(self, function_name: str) -> bool:
+        return bool(self._order) and self._full.get(function_name, 0) + self._full.get("", 0) >= len(self._order)
+
+    def _reserve(self, agent: AgentState, function_name: str, slots: int, memory_mb: int) -> Reservation:
+        running = agent.in_flight.get(function_name, 0) + 1
+        agent.in_flight[function_name] = running
+        agent.total += 1
+        agent.reserved_memory_mb += memory_mb
+        full = set(agent.full)
+        if slots and running >= slots:
+            full.add(function_name)
+        if agent.max_tasks and agent.expected_active >= agent.max_tasks:
+            full.add("")
+        if full != agent.full:
+            self._set_full(agent, full)
+        self._rank(agent)
+        return Reservation(agent, function_name, memory_mb)
+
+    def _set_full(self, agent: AgentState, full: set[str]) -> None:
+        if agent._key is not None:
+            self._count_full(agent.full, -1)
+            self._count_full(full, 1)
+        agent.full = full
+
+    def _count_full(self, names: set[str], by: int) -> None:
+        # An agent that is full as a whole counts once, under "": the sum in _all_full must not count it twice.
+        for name in ("",) if "" in names else names:
+            count = self._full.get(name, 0) + by
+            if count:
+                self._full[name] = count
+            else:
+                self._full.pop(name, None)
+
+    def _rank(self, agent: AgentState) -> None:
+        self._unrank(agent)
+        if agent.takes_work:
+            # Among equals the one that changed longest ago comes first: light load goes round.
+            agent._key = (self._headroom(agent), -next(self._turn), agent.agent_id)
+            bisect.insort(self._order, agent._key)
+            self._count_full(agent.full, 1)
+
+    def _unrank(self, agent: AgentState) -> None:
+        if agent._key is not None:
+            index = bisect.bisect_left(self._order, agent._key)
+            del self._order[index]
+            agent._key = None
+            self._count_full(agent.full, -1)

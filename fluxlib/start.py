@@ -1,0 +1,23 @@
+"""The very first step of the program: is this process the spawner, or the whole program?
+
+A frozen agent starts its spawner as itself with a private argument. That process
+must stay small, so nothing else is imported before this is known.
+"""
+
+from __future__ import annotations
+
+import sys
+
+_SPAWNER = "--flux-spawner"
+
+
+def start(arguments: list[str], default: str = "serve") -> int:
+    """Run the command that ``arguments`` name; ``default`` when they name none. The exit code."""
+    if arguments and arguments[0] == _SPAWNER and sys.platform != "win32":
+        from fluxlib.agent.executor import spawner
+
+        spawner.main(int(arguments[1]))
+        return 0
+    from fluxlib.cli import main
+
+    return main(arguments, default)
