@@ -39,6 +39,7 @@ lock:
 	$(LOCK) --extra dev -o requirements/dev.txt
 	$(LOCK) -c requirements/dev.txt -o requirements/run.txt
 	$(LOCK) --extra cloud -c requirements/dev.txt -o requirements/cloud.txt
+	$(LOCK) --extra build -c requirements/dev.txt -o requirements/build.txt
 
 bench:
 	@scripts/setup dev $(TEST_PACKAGES)

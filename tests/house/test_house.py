@@ -72,7 +72,7 @@ def test_nothing_names_a_machine(top: Path) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("name", ["run", "cloud", "dev"])
+@pytest.mark.parametrize("name", ["run", "cloud", "build", "dev"])
 def test_locked_requirements_have_hashes(top: Path, name: str) -> None:
     text = (top / "requirements" / f"{name}.txt").read_text()
     pins = re.findall(r"^[A-Za-z0-9_.\[\]-]+==", text, re.MULTILINE)
