@@ -7,7 +7,7 @@ STATE ?= .state
 TEST_PACKAGES = redis-server=redis-server cc=gcc sshd=openssh-server ip=iproute2 openssl=openssl curl=curl zip=zip
 GEN = fluxlib/rpc/gen
 
-.PHONY: run test check format proto lock bench test-vm test-windows test-faults test-soak fuzz deb clean
+.PHONY: run test check format proto docs lock bench test-vm test-windows test-faults test-soak fuzz deb clean
 
 run:
 	@scripts/setup run
@@ -40,6 +40,10 @@ lock:
 	$(LOCK) -c requirements/dev.txt -o requirements/run.txt
 	$(LOCK) --extra cloud -c requirements/dev.txt -o requirements/cloud.txt
 	$(LOCK) --extra build -c requirements/dev.txt -o requirements/build.txt
+
+docs:
+	@scripts/setup run
+	scripts/settings-doc
 
 bench:
 	@scripts/setup dev $(TEST_PACKAGES)

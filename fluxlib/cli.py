@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
+from pathlib import Path
 
 import fluxlib
 from fluxlib import log
-from fluxlib.config.environment import under_journald
+from fluxlib.config.control import ControlConfig, load_control
+from fluxlib.config.environment import is_named, under_journald
 from fluxlib.config.files import find_config
-from fluxlib.errors import FluxError
+from fluxlib.config.first_start import make_flux_yaml
+from fluxlib.config.keys import ROLES
+from fluxlib.errors import ConfigInvalid, FluxError
 from fluxlib.lifecycle import StopSignal
 
 
@@ -18,27 +23,85 @@ def main(arguments: list[str], default: str = "serve") -> int:
     options = _parser().parse_args(arguments or [default])
     try:
         return int(options.run(options))
+    except ConfigInvalid as error:
+        lines = [f"  - {fault}" for fault in error.faults]
+        head = error.message.split(":")[0] + ":" if lines else error.message
+        print("\n".join([f"flux: {head}", *lines]), file=sys.stderr)
+        return 1
     except FluxError as error:
         print(f"flux: {error.message}", file=sys.stderr)
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flux", description="Serverless without containers.")
+    parser = argparse.ArgumentParser(
+        prog="flux",
+        description="Serverless without containers: zip any executable, send it with curl, run it on plain machines.",
+        epilog="Without a command it serves. FLUX_CONFIG and AGENT_CONFIG name the configuration files.",
+    )
     parser.add_argument("--version", action="version", version=f"flux {fluxlib.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("serve", help="run the control plane (the default)").set_defaults(run=_serve)
-    commands.add_parser("agent", help="run an agent").set_defaults(run=_agent)
+
+    serve = commands.add_parser("serve", help="run the control plane (the default)")
+    serve.set_defaults(run=_serve)
+
+    run = commands.add_parser("run", help="run the control plane with an agent on this machine")
+    run.add_argument("--state", type=Path, default=Path("flux-data"), metavar="DIR", help="everything is kept here")
+    run.set_defaults(run=_run)
+
+    agent = commands.add_parser("agent", help="run an agent")
+    # How `flux run` holds its agent: see fluxlib.local.
+    agent.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    agent.set_defaults(run=_agent)
+
+    check = commands.add_parser("check-config", help="say what is wrong with a configuration file, all of it")
+    check.add_argument("file", nargs="?", type=Path, help="default: the one that would be used")
+    check.add_argument("--agent", action="store_true", help="it is an agent.yaml")
+    check.add_argument("--settings", action="store_true", help="print every setting there is, with default and reason")
+    check.set_defaults(run=_check_config)
+
+    enroll = commands.add_parser("enroll", help="make certificates and agent.yaml for an agent added by hand")
+    enroll.add_argument("agent_id", metavar="AGENT_ID")
+    enroll.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="where its directory is made")
+    enroll.set_defaults(run=_enroll)
+
+    keys = commands.add_parser("keys", help="manage API keys").add_subparsers(required=True, metavar="ACTION")
+    add = keys.add_parser("add", help="make a key and print it")
+    add.add_argument("name")
+    add.add_argument("--role", choices=ROLES, required=True)
+    add.add_argument("--function", action="append", default=[], metavar="NAME", help="only for this one; repeatable")
+    add.set_defaults(run=_keys_add)
+    remove = keys.add_parser("remove", help="take a key away")
+    remove.add_argument("name")
+    remove.set_defaults(run=_keys_remove)
+    keys.add_parser("list", help="names and roles").set_defaults(run=_keys_list)
     return parser
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from fluxlib.config.control import load_control
+    path = find_config("FLUX_CONFIG", "flux.yaml", "flux")
+    if not is_named("FLUX_CONFIG") and make_flux_yaml(path):
+        print(f"flux: made {path.absolute()} with a new api_key, and an embedded store beside it", file=sys.stderr)
+    config = load_control(path)
+    _log(config.log_level)
     from fluxlib.control.app import serve
 
-    config = load_control(find_config("FLUX_CONFIG", "flux.yaml", "flux"))
-    log.set_up(config.log_level, timestamps=not under_journald())
     return serve(config, StopSignal().install())
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = first_local_config(options.state)
+    _log(config.log_level)
+    from fluxlib.local import serve_local
+
+    return serve_local(config, options.state, StopSignal().install(), lambda text: print(text, flush=True))
+
+
+def first_local_config(state: Path) -> ControlConfig:
+    """The configuration in ``state``, made on the first start. Raises ConfigInvalid."""
+    path = state / "flux.yaml"
+    make_flux_yaml(path, data=".", listen_host="127.0.0.1", shutdown_sec=10)
+    return load_control(path)
 
 
 def _agent(options: argparse.Namespace) -> int:
@@ -46,5 +109,61 @@ def _agent(options: argparse.Namespace) -> int:
     from fluxlib.config.agent import load_agent
 
     config = load_agent(find_config("AGENT_CONFIG", "agent.yaml", "flux-agent"))
-    log.set_up(config.log_level, timestamps=not under_journald())
-    return serve(config, StopSignal().install())
+    _log(config.log_level)
+    stop = StopSignal().install()
+    if options.until_stdin_closes:
+        threading.Thread(target=_stop_with_stdin, args=(stop,), name="stdin", daemon=True).start()
+    return serve(config, stop)
+
+
+def _stop_with_stdin(stop: StopSignal) -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    stop.set()
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    from fluxlib import administration
+
+    if options.settings:
+        return administration.show_settings()
+    variable, name, package = (
+        ("AGENT_CONFIG", "agent.yaml", "flux-agent") if options.agent else ("FLUX_CONFIG", "flux.yaml", "flux")
+    )
+    return administration.check_config(options.file or find_config(variable, name, package), agent=options.agent)
+
+
+def _enroll(options: argparse.Namespace) -> int:
+    from fluxlib import administration
+
+    return administration.enroll(_control_config(), options.agent_id, options.output)
+
+
+def _keys_add(options: argparse.Namespace) -> int:
+    from fluxlib import administration
+
+    return administration.add_key(_control_path(), options.name, options.role, tuple(options.function))
+
+
+def _keys_remove(options: argparse.Namespace) -> int:
+    from fluxlib import administration
+
+    return administration.remove_key(_control_path(), options.name)
+
+
+def _keys_list(options: argparse.Namespace) -> int:
+    from fluxlib import administration
+
+    return administration.list_keys(_control_config())
+
+
+def _control_path() -> Path:
+    return find_config("FLUX_CONFIG", "flux.yaml", "flux")
+
+
+def _control_config() -> ControlConfig:
+    return load_control(_control_path())
+
+
+def _log(level: str) -> None:
+    log.set_up(level, timestamps=not under_journald())

@@ -1,0 +1,123 @@
+"""Commands for whoever runs Flux: looking at configuration, enrolling agents, managing keys. They talk to no server."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from fluxlib.config.agent import load_agent
+from fluxlib.config.control import ControlConfig, load_control
+from fluxlib.config.first_start import random_key
+from fluxlib.config.key_file import with_key, without_key
+from fluxlib.config.keys import ApiKey
+from fluxlib.config.reference import settings_markdown
+from fluxlib.errors import ConfigInvalid, Conflict, FluxError, InvalidInput
+from fluxlib.pki.authority import Authority, check_agent_id, enrolment_files
+
+
+class CannotWrite(FluxError):
+    """A file that a command should write cannot be written."""
+
+
+def show_settings() -> int:
+    print(settings_markdown(), end="")
+    return 0
+
+
+def check_config(path: Path, *, agent: bool) -> int:
+    """Print every fault and warning of a configuration file; 0 when it can be used."""
+    try:
+        config = load_agent(path) if agent else load_control(path)
+    except ConfigInvalid as error:
+        print(f"{path} cannot be used:" if error.faults else error.message)
+        for fault in error.faults:
+            print(f"  - {fault}")
+        return 1
+    for warning in config.warnings:
+        print(f"warning: {warning}")
+    if isinstance(config, ControlConfig):
+        for note in config.notes:
+            print(f"note: {note}")
+    print(f"{path} is fine")
+    return 0
+
+
+def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
+    """Write a ready directory for an agent: agent.yaml and three PEM files. Raises FluxError, nothing written then."""
+    if config.disable_grpc_tls:
+        raise InvalidInput("disable_grpc_tls is set in flux.yaml: agents need no certificates, and are not enrolled")
+    check_agent_id(agent_id)
+    directory = into / agent_id
+    if directory.exists():
+        raise Conflict(f"{directory} is there already: move it away, or name another place with --output")
+    identity = Authority.open(config.certs_dir).issue_agent(agent_id)
+    try:
+        directory.mkdir(mode=0o700, parents=True)
+        for name, content in enrolment_files(identity, agent_id, config.agent_port).items():
+            with open(os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
+    except OSError as error:
+        raise CannotWrite(f"{directory} cannot be written: {error.strerror or error}") from error
+    print(f"{directory} holds agent.yaml and the certificates of {agent_id}.")
+    print("Copy it to the machine, for example to /etc/flux-agent, start flux-agent there, and register it:")
+    print(
+        f"  curl -H 'X-API-Key: KEY' -d '{{\"address\": \"MACHINE:{config.agent_port}\"}}'"
+        f" http://127.0.0.1:{config.port}/agents/register"
+    )
+    return 0
+
+
+def add_key(path: Path, name: str, role: str, functions: tuple[str, ...]) -> int:
+    """Make a key, keep its hash in flux.yaml, print the key: nobody can see it again."""
+    made = random_key()
+    entry = ApiKey(name=name, role=role, key_hash=hashlib.sha256(made.encode()).hexdigest(), functions=functions)
+    _rewrite(path, with_key(_read(path), entry, path))
+    print(made)
+    print(f"This is the key of {name} ({role}); only its hash is in {path}. Restart Flux to use it.", file=sys.stderr)
+    return 0
+
+
+def remove_key(path: Path, name: str) -> int:
+    _rewrite(path, without_key(_read(path), name, path))
+    print(f"The key of {name} is gone from {path}. Restart Flux, so that it is refused.", file=sys.stderr)
+    return 0
+
+
+def list_keys(config: ControlConfig) -> int:
+    print("api_key (the administrator's)")
+    for key in config.api_keys:
+        print(f"{key.name}: {key.role}" + (f", only {', '.join(key.functions)}" if key.functions else ""))
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{path} cannot be read: {error}") from error
+
+
+def _rewrite(path: Path, text: str) -> None:
+    """All of it or nothing, with the mode and the owner it had: the service must still be able to read it."""
+    try:
+        known = path.stat()
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, known.st_mode & 0o777)
+            if sys.platform != "win32" and os.geteuid() == 0:
+                os.chown(temporary, known.st_uid, known.st_gid)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error

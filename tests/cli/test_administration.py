@@ -1,0 +1,126 @@
+"""The commands, as processes: what they print, what they write, what they refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluxlib.config.agent import load_agent
+from fluxlib.config.control import read_control
+from fluxlib.config.key_file import with_key, without_key
+from fluxlib.config.keys import ApiKey
+from fluxlib.errors import Conflict, NotFound
+
+KEY = "a-key-of-more-than-sixteen-characters"
+HASH = "e" * 64
+
+
+def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flux", *arguments],
+        cwd=directory,
+        env={**os.environ, "FLUX_CONFIG": str(directory / "flux.yaml")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "flux.yaml").write_text(f"# mine\napi_key: {KEY}\ncerts_dir: certs\nport: 7999\n")
+    (tmp_path / "flux.yaml").chmod(0o600)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"api_key: {KEY}",
+        f"api_key: {KEY}\napi_keys: []\nport: 7000\n",
+        f"api_key: {KEY}\napi_keys:\n# nothing yet\nport: 7000\n",
+        f"# top\napi_key: {KEY}\napi_keys:\n- name: q\n  role: admin\n  key_hash: {HASH}\n\n# after\nport: 7000\n",
+        f"api_key: {KEY}\napi_keys: [{{name: q, role: admin, key_hash: {HASH}}}]\nport: 7000\n",
+        f"api_key: {KEY}\napi_keys:\n    - name: q\n      role: read\n"
+        f"      key_hash: {HASH}\n      functions:\n      - a\n",
+    ],
+)
+def test_a_key_is_added_and_removed_in_place(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "flux.yaml"
+    before = read_control(text, path)
+    first = ApiKey(name="first", role="read", key_hash="1" * 64)
+    second = ApiKey(name="second", role="invoke", key_hash="2" * 64, functions=("a", "b"))
+    added = with_key(with_key(text, first, path), second, path)
+    assert read_control(added, path).api_keys == (*before.api_keys, first, second)
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in added.splitlines() if line.startswith("#")
+    ]
+    with pytest.raises(Conflict):
+        with_key(added, first, path)
+    removed = without_key(without_key(added, "second", path), "first", path)
+    assert read_control(removed, path) == before
+    with pytest.raises(NotFound, match="first"):
+        without_key(removed, "first", path)
+
+
+def test_keys_are_made_listed_and_removed(home: Path) -> None:
+    made = run(home, "keys", "add", "ci", "--role", "deploy", "--function", "hello")
+    assert made.returncode == 0, made.stderr
+    key = made.stdout.strip()
+    text = (home / "flux.yaml").read_text()
+    assert key not in text
+    assert hashlib.sha256(key.encode()).hexdigest() in text
+    assert text.startswith("# mine\n")
+    if os.name == "posix":
+        assert stat.S_IMODE((home / "flux.yaml").stat().st_mode) == 0o600
+    assert "ci: deploy, only hello" in run(home, "keys", "list").stdout
+    again = run(home, "keys", "add", "ci", "--role", "read")
+    assert again.returncode == 1
+    assert "already" in again.stderr
+    assert run(home, "keys", "remove", "ci").returncode == 0
+    assert "ci" not in run(home, "keys", "list").stdout
+
+
+def test_enrolling_writes_a_directory_an_agent_can_use(home: Path) -> None:
+    done = run(home, "enroll", "worker-1")
+    assert done.returncode == 0, done.stderr
+    directory = home / "worker-1"
+    assert sorted(path.name for path in directory.iterdir()) == ["agent-key.pem", "agent.pem", "agent.yaml", "ca.pem"]
+    if os.name == "posix":
+        assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}
+    config = load_agent(directory / "agent.yaml")
+    assert (config.agent_id, config.tls_enabled) == ("worker-1", True)
+    again = run(home, "enroll", "worker-1")
+    assert again.returncode == 1
+    assert "already" in again.stderr
+
+
+@pytest.mark.parametrize("agent_id", ["flux", "flux-agent", "../x", "*.x", "UPPER", "a" * 64, ""])
+def test_what_is_no_agents_id_is_not_enrolled(home: Path, agent_id: str) -> None:
+    done = run(home, "enroll", agent_id)
+    assert done.returncode == 1
+    assert "agent's ID" in done.stderr
+    assert sorted(path.name for path in home.iterdir()) == ["flux.yaml"]
+
+
+def test_every_fault_of_a_file_is_told(home: Path) -> None:
+    (home / "flux.yaml").write_text("api_kay: x\nport: 0\nlog_level: loud\n")
+    done = run(home, "check-config")
+    assert done.returncode == 1
+    for words in ("api_kay", "api_key", "port", "log_level"):
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr
+    assert run(home, "serve").returncode == 1
+
+
+def test_a_missing_file_that_was_named_is_no_first_start(tmp_path: Path) -> None:
+    done = run(tmp_path, "serve")
+    assert done.returncode == 1
+    assert "there is no" in done.stderr
+    assert not (tmp_path / "flux.yaml").exists()
