@@ -6,9 +6,12 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fluxlib.agent.executor.base import Executor
-from fluxlib.config.agent import AgentConfig
+if TYPE_CHECKING:
+    # The frozen spawner passes through here and must stay small: it needs neither.
+    from fluxlib.agent.executor.base import Executor
+    from fluxlib.config.agent import AgentConfig
 
 log = logging.getLogger(__name__)
 
