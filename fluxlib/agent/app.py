@@ -12,6 +12,7 @@ from fluxlib.agent.executor import build_executor
 from fluxlib.agent.executor.base import Limits
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
+from fluxlib.agent.places import programs_dir
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs, Settings
 from fluxlib.config.agent import AgentConfig
@@ -38,9 +39,10 @@ class Agent:
         self._parts = Parts()
         state = config.state_dir
         _make_state_dir(state)
+        programs = programs_dir(state)
         # Before grpc is imported and before there are threads: forking is only safe now.
         prepare_grpc()
-        executor = build_executor(config, state)
+        executor = build_executor(config, programs)
         self._parts.add("executor", lambda deadline: executor.stop(deadline.at))
         killed = executor.clean_up_former_life()
         certificates = _certificates(config)
@@ -52,7 +54,7 @@ class Agent:
             log.warning("an earlier life of this agent left %d executions: they are ended and recorded", ended)
         timers = Timers("agent-timers").start()
         self._parts.add("timers", timers.stop)
-        packages = Packages(state / "functions")
+        packages = Packages(programs / "functions")
         monitor = Monitor(state)
         monitor.start()
         self._parts.add("monitor", monitor.stop)

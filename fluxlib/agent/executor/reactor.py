@@ -30,13 +30,14 @@ _SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
 class OutputPipe:
     """The reading end of one program's output."""
 
-    __slots__ = ("fd", "on_output", "reads", "resting")
+    __slots__ = ("fd", "flowing", "on_output", "reads", "resting")
 
     def __init__(self, fd: int, on_output: Callable[[bytes], None]) -> None:
         self.fd = fd
         self.on_output = on_output
         self.reads = 0
         self.resting = False
+        self.flowing = False  # the last read took all it could: there is more
 
 
 class Reactor:
@@ -131,7 +132,7 @@ class Reactor:
             self._close(pipe)
             return
         pipe.reads += 1
-        if pipe.reads >= _QUICK_READS:
+        if pipe.reads >= _QUICK_READS and not pipe.flowing:
             self._rest(pipe)
 
     def _rest(self, pipe: OutputPipe) -> None:
@@ -160,6 +161,7 @@ class Reactor:
         except OSError as error:
             log.warning("reading a program's output failed: %s", error)
             return False
+        pipe.flowing = len(data) == _READ_SIZE
         if data:
             pipe.on_output(data)
         return bool(data)

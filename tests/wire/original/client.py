@@ -3,13 +3,14 @@
     python client.py ADDRESS [--tls CA CERT KEY] < SCRIPT > ANSWERS
 
 SCRIPT is JSON: a list of [call, fields, seconds]. Each answer is a line of JSON
-with the response's fields, or {"grpc": STATUS}. Bytes travel as Latin-1 text.
+with the response's fields, or {"grpc": STATUS}. Bytes travel as Latin-1 text, large ones as their SHA-256.
 A call named "gather" runs its list of calls at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ REQUESTS = {
 
 
 def plain(value):
+    if isinstance(value, bytes) and len(value) > 1024 * 1024:
+        return hashlib.sha256(value).hexdigest()
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
