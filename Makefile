@@ -66,5 +66,9 @@ test-vm:
 	@scripts/setup dev $(TEST_PACKAGES) $(VM_PACKAGES)
 	@$(PY) -m pytest -m vm tests/vm $(ARGS)
 
+# flux and flux-agent for Debian and Ubuntu, into dist/.
+deb:
+	@scripts/deb
+
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
