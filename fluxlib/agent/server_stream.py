@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # Answers that travel in one frame at most; a large output travels alone.
 _BATCH = 64
 _BATCH_BYTES = 4 * 1024 * 1024
+# What is larger is fetched by ReadOutput: one answer must not hold up all others, nor pass the message limit.
+_INLINE_OUTPUT = 4 * 1024 * 1024
 
 
 class Session:
@@ -140,6 +142,7 @@ class Sessions:
 
     def _attach(self, name: str) -> tuple[Session, int, Any]:
         with self._lock:
+            resumed = name in self._sessions
             session = self._sessions.setdefault(name, Session(name))
             with session.condition:
                 if session.grace is not None:
@@ -154,7 +157,8 @@ class Sessions:
                     if execution_id not in waiting:
                         session.answers.append(answer)
                 known = {*session.unacknowledged, *self._runs.open_ids()}
-            return session, generation, pb.AgentFrame(instance_id=self._instance_id, known=sorted(known))
+            greeting = pb.AgentFrame(instance_id=self._instance_id, known=sorted(known), resumed=resumed)
+            return session, generation, greeting
 
     def _detach(self, session: Session, generation: int) -> None:
         with self._lock, session.condition:
@@ -170,10 +174,11 @@ class Sessions:
             if session.grace is None or self._sessions.get(session.name) is not session:
                 return
             del self._sessions[session.name]
+            # Under the lock: one that attaches anew now and asks for its runs again must not be disowned too.
+            self._runs.disown(session.name)
         count = self._runs.cancel_owned(session.name, "cancelled: the Flux that waited for it has vanished")
         if count:
             log.warning("a Flux vanished %d s ago: %d runs that only it waited for are cancelled", self._grace, count)
-        self._runs.disown(session.name)
 
     def _all(self) -> list[Session]:
         with self._lock:
@@ -205,15 +210,11 @@ class Sessions:
 
     def _execute(self, session: Session, request: ExecutionRequest) -> None:
         def ended(record: ExecutionRecord) -> None:
-            response = codec.response_from_record(record, with_output=not request.asynchronous)
+            inline = not request.asynchronous and record.output_bytes <= _INLINE_OUTPUT
+            response = codec.response_from_record(record, with_output=inline)
             session.answer(pb.ExecutionAnswer(execution_id=record.execution_id, final=True, response=response))
 
         record = self._runs.start(request, ended, session.name)
-        if record.error_kind is ErrorKind.AT_CAPACITY:
-            session.refused.add(request.function_name)
-            # A slot may have freed between the refusal and this line.
-            if self._runs.has_room(request.function_name):
-                self._tell_freed(session, [request.function_name])
         refused = record.status.ended and record.error_kind.nothing_started
         cannot = record.status.ended and record.error_kind is ErrorKind.CANNOT_START and not record.run_started_at
         if refused or cannot:
@@ -225,6 +226,12 @@ class Sessions:
         elif request.asynchronous and not record.status.ended:
             accepted = pb.ExecutionAnswer(execution_id=request.execution_id, response=pb.ExecutionResponse())
             session.answer(accepted)
+        if record.error_kind is ErrorKind.AT_CAPACITY:
+            # After the answer: "freed" must not overtake the refusal it takes back.
+            session.refused.add(request.function_name)
+            # A slot may have freed between the refusal and this line.
+            if self._runs.has_room(request.function_name):
+                self._tell_freed(session, [request.function_name])
 
     def _cancel(self, session: Session, message: Any) -> None:
         execution_id = message.execution_id

@@ -53,7 +53,23 @@ def _plain(connection: socket.socket, address: str) -> str:
     return f"what listens at {address} is no gRPC server"
 
 
-def _tls(plain: socket.socket, address: str, identity: Identity, server_name: str) -> str:
+def names_shown(address: str, identity: Identity, server_name: str, timeout: float = 5.0) -> list[str]:
+    """The DNS names of the certificate at ``address``; empty when there is none to be had under ``server_name``."""
+    host, _, port = address.rpartition(":")
+    context = _context(identity)
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), timeout) as plain,
+            context.wrap_socket(plain, server_hostname=server_name) as secured,
+        ):
+            certificate = secured.getpeercert() or {}
+    except (OSError, ValueError):
+        return []
+    names: list[str] = [str(entry[1]) for entry in certificate.get("subjectAltName", ()) if entry[0] == "DNS"]
+    return names
+
+
+def _context(identity: Identity) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=identity.ca_pem.decode())
@@ -64,6 +80,11 @@ def _tls(plain: socket.socket, address: str, identity: Identity, server_name: st
         with os.fdopen(descriptor, "wb") as file:
             file.write(identity.cert_pem + identity.key_pem)
         context.load_cert_chain(path)
+    return context
+
+
+def _tls(plain: socket.socket, address: str, identity: Identity, server_name: str) -> str:
+    context = _context(identity)
     try:
         with context.wrap_socket(plain, server_hostname=server_name) as secured:
             secured.sendall(_HTTP2_PREFACE)

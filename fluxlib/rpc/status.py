@@ -44,6 +44,12 @@ def surely_not_sent(error: grpc.RpcError) -> bool:
     return details.startswith(("failed to connect to all addresses", "DNS resolution failed", "connections to all"))
 
 
+def nobody_listens(error: grpc.RpcError) -> bool:
+    """Whether the other host itself said that no process has the port."""
+    details = (error.details() or "") if isinstance(error, grpc.Call) else ""
+    return surely_not_sent(error) and ("Connection refused" in details or "WSA Error" in details)
+
+
 def abort(context: grpc.ServicerContext, error: FluxError) -> NoReturn:
     """End a call with the error's own gRPC status."""
     context.abort(getattr(grpc.StatusCode, error.grpc_status), error.message)
