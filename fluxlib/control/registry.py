@@ -11,122 +11,16 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fluxlib.control.connection import AgentConnection
-from fluxlib.model import AgentRecord, FunctionState, NodeFigures, Platform
-from fluxlib.model.agents import AgentStatus
+from fluxlib.control.agent_state import AgentState, free_share
+from fluxlib.model import NodeFigures
 
-# An agent that runs one task more than it last reported counts as this much
-# less free, before its own figures show it.
-_PER_TASK = 0.02
-
-
-class AgentState:
-    """One agent. Written only by :class:`Registry` (under its lock); reading attributes needs no lock."""
-
-    __slots__ = (
-        "_key",
-        "_memory_at_report",
-        "_total_at_report",
-        "certificate_not_after",
-        "connection",
-        "figures",
-        "full",
-        "holds",
-        "in_flight",
-        "in_step",
-        "instance_id",
-        "isolation_notes",
-        "lacking",
-        "last_heartbeat",
-        "problem",
-        "reachable",
-        "record",
-        "reserved_memory_mb",
-        "revision",
-        "total",
-    )
-
-    def __init__(self, record: AgentRecord, connection: AgentConnection | None = None) -> None:
-        self.record = record
-        self.connection = connection
-        self.figures: NodeFigures | None = None
-        self.last_heartbeat = record.last_heartbeat
-        self.instance_id = ""
-        self.revision = -1  # of its functions, as it last reported; -1 = never asked
-        self.in_step = False  # holds what it should, as far as it can be given it
-        self.reachable = True  # executions can be sent now
-        self.problem = ""  # why it is offline or out of step, for people
-        self.isolation_notes: tuple[str, ...] = ()
-        self.certificate_not_after = 0.0
-        self.holds: dict[str, FunctionState] = {}  # what it has of each function, by digest
-        self.lacking: dict[str, str] = {}  # functions it must not get, and why (a push failed)
-        self.in_flight: dict[str, int] = {}  # by function, as this Flux sent them
-        self.total = 0
-        self.full: set[str] = set()  # functions that have no slot left here; "" = the whole agent
-        self.reserved_memory_mb = 0
-        self._total_at_report = 0
-        self._memory_at_report = 0
-        self._key: tuple[float, int, str] | None = None  # its place in the order
-
-    @property
-    def agent_id(self) -> str:
-        return self.record.agent_id
-
-    @property
-    def platform(self) -> Platform:
-        return self.record.platform
-
-    @property
-    def takes_work(self) -> bool:
-        return self.record.status.takes_work and self.in_step and self.reachable and self.connection is not None
-
-    @property
-    def max_tasks(self) -> int:
-        """0 = unknown (an original agent)."""
-        return (self.figures.max_tasks if self.figures is not None else 0) or self.record.max_tasks
-
-    @property
-    def sent_since_report(self) -> int:
-        """Tasks of ours it runs beyond those in its last report; negative when some have ended."""
-        return self.total - self._total_at_report
-
-    @property
-    def expected_active(self) -> int:
-        """Running tasks, everybody's: the last report and what this Flux has done since."""
-        reported = self.figures.active_tasks if self.figures is not None else 0
-        return max(self.total, reported + self.sent_since_report)
-
-    @property
-    def expected_memory_free_mb(self) -> int:
-        """What the last report left, less what was promised to executions sent since; -1 = never reported."""
-        if self.figures is None or not self.figures.memory_total_mb:
-            return -1
-        sent = max(0, self.reserved_memory_mb - self._memory_at_report)
-        return max(0, self.figures.memory_total_mb - self.figures.memory_used_mb - sent)
-
-    @property
-    def shown_status(self) -> AgentStatus:
-        """The stored status, ``busy`` while every slot is taken."""
-        status = self.record.status
-        if status.takes_work:
-            full = bool(self.max_tasks) and self.expected_active >= self.max_tasks
-            return AgentStatus.BUSY if full else AgentStatus.ONLINE
-        return status
-
-
-def free_share(agent: AgentState) -> float:
-    """Headroom when nobody says otherwise: the mean free share of CPU, memory and slots."""
-    if agent.figures is None:
-        return 0.5 - _PER_TASK * agent.total
-    cpu = 1 - agent.figures.cpu_percent / 100
-    memory = 1 - agent.figures.memory_percent / 100
-    slots = 1 - agent.expected_active / agent.max_tasks if agent.max_tasks else 1.0
-    return (cpu + memory + slots) / 3 - _PER_TASK * agent.sent_since_report
+__all__ = ["AgentState", "Choose", "Headroom", "Registry", "Reservation", "free_share"]
 
 
 @dataclass(slots=True, eq=False)
@@ -219,11 +113,12 @@ class Registry:
                 agent.in_flight[name] = left
             else:
                 agent.in_flight.pop(name, None)
+                agent.slots.pop(name, None)
             agent.reserved_memory_mb -= reservation.memory_mb
             if self._agents.get(agent.agent_id) is not agent:
                 return
             whole = "" in agent.full
-            self._set_full(agent, agent.full - {"", name})
+            self._set_full(agent, (agent.full - {"", name}) | agent.full_by_count(agent.expected_active))
             self._rank(agent)
         self._tell_capacity(agent.agent_id, None if whole else name)
 
@@ -240,13 +135,16 @@ class Registry:
             agent = self._agents.get(agent_id)
             if agent is None:
                 return
-            self._set_full(agent, agent.full - {"", function_name} if function_name else set())
+            # By our own count only: what the last report says of other people's tasks is older than this.
+            left = agent.full - {"", function_name} if function_name else set()
+            self._set_full(agent, left | agent.full_by_count(agent.total))
         self._tell_capacity(agent_id, function_name or None)
 
     def function_changed(self, function_name: str) -> None:
         """Its spec changed: what was full by its former limit may have room."""
         with self._lock:
             for agent in self._agents.values():
+                agent.slots.pop(function_name, None)
                 if function_name in agent.full:
                     self._set_full(agent, agent.full - {function_name})
         self._tell_capacity("", function_name)
@@ -300,7 +198,7 @@ class Registry:
             state._total_at_report = state.total
             state._memory_at_report = state.reserved_memory_mb
             had_full = bool(state.full)
-            self._set_full(state, set())
+            self._set_full(state, state.full_by_count(state.expected_active))
             self._rank(state)
         if had_full:
             self._tell_capacity(agent_id, None)
@@ -345,13 +243,13 @@ class Registry:
         agent.in_flight[function_name] = running
         agent.total += 1
         agent.reserved_memory_mb += memory_mb
-        full = set(agent.full)
-        if slots and running >= slots:
-            full.add(function_name)
+        if slots:
+            agent.slots[function_name] = slots
+        full = {function_name} if slots and running >= slots else set()
         if agent.max_tasks and agent.expected_active >= agent.max_tasks:
             full.add("")
-        if full != agent.full:
-            self._set_full(agent, full)
+        if not full <= agent.full:
+            self._set_full(agent, agent.full | full)
         self._rank(agent)
         return Reservation(agent, function_name, memory_mb)
 
@@ -374,7 +272,11 @@ class Registry:
         self._unrank(agent)
         if agent.takes_work:
             # Among equals the one that changed longest ago comes first: light load goes round.
-            agent._key = (self._headroom(agent), -next(self._turn), agent.agent_id)
+            headroom = self._headroom(agent)
+            # A figure that is no number compares with nothing and would break the order for everybody.
+            if headroom != headroom:
+                headroom = -math.inf
+            agent._key = (headroom, -next(self._turn), agent.agent_id)
             bisect.insort(self._order, agent._key)
             self._count_full(agent.full, 1)
 

@@ -26,6 +26,11 @@ class AgentStatus(str, Enum):
         return following in _AGENT_MOVES[self]
 
     @property
+    def present(self) -> bool:
+        """Whether it answers now, as far as is known."""
+        return self not in (AgentStatus.OFFLINE, AgentStatus.PROVISIONING)
+
+    @property
     def takes_work(self) -> bool:
         return self in (AgentStatus.ONLINE, AgentStatus.BUSY)
 

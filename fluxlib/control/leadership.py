@@ -1,0 +1,114 @@
+"""Which Flux leads: one at a time polls the agents, expires executions and scales.
+
+Two leases per process in the store they share: ``leader``, which one holds, and
+``flux/<session>``, which says that this process lives. A leader's writes carry
+its lease, so that one that was frozen and wakes up cannot write as a leader any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from fluxlib.errors import LeaseLost
+from fluxlib.store.base import ControlStore, Lease
+
+log = logging.getLogger(__name__)
+
+LEADER = "leader"
+SESSIONS = "flux/"
+LEASE_SECONDS = 15.0
+RENEW_EVERY = 5.0
+
+OnChange = Callable[[bool], object]
+
+
+class Leadership:
+    """This process's two leases. ``tick`` every :data:`RENEW_EVERY` seconds, once before anything else starts.
+
+    ``shared`` False: the store is a file of this process alone, so that whoever holds
+    something in it is a former life, and is not waited for.
+    """
+
+    def __init__(
+        self, store: ControlStore, session: str, *, shared: bool, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.session = session
+        self._store = store
+        self._shared = shared
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._lease: Lease | None = None
+        self._living: frozenset[str] = frozenset()
+        self._gone: frozenset[str] = frozenset()
+        self._listeners: list[OnChange] = []
+
+    @property
+    def lease(self) -> Lease | None:
+        """For a leader's writes; None in a follower, and in a leader that was frozen for too long."""
+        lease = self._lease
+        return lease if lease is not None and lease.expires_at > self._clock() else None
+
+    @property
+    def leads(self) -> bool:
+        return self.lease is not None
+
+    @property
+    def others(self) -> frozenset[str]:
+        """The sessions of other processes that live, as of the last tick."""
+        return self._living
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """The sessions that ended, by themselves or by a crash: what they left open is for the leader to adopt."""
+        return self._gone
+
+    def on_change(self, listener: OnChange) -> None:
+        """``listener(leads)`` whenever this process begins or ceases to lead, from the thread that found out."""
+        self._listeners.append(listener)
+
+    def tick(self, now: float) -> None:
+        """Prolong both leases and look who else lives. StoreUnavailable leaves the leases to run out."""
+        before = self._lease
+        if before is not None and before.expires_at <= now:
+            log.warning("held no lease for %.0f s: another process may have led meanwhile", now - before.expires_at)
+            self._set(None)
+        self._store.acquire_lease(SESSIONS + self.session, self.session, LEASE_SECONDS, now)
+        leases = self._store.leases(SESSIONS)
+        others = {lease.owner: lease for lease in leases if lease.owner != self.session}
+        if not self._shared:
+            self._bury(others.values(), now)
+            self._living, self._gone = frozenset(), frozenset(others)
+        else:
+            self._living = frozenset(owner for owner, lease in others.items() if lease.expires_at > now)
+            self._gone = frozenset(others) - self._living
+        self._set(self._store.acquire_lease(LEADER, self.session, LEASE_SECONDS, now))
+
+    def lost(self, error: LeaseLost) -> None:
+        """A write was refused: this process does not lead any more."""
+        log.warning("%s: this process follows from now on", error)
+        self._set(None)
+
+    def resign(self) -> None:
+        """Give both leases up, so that another process need not wait until they run out."""
+        lease = self.lease
+        self._set(None)
+        own = self._store.lease(SESSIONS + self.session)
+        for held in (lease, own):
+            if held is not None:
+                self._store.release_lease(held)
+
+    def _bury(self, sessions: Iterable[Lease], now: float) -> None:
+        for lease in (*sessions, self._store.lease(LEADER)):
+            if lease is not None and lease.owner != self.session and lease.expires_at > now:
+                self._store.release_lease(lease)
+
+    def _set(self, lease: Lease | None) -> None:
+        with self._lock:
+            before, self._lease = self._lease, lease
+        if (before is None) != (lease is None):
+            log.info("this process %s", "leads" if lease is not None else "follows")
+            for listener in self._listeners:
+                listener(lease is not None)

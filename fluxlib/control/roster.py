@@ -1,0 +1,201 @@
+"""Who belongs to the fleet: each agent's durable record and what this process remembers about it.
+
+The one place that writes agents to the store. A record is written when a person
+asked for it, or by the leader under its lease; followers only read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Flag, auto
+from typing import Any
+
+from fluxlib.control.leadership import Leadership
+from fluxlib.control.registry import AgentState, Registry
+from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
+from fluxlib.model import AgentRecord, AgentStatus
+from fluxlib.store.base import ControlStore
+
+log = logging.getLogger(__name__)
+
+Change = Callable[[AgentRecord], AgentRecord]
+DRAINING = "draining"  # in AgentRecord.extra: it outlives the agent's being offline
+
+
+class Wanted(Flag):
+    """What is to be done about one agent, in the background."""
+
+    NOTHING = 0
+    STEP = auto()  # compare what it holds with what it should, push what differs
+    RECONCILE = auto()  # it joined, came back or restarted: compare what it runs, too
+    RECONNECT = auto()  # it is not the agent the connection was made for any more
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """What this process remembers of one agent beside the registry. ``condition`` guards every field."""
+
+    agent_id: str
+    stored: AgentRecord  # as the store has it
+    condition: threading.Condition = field(default_factory=threading.Condition)
+    wanted: Wanted = Wanted.NOTHING
+    working: bool = False  # a worker is at it
+    removed: bool = False
+    unsaved: bool = False  # the store was away when something was to be written
+    life: int = 0  # counts its connections: events of an earlier one are ignored
+    features: tuple[str, ...] = ()
+    # Judged by the health poller only.
+    misses: int = 0
+    asked: int = 0  # counts the questions: an answer to an earlier one is ignored
+    asked_at: float = 0.0  # 0 = no question is open
+    # Set by the worker: what could not be brought to it is tried again then.
+    behind: bool = False
+    failures: int = 0
+    retry_at: float = 0.0
+    reconciled: bool = False  # since it joined, what it runs was compared
+    given_up: bool = False  # what it ran was failed
+    checked_revision: int = -1  # of the functions it was last compared with
+
+
+def present_status(record: AgentRecord) -> AgentStatus:
+    """The status of an agent that answers."""
+    return AgentStatus.DRAINING if record.extra.get(DRAINING) else AgentStatus.ONLINE
+
+
+class Roster:
+    """The agents' records in the store, in memory and in the registry."""
+
+    def __init__(self, store: ControlStore, registry: Registry, leadership: Leadership) -> None:
+        self._store = store
+        self._registry = registry
+        self._leadership = leadership
+        self._lock = threading.Lock()
+        self._members: dict[str, Member] = {}
+
+    def get(self, agent_id: str) -> Member | None:
+        return self._members.get(agent_id)
+
+    def all(self) -> Sequence[Member]:
+        with self._lock:
+            return list(self._members.values())
+
+    def load(self, now: float) -> Sequence[Member]:
+        """Everybody in the store. Raises StoreUnavailable."""
+        for record in self._store.agents():
+            self.admit(record, now)
+        return self.all()
+
+    def admit(self, record: AgentRecord, now: float) -> Member:
+        """Keep an agent that is in the store; offline here until this process has talked to it."""
+        with self._lock:
+            known = self._members.get(record.agent_id)
+            if known is not None:
+                return known
+            member = self._members[record.agent_id] = Member(record.agent_id, record)
+        if record.status is not AgentStatus.PROVISIONING:
+            record = replace(record, status=AgentStatus.OFFLINE, offline_since=record.offline_since or now)
+        state = AgentState(record)
+        state.problem = "was not asked yet since Flux started" if state.record.address else ""
+        self._registry.add(state)
+        return member
+
+    # -- writing -------------------------------------------------------------------
+    # Each change is made of the record as it is then, under the member's condition: a person's
+    # change and one this process judged must not undo each other.
+
+    def enlist(self, record: AgentRecord, now: float) -> Member:
+        """A new agent, because somebody asked for it: durable when this returns. Raises StoreUnavailable."""
+        self._save(record)
+        return self.admit(record, now)
+
+    def save(self, member: Member, change: Change, **state: Any) -> None:
+        """Because somebody asked for it: durable when this returns. Raises StoreUnavailable, NotFound.
+
+        ``state`` are attributes of the agent's state in the registry that change in the same step.
+        """
+        with member.condition:
+            record = change(self._record(member))
+            self._save(record)
+            member.stored, member.unsaved = record, False
+            self._registry.update(member.agent_id, record=record, **state)
+
+    def observe(self, member: Member, change: Change, **state: Any) -> None:
+        """What this process saw of an agent: in memory at once, in the store when this process leads.
+
+        A store that is away is tried again by :meth:`catch_up`.
+        """
+        with member.condition:
+            if member.removed:
+                return
+            record = change(self._record(member))
+            self._registry.update(member.agent_id, record=record, **state)
+            self._write(member, record)
+
+    def note(self, member: Member, change: Change, **state: Any) -> None:
+        """As :meth:`observe`, in memory only: the next observation writes it."""
+        with member.condition:
+            if not member.removed:
+                self._registry.update(member.agent_id, record=change(self._record(member)), **state)
+
+    def catch_up(self, member: Member) -> None:
+        """Write what a store that was away has missed."""
+        with member.condition:
+            if member.unsaved and not member.removed:
+                self._write(member, self._record(member))
+
+    def delete(self, member: Member) -> AgentState | None:
+        """Because somebody asked for it: out of the store, then out of memory. Raises StoreUnavailable."""
+        with member.condition:
+            try:
+                self._store.delete_agent(member.agent_id, self._leadership.lease)
+            except LeaseLost as error:
+                self._leadership.lost(error)
+                self._store.delete_agent(member.agent_id)
+            return self.forget(member)
+
+    def forget(self, member: Member) -> AgentState | None:
+        """Out of memory: another process deleted it. Its last state, with the connection still open."""
+        with member.condition:
+            member.removed = True
+            member.life += 1
+        with self._lock:
+            if self._members.get(member.agent_id) is member:
+                del self._members[member.agent_id]
+        return self._registry.remove(member.agent_id)
+
+    def _record(self, member: Member) -> AgentRecord:
+        state = self._registry.get(member.agent_id)
+        if state is None or member.removed:
+            raise NotFound(f"there is no agent {member.agent_id}")
+        return state.record
+
+    def _save(self, record: AgentRecord) -> None:
+        try:
+            self._store.save_agent(record, self._leadership.lease)
+        except LeaseLost as error:
+            # A person's wish needs no lease; only this process's own judgement does.
+            self._leadership.lost(error)
+            self._store.save_agent(record)
+
+    def _write(self, member: Member, record: AgentRecord) -> None:
+        lease = self._leadership.lease
+        if lease is None or _same(record, member.stored):
+            member.unsaved = False
+            return
+        try:
+            self._store.save_agent(record, lease)
+        except LeaseLost as error:
+            self._leadership.lost(error)
+        except StoreUnavailable as error:
+            member.unsaved = True
+            log.warning("the state of agent %s could not be saved: %s", member.agent_id, error)
+        else:
+            member.stored, member.unsaved = record, False
+
+
+def _same(one: AgentRecord, other: AgentRecord) -> bool:
+    """Whether they differ in nothing but the last heartbeat, which changes by the second."""
+    return replace(one, last_heartbeat=0.0) == replace(other, last_heartbeat=0.0)

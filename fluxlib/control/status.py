@@ -1,0 +1,128 @@
+"""What /health and /resources say of this process: its store, its loops, its machine, and what to worry about."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import psutil
+
+from fluxlib.control.registry import Registry
+from fluxlib.errors import StoreUnavailable
+from fluxlib.lifecycle import Loop, LoopReport
+from fluxlib.model import NodeFigures
+from fluxlib.store.base import ControlStore
+
+SAMPLE_EVERY = 5.0
+# /health is public: however often it is asked, the store is asked once in this time.
+_STORE_SECONDS = 1.0
+_PERSISTENCE_SECONDS = 60.0
+_MB = 1024 * 1024
+
+Warnings = Callable[[], Iterable[str]]
+
+
+class StatusService:
+    """services.Status. ``tick`` samples the machine every :data:`SAMPLE_EVERY` seconds.
+
+    ``loops`` and ``warnings`` may be added to until the API is served; each of ``warnings`` answers
+    what it knows now (certificates, strays, …).
+    """
+
+    def __init__(
+        self,
+        store: ControlStore,
+        registry: Registry,
+        *,
+        tls: bool,
+        stopping: Callable[[], bool],
+        loops: Sequence[Loop] = (),
+        warnings: Sequence[Warnings] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._tls = tls
+        self._stopping = stopping
+        self._loops = list(loops)
+        self._warnings = list(warnings)
+        self._clock = clock
+        self._started = clock()
+        self._lock = threading.Lock()
+        self._checked_at = -_STORE_SECONDS
+        self._store_problem: StoreUnavailable | None = None
+        self._persistence_at = -_PERSISTENCE_SECONDS
+        self._persistence: tuple[str, ...] = ()
+        psutil.cpu_percent(None)  # the first answer has nothing to compare with
+        self._sampled = self._sample(self._started)
+
+    def watch(self, loop: Loop) -> Loop:
+        self._loops.append(loop)
+        return loop
+
+    def warn(self, warnings: Warnings) -> None:
+        self._warnings.append(warnings)
+
+    def tick(self, now: float) -> None:
+        self._sampled = self._sample(now)
+
+    # -- services.Status ---------------------------------------------------------------
+
+    def check_store(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._checked_at >= _STORE_SECONDS:
+                try:
+                    self._store.ping()
+                except StoreUnavailable as error:
+                    self._store_problem = error
+                else:
+                    self._store_problem = None
+                self._checked_at = time.monotonic()
+            problem = self._store_problem
+        if problem is not None:
+            raise StoreUnavailable(problem.message, retry_after=problem.retry_after)
+
+    def loops(self) -> Sequence[LoopReport]:
+        return [loop.report() for loop in self._loops]
+
+    def warnings(self) -> Sequence[str]:
+        found = list(self._store_warnings())
+        if not self._tls:
+            found.append(
+                "agents are spoken to without TLS (disable_grpc_tls): whoever reaches them can run programs there"
+            )
+        for warnings in self._warnings:
+            found += warnings()
+        return found
+
+    def figures(self) -> NodeFigures:
+        return self._sampled
+
+    def stopping(self) -> bool:
+        return self._stopping()
+
+    def _store_warnings(self) -> tuple[str, ...]:
+        with self._lock:
+            if time.monotonic() - self._persistence_at >= _PERSISTENCE_SECONDS:
+                try:
+                    self._persistence = self._store.persistence()
+                    self._persistence_at = time.monotonic()
+                except StoreUnavailable:
+                    return self._persistence  # check_store says it
+            return self._persistence
+
+    def _sample(self, now: float) -> NodeFigures:
+        memory = psutil.virtual_memory()
+        # "used" as most people mean it: what is not available to a new program.
+        used = memory.total - memory.available
+        return NodeFigures(
+            cpu_percent=psutil.cpu_percent(None),
+            memory_percent=100.0 * used / memory.total,
+            memory_total_mb=memory.total // _MB,
+            memory_used_mb=used // _MB,
+            active_tasks=sum(state.total for state in self._registry.agents()),
+            uptime_seconds=int(now - self._started),
+            collected_at=now,
+        )
