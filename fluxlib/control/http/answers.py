@@ -1,0 +1,60 @@
+"""What a handler answers with, before Flask or the front makes a response of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any, Protocol
+
+JSON = "application/json"
+Headers = tuple[tuple[str, str], ...]
+
+
+class Chunks(Protocol):
+    """A body that comes bit by bit; ``close`` is always called at its end, however it ends."""
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One response. ``chunks`` replaces ``body`` for what is not known in whole."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = JSON
+    headers: Headers = ()
+    chunks: Chunks | None = None
+
+    def with_headers(self, more: Headers) -> Answer:
+        return replace(self, headers=self.headers + more) if more else self
+
+    def wsgi_headers(self) -> list[tuple[str, str]]:
+        """All headers; a chunked body has no length."""
+        fixed = [("Content-Type", self.content_type), ("X-Content-Type-Options", "nosniff"), *self.headers]
+        if self.chunks is None:
+            fixed.append(("Content-Length", str(len(self.body))))
+        return fixed
+
+    @property
+    def status_line(self) -> str:
+        return _STATUS_LINES[self.status]
+
+
+_STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+
+
+def json_bytes(data: Any) -> bytes:
+    """As people read it with curl: UTF-8 as it is, a line feed at the end.
+
+    A lone surrogate (an argument echoed in a message) would not encode: it becomes a question mark.
+    """
+    return json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def json_answer(status: int, data: Any, headers: Headers = ()) -> Answer:
+    return Answer(status, json_bytes(data), JSON, headers)

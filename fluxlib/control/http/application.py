@@ -1,0 +1,90 @@
+"""The Flask application: rules made from the table, errors of Flask's own as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from fluxlib.control.http.answers import Answer
+from fluxlib.control.http.auth import FailedAttempts
+from fluxlib.control.http.front import Front
+from fluxlib.control.http.pipeline import Pipeline
+from fluxlib.control.http.problems import problem, simple
+from fluxlib.control.http.request import check_path
+from fluxlib.control.http.route import Route
+from fluxlib.control.http.routes import build_routes
+from fluxlib.control.services import Services
+from fluxlib.errors import FluxError
+
+
+def create_app(services: Services, *, front: bool = True, attempts: FailedAttempts | None = None) -> Flask:
+    """Every route of the table, refused by default.
+
+    ``front`` answers the hot routes before Flask; without it Flask answers all,
+    by the same pipeline. ``attempts`` remembers wrong keys (tests bring a clock).
+    """
+    app = Flask("fluxlib.control.http", static_folder=None)
+    # One way to write each path: no redirects, no merged slashes.
+    app.url_map.strict_slashes = True
+    app.url_map.merge_slashes = False
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    routes = build_routes(services.config)
+    pipeline = Pipeline(services, attempts)
+    for route in routes:
+        _add(app, route, pipeline)
+    app.before_request(lambda: _before(app, pipeline))
+    app.register_error_handler(Exception, lambda error: _failed(error, pipeline))
+    app.extensions["flux"] = {"routes": routes, "pipeline": pipeline}
+    if front:
+        app.wsgi_app = Front(app.wsgi_app, pipeline, routes)  # type: ignore[method-assign]
+    return app
+
+
+def _add(app: Flask, route: Route, pipeline: Pipeline) -> None:
+    def view(**params: str) -> Response:
+        return _response(pipeline.answer(route, request.environ, params))
+
+    app.add_url_rule(
+        route.path.replace("{", "<").replace("}", ">"),
+        route.name,
+        view,
+        methods=[route.method],
+        provide_automatic_options=False,
+    )
+
+
+def _before(app: Flask, pipeline: Pipeline) -> Response | None:
+    """What is settled before it matters whether the path is known."""
+    try:
+        check_path(request.environ)
+    except FluxError as error:
+        return _response(problem(error, request.path).with_headers(pipeline.cors.headers(request.environ)))
+    if request.method == "OPTIONS" and pipeline.cors.enabled:
+        methods = _methods(request.routing_exception)
+        if methods:
+            return _response(Answer(204, headers=pipeline.cors.preflight(request.environ, methods)))
+    return None
+
+
+def _methods(error: Any) -> list[str]:
+    return sorted(error.valid_methods or ()) if isinstance(error, MethodNotAllowed) else []
+
+
+def _failed(error: Exception, pipeline: Pipeline) -> Response:
+    """What Flask itself finds wrong, and what went wrong in it."""
+    if isinstance(error, MethodNotAllowed):
+        allowed = ", ".join(_methods(error))
+        answer = simple(405, f"{request.method} is not taken here, only {allowed}", (("Allow", allowed),))
+    elif isinstance(error, HTTPException) and error.code is not None and error.code < 500:
+        about = "there is no such path: GET /openapi.json lists them" if error.code == 404 else str(error.description)
+        answer = simple(error.code, about)
+    else:
+        answer = problem(error, f"{request.method} {request.path}")
+    return _response(answer.with_headers(pipeline.cors.headers(request.environ)))
+
+
+def _response(answer: Answer) -> Response:
+    body: Any = answer.chunks if answer.chunks is not None else answer.body
+    return Response(body, answer.status, answer.wsgi_headers())

@@ -1,0 +1,255 @@
+"""Reading bodies: size, type and shape are settled here, before a handler runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fluxlib.config.document import MAX_BYTES as MAX_YAML_BYTES
+from fluxlib.config.function import read_function
+from fluxlib.control.http.fields import Field, Schema, anything, boolean, seconds, take, text
+from fluxlib.control.http.request import Request
+from fluxlib.control.services import Call
+from fluxlib.errors import InvalidInput, UnsupportedMedia
+
+_SMALL = 64 * 1024
+# Arguments and standard input of one call; an unary message to an original agent takes 50 MB.
+_CALL_BYTES = 8 * 2**20
+# What execve takes: 128 KiB an argument, and of all together what a default stack leaves.
+_MAX_ARG_BYTES = 128 * 1024 - 1
+_MAX_ARGS_BYTES = 2**20
+_MAX_ARGS = 10_000
+_MAX_DEPTH = 32
+_LONGEST_TIMEOUT = 7 * 86400.0
+_MAX_KEY = 255
+_JSON_TYPES = ("", "application/json", "application/x-www-form-urlencoded")
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a route takes. ``content`` maps media types to schemas for the document; ``read`` makes ``request.data``."""
+
+    limit: int  # bytes
+    read: Callable[[Request, bytes], Any]
+    content: Mapping[str, Schema] = field(default_factory=dict)
+    required: bool = False
+    any_type: bool = False  # the Content-Type is not looked at
+
+
+def _ignored(request: Request, data: bytes) -> None:
+    return None
+
+
+# Clients that send `{}` or an empty form where nothing is wanted are let be.
+NO_BODY = Body(_SMALL, _ignored)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidInput(f"the key {twice[:80]!a} appears twice in the JSON")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise InvalidInput(f"{name} is no JSON")
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper_than(item, levels - 1) for item in inner)
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object in ``data``, {} for nothing. Raises InvalidInput; the second of two equal keys never wins silently."""
+    if not data.strip():
+        return {}
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"the body is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise InvalidInput(f"the JSON is nested more than {_MAX_DEPTH} deep") from error
+    except ValueError as error:
+        raise InvalidInput(f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidInput('the body must be a JSON object such as {"args": []}')
+    if _deeper_than(value, _MAX_DEPTH):
+        raise InvalidInput(f"the JSON is nested more than {_MAX_DEPTH} deep")
+    return value
+
+
+def _refuse_encoding(request: Request) -> None:
+    encoding = request.header("CONTENT_ENCODING").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMedia(f"the Content-Encoding {encoding[:40]!a} is not taken: send the body as it is")
+
+
+def json_body(fields: Sequence[Field], *, required: bool = False) -> Body:
+    """A small JSON object with these fields."""
+
+    def read(request: Request, data: bytes) -> dict[str, Any]:
+        if request.media_type not in _JSON_TYPES:
+            raise UnsupportedMedia(f"send JSON, not {request.media_type[:80]!a}")
+        return take(fields, json_object(data), "the body")
+
+    return Body(_SMALL, read, {"application/json": object_schema(fields)}, required=required)
+
+
+def object_schema(fields: Sequence[Field]) -> Schema:
+    return {
+        "type": "object",
+        "properties": {field.name: {**field.schema, "description": field.about} for field in fields},
+        "required": [field.name for field in fields if field.required],
+        "additionalProperties": False,
+    }
+
+
+# ---- a call ----------------------------------------------------------------------
+
+
+def _text_problem(value: str) -> str | None:
+    if "\0" in value:
+        return "must not contain NUL"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "must not contain half a surrogate pair"
+    return None
+
+
+def _args(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise ValueError("must be a list of strings")
+    if len(value) > _MAX_ARGS:
+        raise ValueError(f"must not hold more than {_MAX_ARGS} arguments")
+    total = 0
+    for number, item in enumerate(value):
+        problem = _text_problem(item) if isinstance(item, str) else "must be a string"
+        if problem is None:
+            size = len(item.encode())
+            total += size + 1
+            if size > _MAX_ARG_BYTES:
+                problem = f"is longer than {_MAX_ARG_BYTES} bytes"
+        if problem:
+            raise ValueError(f"[{number}] {problem}")
+    if total > _MAX_ARGS_BYTES:
+        raise ValueError(f"must not be longer than {_MAX_ARGS_BYTES // 1024} KB together; send data as `input`")
+    return tuple(value)
+
+
+def _input(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("must be a string; send bytes as a body of application/octet-stream")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must not contain half a surrogate pair") from error
+
+
+_ARGS_SCHEMA = {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": _MAX_ARGS}
+_TIMEOUT_SCHEMA = {"type": "number", "minimum": 0, "maximum": _LONGEST_TIMEOUT}
+CALL_FIELDS = (
+    Field("args", "the program's arguments; null = none", _ARGS_SCHEMA, _args, ()),
+    Field("input", "its standard input", {"type": "string"}, _input, b""),
+    Field("timeout", "seconds; 0 = the function's", _TIMEOUT_SCHEMA, seconds(_LONGEST_TIMEOUT), 0.0),
+)
+_BYTES: Schema = {}
+
+
+def _call(request: Request, data: bytes) -> Call:
+    """``curl -d`` says it sends a form and means JSON, as with the original."""
+    name = request.params["name"]
+    key = idempotency_key(request)
+    media_type = request.media_type
+    if media_type == "application/octet-stream" or media_type.startswith("text/"):
+        return Call(name, stdin=data, idempotency_key=key)
+    if media_type not in _JSON_TYPES:
+        raise UnsupportedMedia(
+            f"{media_type[:80]!a} is not taken: send JSON, or standard input as application/octet-stream or text/*"
+        )
+    if not data:
+        return Call(name, idempotency_key=key)
+    fields = take(CALL_FIELDS, json_object(data), "the call")
+    return Call(name, fields["args"], fields["input"], fields["timeout"], key)
+
+
+CALL_BODY = Body(
+    _CALL_BYTES,
+    _call,
+    {
+        "application/json": object_schema(CALL_FIELDS),
+        "application/octet-stream": _BYTES,
+        "text/plain": {"type": "string"},
+    },
+)
+
+
+def idempotency_key(request: Request) -> str:
+    """The header's key, for submissions; a synchronous call must not be thought repeatable."""
+    key = request.header("IDEMPOTENCY_KEY").strip()
+    if not key:
+        return ""
+    if not request.path.endswith("/async"):
+        raise InvalidInput("Idempotency-Key works for asynchronous calls only: POST /execute/NAME/async")
+    if len(key) > _MAX_KEY or not key.isascii() or not key.isprintable():
+        raise InvalidInput(f"Idempotency-Key must be 1 to {_MAX_KEY} printable ASCII characters")
+    return key
+
+
+# ---- the others --------------------------------------------------------------------
+
+
+def _address(value: Any) -> str:
+    address: str = text(300)(value)
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not host.strip("[]") or any(char in host for char in " /@?#") or (":" in host and not bracketed):
+        raise ValueError("must be host:port, an IPv6 address in brackets")
+    if not port.isascii() or not port.isdigit() or len(port) > 5 or not 1 <= int(port) <= 65535:
+        raise ValueError("must end with a port between 1 and 65535")
+    return address
+
+
+REGISTER_BODY = json_body(
+    (
+        Field("address", "host:port of the agent", {"type": "string", "maxLength": 300}, _address, required=True),
+        Field("legacy", "accept a certificate without an ID", {"type": "boolean"}, boolean, False),
+        Field("tls", "the original's; accepted and ignored", {}, anything),
+    ),
+    required=True,
+)
+
+
+def _function(request: Request, data: bytes) -> Any:
+    spec = read_function(data)
+    request.subject = spec.name
+    return spec
+
+
+def _archive(request: Request, data: bytes) -> bytes:
+    if not data:
+        raise InvalidInput("the body is empty: send the zip, for example with curl --data-binary @code.zip")
+    return data
+
+
+def function_body(schema: Schema) -> Body:
+    return Body(MAX_YAML_BYTES, _function, {"application/yaml": schema}, required=True, any_type=True)
+
+
+def archive_body(max_archive_mb: int) -> Body:
+    return Body(max_archive_mb * 2**20, _archive, {"application/zip": _BYTES}, required=True, any_type=True)
+
+
+def read_body(body: Body, request: Request) -> Any:
+    """``request.data`` by what the route declares. Raises TooLarge, UnsupportedMedia, InvalidInput."""
+    _refuse_encoding(request)
+    return body.read(request, request.body(body.limit))

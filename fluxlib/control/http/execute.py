@@ -1,0 +1,102 @@
+"""Running functions, and what became of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fluxlib.control.http.answers import Answer, json_answer
+from fluxlib.control.http.request import Request
+from fluxlib.control.services import Call
+from fluxlib.errors import Forbidden, NotFound
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
+from fluxlib.store.base import ExecutionFilter
+
+
+def execute(request: Request) -> Answer:
+    """200 for success; a run that failed or was cancelled is 500 with the same body and its ``error``."""
+    call: Call = request.data
+    record = request.services.executions.execute(call, request.caller)
+    return json_answer(200 if record.status is ExecutionStatus.SUCCESS else 500, _result(record))
+
+
+def submit(request: Request) -> Answer:
+    call: Call = request.data
+    execution_id = request.services.executions.submit(call)
+    return json_answer(202, {"status": "accepted", "execution_id": execution_id})
+
+
+def _result(record: ExecutionRecord) -> dict[str, Any]:
+    """The answer of a synchronous call; ``error`` only where there is one, as scripts ask for it."""
+    data: dict[str, Any] = {
+        "status": record.status.value,
+        "output": (record.output or b"").decode("utf-8", "replace"),
+        "duration_ms": record.duration_ms,
+        "agent_id": record.agent_id,
+        "execution_id": record.execution_id,
+        "queue_ms": record.queue_ms,
+        "exit_code": record.exit_code,
+        "truncated": record.truncated,
+    }
+    if record.status is not ExecutionStatus.SUCCESS:
+        data["error"] = record.error or record.status.value
+        data["error_kind"] = record.error_kind.name.lower() if record.error_kind else None
+        data["signal"] = record.signal
+        data["timed_out"] = record.error_kind is ErrorKind.TIMEOUT
+        data["out_of_memory"] = record.error_kind is ErrorKind.OUT_OF_MEMORY
+    if record.warnings:
+        data["warnings"] = list(record.warnings)
+    return data
+
+
+def get_one(request: Request) -> Answer:
+    return json_answer(200, _record(request).to_json())
+
+
+def _record(request: Request) -> ExecutionRecord:
+    """The record of the path's ID; for a key of some functions the others' executions do not exist."""
+    execution_id = request.params["execution_id"]
+    record = request.services.executions.get(execution_id)
+    if request.principal and not request.principal.may_use(record.function_name):
+        raise NotFound(f"there is no execution {execution_id}")
+    return record
+
+
+def _check_owner(request: Request) -> None:
+    """Asks for the record only when the key is bound to functions: it costs a look."""
+    if request.principal and request.principal.functions:
+        _record(request)
+
+
+def get_list(request: Request) -> Answer:
+    query, principal = request.query, request.principal
+    name = query["function"] or ""
+    if principal and principal.functions:
+        if not name and len(principal.functions) > 1:
+            raise Forbidden(
+                f"the key {principal.name} is good for some functions only: name one of them with ?function="
+            )
+        name = name or next(iter(principal.functions))
+        principal.demand_function(name)
+    status = query["status"]
+    queued = status == "queued"
+    where = ExecutionFilter(name, ExecutionStatus(status) if status and not queued else None, queued)
+    page = request.services.executions.list(where, query["cursor"], query["limit"])
+    items = [entry.record.to_json(with_output=False) for entry in page.entries]
+    return json_answer(200, {"items": items, "next": page.next_cursor or None})
+
+
+def cancel(request: Request) -> Answer:
+    _check_owner(request)
+    record = request.services.executions.cancel(request.params["execution_id"])
+    return json_answer(200, {"status": "cancelled", "execution_id": record.execution_id})
+
+
+def output(request: Request) -> Answer:
+    """The raw bytes. A follower that goes away ends the agent's part even while nothing is written."""
+    _check_owner(request)
+    query = request.query
+    follow = query["follow"] and request.method != "HEAD"
+    stream = request.services.executions.output(request.params["execution_id"], query["offset"], follow=follow)
+    if follow:
+        request.caller.on_gone(stream.close)
+    return Answer(200, content_type="application/octet-stream", chunks=stream)

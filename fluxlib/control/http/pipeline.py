@@ -1,0 +1,112 @@
+"""The one way every request takes, through Flask or the front: door, checks, budget, handler, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fluxlib.control.http import audit
+from fluxlib.control.http.answers import Answer, Chunks
+from fluxlib.control.http.auth import Door, FailedAttempts, Keys
+from fluxlib.control.http.bodies import read_body
+from fluxlib.control.http.budget import Budget, Waits, blocking_limit
+from fluxlib.control.http.cors import Cors
+from fluxlib.control.http.fields import PARAMS, take
+from fluxlib.control.http.problems import problem
+from fluxlib.control.http.request import Request
+from fluxlib.control.http.route import Route
+from fluxlib.control.services import Services
+from fluxlib.errors import FluxError, Forbidden, InvalidInput, Refused, Unauthenticated
+from fluxlib.log import one_line
+
+
+class Pipeline:
+    """Answers any route of the table."""
+
+    def __init__(self, services: Services, attempts: FailedAttempts | None = None) -> None:
+        self._services = services
+        self._door = Door(Keys(services.config), attempts or FailedAttempts())
+        self.budget = Budget(blocking_limit(services.config.max_blocking))
+        self.cors = Cors(services.config.cors_origins)
+
+    def answer(self, route: Route, environ: Mapping[str, Any], params: Mapping[str, str]) -> Answer:
+        """Never raises: whatever happens is an answer."""
+        request = Request(environ, self._services, params)
+        try:
+            answer = self._admitted(route, request)
+        except Exception as error:
+            answer = problem(error, f"{request.method} {request.path}")
+            if isinstance(error, Unauthenticated | Forbidden | Refused) and request.principal is None:
+                audit.refused(request, answer.status, str(error))
+        if route.changes and request.principal is not None:
+            audit.changed(request, answer.status)
+        return answer.with_headers(self.cors.headers(environ))
+
+    def _admitted(self, route: Route, request: Request) -> Answer:
+        if route.public:
+            request.principal = self._door.look(request.environ)
+        else:
+            request.principal = self._door.admit(request.environ, route.role)
+        self._check(route, request)
+        leave = self.budget.enter(Waits.FOLLOW if request.query.get("follow") else route.waits)
+        handed_on = False
+        try:
+            answer = route.handler(request)
+            if answer.chunks is not None and request.method != "HEAD":
+                handed_on = True
+                return Answer(
+                    answer.status, b"", answer.content_type, answer.headers, _Guarded(answer.chunks, leave, request)
+                )
+            if answer.chunks is not None:
+                answer.chunks.close()
+                return Answer(answer.status, b"", answer.content_type, answer.headers)
+            return answer
+        finally:
+            if not handed_on:
+                leave()
+
+    @staticmethod
+    def _check(route: Route, request: Request) -> None:
+        """Path, query and body by their declarations. Raises InvalidInput and its like."""
+        for name, value in request.params.items():
+            try:
+                PARAMS[name].read(value)
+            except ValueError as error:
+                raise InvalidInput(f"{name.replace('_', ' ')} in the path: {error}") from error
+        pairs = request.query_pairs()
+        if route.query or pairs:
+            values = dict(pairs)
+            if len(values) != len(pairs):
+                raise InvalidInput("a name appears twice in the query string")
+            request.query = take(route.query, values, "the query string")
+        if "name" in request.params and request.principal is not None:
+            request.principal.demand_function(request.params["name"])
+        request.data = read_body(route.body, request)
+
+
+class _Guarded:
+    """Chunks that give their place back at the end, and end a broken stream as broken.
+
+    An error after the headers cannot become a status. OSError makes the server
+    drop the connection, so that the client sees a body cut short and not a complete one.
+    """
+
+    def __init__(self, chunks: Chunks, leave: Callable[[], None], request: Request) -> None:
+        self._chunks = chunks
+        self._leave: Callable[[], None] | None = leave
+        self._what = f"{request.method} {request.path}"
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            yield from self._chunks
+        except FluxError as error:
+            audit.log.warning("%s ended early: %s", one_line(self._what), one_line(error.message))
+            raise ConnectionAbortedError(error.message) from error
+
+    def close(self) -> None:
+        leave, self._leave = self._leave, None
+        try:
+            self._chunks.close()
+        finally:
+            if leave is not None:
+                leave()

@@ -1,0 +1,186 @@
+"""waitress with the settings that make it serve many blocking calls, and a stop that lets them finish."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
+from waitress.server import TcpWSGIServer
+
+from fluxlib.config.control import ControlConfig
+from fluxlib.control.http.budget import RESERVED_THREADS, WINDOWS_CONNECTIONS
+from fluxlib.control.webserver.channel import QuietChannel
+from fluxlib.control.webserver.threads import LazyThreads
+from fluxlib.errors import FluxError
+from fluxlib.lifecycle import Deadline
+
+log = logging.getLogger(__name__)
+
+_CONNECTIONS = 4_000
+# For the store, the agents' channels, temporary files of large bodies.
+_OTHER_DESCRIPTORS = 512
+_IDLE_CONNECTION_SECONDS = 75
+_LOOP_SECONDS = 5.0
+
+Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class _Listener(TcpWSGIServer):  # type: ignore[misc]
+    """One listening socket and the connections it took."""
+
+    channel_class = QuietChannel
+    draining = False
+
+    def set_reuse_addr(self) -> None:
+        # On Windows SO_REUSEADDR lets a second program take the port of a living one.
+        if sys.platform == "win32":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            super().set_reuse_addr()
+
+
+class WebServer:
+    """Listens from the moment it is made, serves from ``start``.
+
+    Raises FluxError when the address cannot be had.
+    """
+
+    def __init__(self, app: Wsgi, config: ControlConfig) -> None:
+        # The queue's depth is logged per request that waits, and waiting is normal here.
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        self._pool = LazyThreads(config.max_blocking + RESERVED_THREADS)
+        self._map: dict[int, Any] = {}
+        adjustments = _adjustments(config)
+        self._listeners: list[_Listener] = []
+        try:
+            for address in adjustments.listen:
+                self._listeners.append(
+                    _Listener(app, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address)
+                )
+        except OSError as error:
+            wasyncore.close_all(self._map)
+            raise FluxError(_listen_problem(config, error)) from error
+        self.port = int(self._listeners[0].effective_port)
+        self._deadline: Deadline | None = None
+        self._thread = threading.Thread(target=self._run, name="http-loop", daemon=True)
+
+    @property
+    def threads(self) -> int:
+        """How many threads serve requests now."""
+        return self._pool.count
+
+    def start(self) -> WebServer:
+        self._thread.start()
+        return self
+
+    def stop(self, deadline: Deadline) -> None:
+        """Take nothing new, let what runs finish, then close; at the deadline close whatever is open."""
+        if self._thread.is_alive():
+            self._deadline = deadline
+            self._listeners[0].pull_trigger()
+            # The loop ends by itself at the deadline; a little more, to see it end.
+            self._thread.join(deadline.remaining() + 1.0)
+        else:
+            wasyncore.close_all(self._map)
+        self._pool.stop(deadline)
+
+    # -- the loop's thread -------------------------------------------------------------
+
+    def _run(self) -> None:
+        # On Windows there is no poll.
+        poll = wasyncore.poll if sys.platform == "win32" else wasyncore.poll2
+        try:
+            while self._deadline is None:
+                poll(_LOOP_SECONDS, self._map)
+            self._stop_listening()
+            while self._open_channels() and self._deadline.remaining() > 0:
+                poll(min(_LOOP_SECONDS, self._deadline.remaining()), self._map)
+        finally:
+            left = self._open_channels()
+            if left:
+                log.warning("closing %d connections with unfinished requests", left)
+            for channel in self._channels():
+                channel.handle_close()
+            wasyncore.close_all(self._map)
+
+    def _stop_listening(self) -> None:
+        """Closes the sockets and keeps the triggers, by which workers wake the loop."""
+        for listener in self._listeners:
+            listener.draining = True
+            wasyncore.dispatcher.close(listener)
+
+    def _channels(self) -> list[QuietChannel]:
+        return [channel for listener in self._listeners for channel in list(listener.active_channels.values())]
+
+    def _open_channels(self) -> int:
+        """How many still have something to do; the others are closed."""
+        left = 0
+        for channel in self._channels():
+            if channel.requests or channel.total_outbufs_len:
+                left += 1
+            else:
+                channel.handle_close()
+        return left
+
+
+def _adjustments(config: ControlConfig) -> Adjustments:
+    host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
+    return Adjustments(
+        listen=f"{host}:{config.port}",
+        ident="Flux",
+        backlog=1024,
+        connection_limit=_connection_limit(config.max_blocking),
+        channel_timeout=_IDLE_CONNECTION_SECONDS,
+        # Reading on while a request is served is how a client's going away is noticed.
+        channel_request_lookahead=1,
+        # waitress refuses what is as large as its limit.
+        max_request_body_size=config.max_archive_mb * 2**20 + 1,
+        max_request_header_size=64 * 1024,
+        # What a client has not read yet: more would be memory and temporary files.
+        outbuf_high_watermark=1024 * 1024,
+        # Resets by clients are their business.
+        log_socket_errors=False,
+        # Nothing here reads X-Forwarded-*.
+        clear_untrusted_proxy_headers=False,
+    )
+
+
+def _connection_limit(max_blocking: int) -> int:
+    if sys.platform == "win32":
+        return WINDOWS_CONNECTIONS
+    wanted = max(_CONNECTIONS, 2 * max_blocking)
+    available = _raise_descriptor_limit(wanted + 2 * _OTHER_DESCRIPTORS) - _OTHER_DESCRIPTORS
+    if available < wanted:
+        log.warning(
+            "the limit of open files leaves room for %d connections of %d; raise it (ulimit -n)", available, wanted
+        )
+    return max(64, min(wanted, available))
+
+
+def _raise_descriptor_limit(wanted: int) -> int:
+    """The soft limit, raised to ``wanted`` where the hard one lets it."""
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def _listen_problem(config: ControlConfig, error: OSError) -> str:
+    where = f"Flux cannot listen on {config.listen_host}:{config.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where}: another program does. Stop it (another Flux?), or set `port` in {config.path}"
+    if error.errno == errno.EACCES:
+        return f"{where}: ports below 1024 need root. Set `port` in {config.path}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{where}: this machine does not have that address. Set `listen_host` in {config.path}"
+    return f"{where}: {error.strerror or error}"
