@@ -146,6 +146,9 @@ class Agents(Protocol):
     def drain(self, agent_id: str) -> AgentView:
         """Takes no new work from now on. Raises NotFound."""
 
+    def undrain(self, agent_id: str) -> AgentView:
+        """Takes work again, once it is known to be online. Raises NotFound; Conflict when it was not draining."""
+
 
 class Nodes(Protocol):
     """Cloud nodes (None in Services when no provider is configured)."""
