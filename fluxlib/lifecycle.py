@@ -9,6 +9,7 @@ import heapq
 import itertools
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # A loop that crashes at once is not restarted in a spin.
 _RESTART_PAUSE = 1.0
+# How many cancelled timers are not worth removing.
+_CANCELLED = 1000
 
 
 class Deadline:
@@ -108,14 +111,17 @@ class Loop:
 class Timer:
     """A call that :class:`Timers` will make; ``cancel`` is idempotent and needs no lock."""
 
-    __slots__ = ("_call", "at")
+    __slots__ = ("_call", "_owner", "at")
 
-    def __init__(self, at: float, call: Callable[[], object]) -> None:
+    def __init__(self, at: float, call: Callable[[], object], owner: Timers) -> None:
         self.at = at
         self._call: Callable[[], object] | None = call
+        self._owner = owner
 
     def cancel(self) -> None:
-        self._call = None
+        if self._call is not None:
+            self._call = None
+            self._owner.cancelled += 1
 
     def fire(self) -> None:
         call, self._call = self._call, None
@@ -133,6 +139,7 @@ class Timers:
     def __init__(self, name: str) -> None:
         self.name = name
         self._heap: list[tuple[float, int, Timer]] = []
+        self.cancelled = 0  # about how many of them; counted without a lock
         self._order = itertools.count()
         self._condition = threading.Condition()
         self._stopping = False
@@ -143,8 +150,13 @@ class Timers:
         return self
 
     def after(self, seconds: float, call: Callable[[], object]) -> Timer:
-        timer = Timer(time.monotonic() + seconds, call)
+        timer = Timer(time.monotonic() + seconds, call, self)
         with self._condition:
+            if self.cancelled > _CANCELLED and self.cancelled > len(self._heap) // 2:
+                # Long timeouts of short executions: thousands a second, none of which will fire.
+                self._heap = [entry for entry in self._heap if not entry[2].cancelled]
+                heapq.heapify(self._heap)
+                self.cancelled = 0
             heapq.heappush(self._heap, (timer.at, next(self._order), timer))
             if self._heap[0][2] is timer:
                 self._condition.notify()
@@ -161,8 +173,7 @@ class Timers:
         while True:
             with self._condition:
                 while not self._stopping:
-                    # Cancelled timers at the top are dropped here; those further
-                    # down cost a little memory until their time comes.
+                    # Cancelled timers at the top are dropped here, those further down when they are many.
                     while self._heap and self._heap[0][2].cancelled:
                         heapq.heappop(self._heap)
                     wait = self._heap[0][0] - time.monotonic() if self._heap else None
@@ -227,8 +238,8 @@ class StopSignal:
         return self._event.is_set()
 
     def wait(self) -> None:
-        """Until told to stop. Wakes twice a second: on Windows a lock wait cannot be interrupted."""
-        while not self._event.wait(0.5):
+        """Until told to stop. On Windows a lock wait cannot be interrupted: there it looks twice a second."""
+        while not self._event.wait(0.5 if sys.platform == "win32" else None):
             pass
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:

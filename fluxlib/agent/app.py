@@ -9,12 +9,14 @@ from pathlib import Path
 
 from fluxlib.agent.certificates import Certificates, Files
 from fluxlib.agent.executor import build_executor
-from fluxlib.agent.executor.base import Limits
+from fluxlib.agent.executor.base import Executor, Limits
+from fluxlib.agent.executor.leftovers import kill_executions
+from fluxlib.agent.jobs import Settings
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
 from fluxlib.agent.places import programs_dir
 from fluxlib.agent.records import Records
-from fluxlib.agent.runs import Runs, Settings
+from fluxlib.agent.runs import Runs
 from fluxlib.config.agent import AgentConfig
 from fluxlib.config.environment import prepare_grpc
 from fluxlib.errors import FluxError
@@ -25,8 +27,7 @@ log = logging.getLogger(__name__)
 
 _MB = 1024 * 1024
 _EXPIRE_EVERY = 30.0
-# Unary calls beside the executions: health, deploys, cancels, followers, streams.
-_SPARE_THREADS = 256
+_SPARE_THREADS = 64
 _KILL_TIME = 5.0
 _MAX_ARCHIVE = 2000 * _MB
 
@@ -39,49 +40,61 @@ class Agent:
         self._parts = Parts()
         state = config.state_dir
         _make_state_dir(state)
-        programs = programs_dir(state)
-        # Before grpc is imported and before there are threads: forking is only safe now.
+        # Before grpc is imported: forking is only safe now.
         prepare_grpc()
-        executor = build_executor(config, programs)
-        self._parts.add("executor", lambda deadline: executor.stop(deadline.at))
-        killed = executor.clean_up_former_life()
+        try:
+            self._build(config, state, programs_dir(state))
+        except BaseException:
+            self._parts.stop(Deadline(_KILL_TIME))
+            raise
+
+    def _build(self, config: AgentConfig, state: Path, programs: Path) -> None:
+        parts = self._parts
         certificates = _certificates(config)
-        store = open_record_store(config.store, config.redis_addr, state, config.agent_id)
-        records = Records(store, state / "outputs", config.execution_ttl_sec, config.max_output_mb * _MB)
-        self._parts.add("records", lambda deadline: records.close())
-        ended = records.end_former_life(time.time(), "agent restarted while it ran")
-        if ended or killed:
-            log.warning("an earlier life of this agent left %d executions: they are ended and recorded", ended)
+        records = Records(
+            open_record_store(config.store, config.redis_addr, state, config.agent_id),
+            state / "outputs",
+            config.execution_ttl_sec,
+            config.max_output_mb * _MB,
+        )
+        parts.add("records", lambda deadline: records.close())
+        executor = build_executor(config, programs)
+        # Stopped before the records close: it tells the end of what it still kills.
+        parts.add("executor", lambda deadline: executor.stop(deadline.at))
+        _end_former_life(executor, records)
         timers = Timers("agent-timers").start()
-        self._parts.add("timers", timers.stop)
+        parts.add("timers", timers.stop)
         packages = Packages(programs / "functions")
+        parts.add("packages", packages.stop)
         monitor = Monitor(state)
         monitor.start()
-        self._parts.add("monitor", monitor.stop)
+        parts.add("monitor", monitor.stop)
         expiry = Loop("record-expiry", records.tick, _EXPIRE_EVERY).start()
-        self._parts.add("record expiry", expiry.stop)
+        parts.add("record expiry", expiry.stop)
         self._runs = Runs(_settings(config), packages, records, executor, timers)
 
         from fluxlib.agent.listener import Listener
-        from fluxlib.agent.server import AgentService
+        from fluxlib.agent.server import MAX_FOLLOWERS, Agency, AgentService
         from fluxlib.agent.server_stream import Sessions
 
-        sessions = Sessions(self._runs, timers, monitor.instance_id, config.detach_grace_sec)
-        service = AgentService(
-            config.agent_id,
-            config.max_tasks,
-            _MAX_ARCHIVE,
-            packages,
-            records,
-            self._runs,
-            sessions,
-            executor,
-            monitor,
-            certificates,
+        self._sessions = Sessions(self._runs, timers, monitor.instance_id, config.detach_grace_sec)
+        agency = Agency(
+            agent_id=config.agent_id,
+            max_tasks=config.max_tasks,
+            max_archive=_MAX_ARCHIVE,
+            packages=packages,
+            records=records,
+            runs=self._runs,
+            sessions=self._sessions,
+            executor=executor,
+            monitor=monitor,
+            certificates=certificates,
         )
-        self._sessions = sessions
-        self._pool = ThreadPoolExecutor(config.max_tasks + _SPARE_THREADS, thread_name_prefix="call")
-        self._listener = Listener(service, self._pool, config.listen_host, config.port, certificates)
+        # Room for every execution and a cancel that waits for each, every reader of output, and the short calls.
+        threads = 2 * config.max_tasks + MAX_FOLLOWERS + _SPARE_THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="call")
+        parts.add("calls", lambda deadline: self._pool.shutdown(wait=False, cancel_futures=True))
+        self._listener = Listener(AgentService(agency), self._pool, config.listen_host, config.port, certificates)
         isolation = executor.isolation
         for note in isolation.notes:
             (log.warning if isolation.profile == "off" else log.info)("%s", note)
@@ -111,7 +124,6 @@ class Agent:
         self._runs.stop(deadline.at - _KILL_TIME, deadline.at - _KILL_TIME / 2)
         self._sessions.close()
         self._listener.stop(deadline)
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._parts.stop(deadline)
 
 
@@ -125,6 +137,14 @@ def serve(config: AgentConfig, stop: StopSignal) -> int:
     agent.stop()
     log.info("stopped")
     return 0
+
+
+def _end_former_life(executor: Executor, records: Records) -> None:
+    """Kill what an earlier life of this agent left running, then say of each that it failed."""
+    killed = executor.clean_up_former_life() + kill_executions(records.unfinished())
+    ended = records.end_former_life(time.time(), "the agent restarted while it ran")
+    if ended or killed:
+        log.warning("an earlier life of this agent left %d executions: they are ended and recorded", ended)
 
 
 def _certificates(config: AgentConfig) -> Certificates | None:

@@ -1,4 +1,4 @@
-"""The agent's own certificate: read when it changes, renewed without a restart.
+"""The agent's own certificate: renewed without a restart.
 
 The private key never leaves the agent: Flux asks for a signing request, signs
 it, and hands the certificate back. It is checked before it replaces anything.
@@ -6,6 +6,7 @@ it, and hands the certificate back. It is checked before it replaces anything.
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,11 @@ class Certificates:
             if key is None:
                 raise Conflict("no certificate was requested since this agent started")
             certificate = self._checked(certificate_pem, ca_pem, key)
-            # The key first: a crash in between leaves an old certificate beside a new key, which
-            # the next start tells; the other way round it would be the same.
-            write_secret(self._files.key, certs.key_pem(key))
+            # Two files cannot change at once: whichever of these steps a crash falls between, the
+            # next start finds a key that fits the certificate, the old pair or the new one.
+            write_secret(self._new_key, certs.key_pem(key))
             write_secret(self._files.certificate, certificate_pem)
+            os.replace(self._new_key, self._files.key)
             self._pending = None
             self._identity = self._load()
             return certificate.not_valid_after_utc.timestamp()
@@ -106,6 +108,18 @@ class Certificates:
         except (ValueError, TypeError) as error:
             raise CertificatesUnusable(f"the agent's certificate files cannot be read: {error}") from error
         if certificate.public_key() != key.public_key():
-            raise CertificatesUnusable(f"{self._files.key} is not the key of {self._files.certificate}: enrol again")
+            parts["key"] = self._renewed_key(certificate)
         not_after = certificate.not_valid_after_utc.timestamp()
         return Identity(parts["cert"], parts["key"], parts["ca"], not_after)
+
+    @property
+    def _new_key(self) -> Path:
+        return self._files.key.with_name(f"{self._files.key.name}.new")
+
+    def _renewed_key(self, certificate: x509.Certificate) -> bytes:
+        """The key of a renewal that was cut off behind its certificate."""
+        content = read_file(self._new_key)
+        if content is not None and certs.load_key(content).public_key() == certificate.public_key():
+            os.replace(self._new_key, self._files.key)
+            return content
+        raise CertificatesUnusable(f"{self._files.key} is not the key of {self._files.certificate}: enrol again")

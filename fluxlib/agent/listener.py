@@ -34,17 +34,18 @@ class Listener:
     ) -> None:
         interceptors = [tls.CallerCheck()] if certificates is not None else []
         self._server = grpc.server(pool, options=_OPTIONS, interceptors=interceptors)
-        flux_pb2_grpc.add_AgentServiceServicer_to_server(service, self._server)
+        flux_pb2_grpc.add_AgentServiceServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if certificates is None:
-                self.port = self._server.add_insecure_port(address)
+                port = self._server.add_insecure_port(address)
             else:
-                self.port = self._server.add_secure_port(address, tls.server_credentials(certificates.changed))
+                port = self._server.add_secure_port(address, tls.server_credentials(certificates.changed))
         except RuntimeError as error:
             raise FluxError(
                 f"the agent cannot listen on {address}: is another agent running there? Stop it, or set `port`"
             ) from error
+        self.port = int(port)
         self._server.start()
 
     def stop(self, deadline: Deadline) -> None:

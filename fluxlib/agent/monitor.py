@@ -43,7 +43,7 @@ class Monitor:
         self._started = time.monotonic()
         self._lock = threading.Lock()
         psutil.cpu_percent(None)  # the first answer has nothing to compare with
-        self._cpu = 0.0
+        self._cpu, self._cpu_at = 0.0, self._started
         self._sampled = self._sample(time.time())
         self._loop = Loop("node-figures", self.tick, _SAMPLE_EVERY)
 
@@ -77,11 +77,13 @@ class Monitor:
 
     def _sample(self, now: float) -> tuple[int, int, float, float, int, float]:
         memory = psutil.virtual_memory()
-        cpu = psutil.cpu_percent(None)
+        if time.monotonic() - self._cpu_at >= _SAMPLE_EVERY / 2:
+            # Since the last look: over a shorter time it says 0 or 100 and nothing else.
+            self._cpu, self._cpu_at = psutil.cpu_percent(None), time.monotonic()
         try:
             disk_free = psutil.disk_usage(self._state_dir).free // _MB
         except OSError:
             disk_free = 0
         # "used" as most people mean it: what is not available to a new program.
         used = memory.total - memory.available
-        return memory.total // _MB, used // _MB, 100.0 * used / memory.total, cpu, disk_free, now
+        return memory.total // _MB, used // _MB, 100.0 * used / memory.total, self._cpu, disk_free, now

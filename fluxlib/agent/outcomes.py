@@ -1,37 +1,39 @@
-"""What is in force for a run, and what a run that never came about is called."""
+"""What is answered for runs that never came about, and for those whose answer is too large."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
-from fluxlib.agent.executor.base import Limits
-from fluxlib.errors import FluxError, InvalidInput, Stopping, Unenforceable
-from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, FunctionSpec, Phase
+from fluxlib.errors import (
+    AtCapacity,
+    Conflict,
+    FluxError,
+    Internal,
+    InvalidInput,
+    NotFound,
+    Stopping,
+    Unenforceable,
+)
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 
 _MB = 1024 * 1024
+# What an answer may carry beside its record: an original's limit is 50 MiB with everything around it.
+_SENDABLE = 50 * _MB - 256 * 1024
 _KINDS: tuple[tuple[type[FluxError], ErrorKind], ...] = (
+    (AtCapacity, ErrorKind.AT_CAPACITY),
+    (NotFound, ErrorKind.NOT_FOUND),
+    (Conflict, ErrorKind.NO_CODE),
     (InvalidInput, ErrorKind.INVALID),
+    (Internal, ErrorKind.INTERNAL),
     (Unenforceable, ErrorKind.UNENFORCEABLE),
     (Stopping, ErrorKind.STOPPING),
 )
 
 
-def limits_of(spec: FunctionSpec, defaults: Limits) -> Limits:
-    """What is in force for one run: the function's figures, the agent's where it says nothing.
-
-    A function may ask for less than the agent's default or for more: both are its operator's files.
-    """
-    return Limits(
-        memory_bytes=spec.memory_mb * _MB or defaults.memory_bytes,
-        cpu_millicores=spec.cpu_millicores or defaults.cpu_millicores,
-        processes=spec.max_processes or defaults.processes,
-        open_files=spec.max_open_files or defaults.open_files,
-        file_size_bytes=spec.max_file_size_mb * _MB or defaults.file_size_bytes,
-        tmp_bytes=spec.tmp_size_mb * _MB or defaults.tmp_bytes,
-    )
-
-
-def refused(request: ExecutionRequest, agent_id: str, kind: ErrorKind, error: str) -> ExecutionRecord:
+def refusal_of(request: ExecutionRequest, agent_id: str, error: FluxError) -> ExecutionRecord:
+    """An error met before anything was started, as the record of the refusal."""
+    kind = next((kind for error_type, kind in _KINDS if isinstance(error, error_type)), ErrorKind.CANNOT_START)
     now = time.time()
     return ExecutionRecord(
         request.execution_id,
@@ -40,14 +42,21 @@ def refused(request: ExecutionRequest, agent_id: str, kind: ErrorKind, error: st
         status=ExecutionStatus.FAILED,
         phase=Phase.ENDED,
         asynchronous=request.asynchronous,
-        error=error,
+        error=error.message,
         error_kind=kind,
         started_at=now,
         status_at=now,
     )
 
 
-def refusal_of(request: ExecutionRequest, agent_id: str, error: FluxError) -> ExecutionRecord:
-    """An error met before anything was started, as the record of the refusal."""
-    kind = next((kind for error_type, kind in _KINDS if isinstance(error, error_type)), ErrorKind.CANNOT_START)
-    return refused(request, agent_id, kind, error.message)
+def no_longer_known(record: ExecutionRecord) -> ExecutionRecord:
+    """One that ran here and whose end could not be kept (a full disk)."""
+    error = "how it ended could not be kept on the agent's disk"
+    return record.ended(ExecutionStatus.FAILED, at=time.time(), error=error, kind=ErrorKind.INTERNAL)
+
+
+def sendable(record: ExecutionRecord, limit: int = _SENDABLE) -> ExecutionRecord:
+    """The record with as much of its output as fits into one message; the rest can be read piece by piece."""
+    if record.output is None or len(record.output) <= limit:
+        return record
+    return replace(record, output=record.output[:limit], truncated=True)

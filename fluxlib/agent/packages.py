@@ -2,31 +2,40 @@
 
     functions/<name>/spec.json          what was registered, and which version is current
     functions/<name>/<code digest>/     one unpacked version
-    functions/<name>/.new-…             a version being unpacked; removed at the next start
+    functions/<name>/.new-… and .old-…  being unpacked and being removed; gone after the next start
 
 A version is unpacked beside the old one and becomes current by the atomic
-replacement of spec.json. An old one is removed when nothing runs from it.
+replacement of spec.json. An old one is removed when nothing runs from it. What
+a power cut left incomplete counts as not deployed: Flux sends it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import queue
 import shutil
 import stat
+import sys
 import tempfile
 import threading
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxlib import archive as archives
 from fluxlib.config.function import handler_problem, name_problem
 from fluxlib.errors import InvalidInput, NotFound
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import FunctionSpec, FunctionState
 
 log = logging.getLogger(__name__)
+
+_SPEC = "spec.json"
+_FRESH, _DOOMED = ".new-", ".old-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,8 @@ class Installed:
     spec_digest: str
     code_digest: str = ""
     code_dir: Path | None = None
+    files: int = 0
+    bytes: int = 0
 
 
 class Packages:
@@ -49,11 +60,19 @@ class Packages:
         self._installed: dict[str, Installed] = {}
         self._in_use: Counter[Path] = Counter()
         self._obsolete: set[Path] = set()
+        self._doomed: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self.revision = 0
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         # The functions' users must be able to walk to their code, and not to list the others'.
         os.chmod(directory, 0o711)
         self._load()
+        # Large versions take seconds to remove; runs end and start meanwhile.
+        self._remover = threading.Thread(target=self._remove_doomed, name="old-versions", daemon=True)
+        self._remover.start()
+
+    def stop(self, deadline: Deadline) -> None:
+        self._doomed.put(None)
+        self._remover.join(deadline.remaining())
 
     def get(self, name: str) -> Installed | None:
         return self._installed.get(name)
@@ -72,43 +91,45 @@ class Packages:
             code_dir = known.code_dir if known else None
             if code_dir is not None and not _is_file(code_dir, spec.handler):
                 raise InvalidInput(f"the deployed code of {spec.name} has no {spec.handler}: deploy a zip that has it")
-            installed = Installed(spec, spec_digest, known.code_digest if known else "", code_dir)
+            installed = replace(known, spec=spec, spec_digest=spec_digest) if known else Installed(spec, spec_digest)
             self._save(installed)
             return installed
 
     def deploy(self, spec: FunctionSpec, spec_digest: str, code_digest: str, archive: bytes) -> Installed:
-        """New code with its spec. Raises InvalidInput; then nothing has changed."""
+        """New code with its spec. Raises InvalidInput, OSError; then nothing has changed."""
         check_names(spec)
         actual = archives.digest_of(archive)
         if code_digest and code_digest != actual:
             raise InvalidInput(f"the code of {spec.name} arrived damaged: its SHA-256 is not what Flux said")
         home = self._directory / spec.name
         target = home / actual
-        if not target.is_dir():
-            home.mkdir(mode=0o755, exist_ok=True)
-            os.chmod(home, 0o755)
-            fresh = Path(tempfile.mkdtemp(dir=home, prefix=".new-"))
-            try:
-                archives.unpack(archive, spec.handler, fresh)
-                self._give_away(fresh)
-                with self._lock:
-                    self._obsolete.discard(target)
-                    if target.is_dir():
-                        shutil.rmtree(fresh)  # the same code came twice at once
-                    else:
-                        os.replace(fresh, target)
-            except BaseException:
-                shutil.rmtree(fresh, ignore_errors=True)
-                raise
-        elif not _is_file(target, spec.handler):
-            raise InvalidInput(f"the handler {spec.handler} is not in the zip")
         with self._lock:
-            before = self._installed.get(spec.name)
-            installed = Installed(spec, spec_digest, actual, target)
-            self._save(installed)
-            if before is not None and before.code_dir is not None and before.code_dir != target:
-                self._retire(before.code_dir)
-        return installed
+            self._make_home(home)
+            # Whoever unpacks or takes it is counted like a run, so that nobody removes it or its home.
+            self._in_use[target] += 1
+        try:
+            if not target.is_dir():
+                self._unpack(spec.handler, archive, target)
+            elif not _is_file(target, spec.handler):
+                raise InvalidInput(f"the handler {spec.handler} is not in the zip")
+            files, size = _measure(target)
+            with self._lock:
+                before = self._installed.get(spec.name)
+                installed = Installed(spec, spec_digest, actual, target, files, size)
+                self._save(installed)
+                self._obsolete.discard(target)
+                if before is not None and before.code_dir is not None and before.code_dir != target:
+                    self._obsolete.add(before.code_dir)
+                    self._remove_if_unused(before.code_dir)
+            return installed
+        except BaseException:
+            with self._lock:
+                current = self._installed.get(spec.name)
+                if current is None or current.code_dir != target:
+                    self._obsolete.add(target)
+            raise
+        finally:
+            self._let_go(target)
 
     def remove(self, name: str) -> None:
         """Raises NotFound. What runs from it goes on to its end."""
@@ -116,10 +137,13 @@ class Packages:
             known = self._installed.pop(name, None)
             if known is None:
                 raise NotFound(f"function {name} is not here")
-            (self._directory / name / "spec.json").unlink(missing_ok=True)
+            home = self._directory / name
+            (home / _SPEC).unlink(missing_ok=True)
             self.revision += 1
             if known.code_dir is not None:
-                self._retire(known.code_dir)
+                self._obsolete.add(known.code_dir)
+                self._remove_if_unused(known.code_dir)
+            self._remove_home(home)
 
     def acquire(self, name: str) -> Installed | None:
         """The function with its version held: it is not removed before ``release``."""
@@ -129,58 +153,102 @@ class Packages:
                 self._in_use[installed.code_dir] += 1
             return installed
 
-    def release(self, code_dir: Path) -> None:
-        with self._lock:
-            self._in_use[code_dir] -= 1
-            if self._in_use[code_dir] <= 0:
-                del self._in_use[code_dir]
-                if code_dir in self._obsolete:
-                    self._delete(code_dir)
+    def release(self, installed: Installed) -> None:
+        if installed.code_dir is not None:
+            self._let_go(installed.code_dir)
 
     # -- on disk -------------------------------------------------------------------
 
-    def _retire(self, code_dir: Path) -> None:
-        self._obsolete.add(code_dir)
-        if not self._in_use[code_dir]:
-            self._delete(code_dir)
+    def _let_go(self, code_dir: Path) -> None:
+        with self._lock:
+            self._in_use[code_dir] -= 1
+            if not self._in_use[code_dir]:
+                del self._in_use[code_dir]
+                self._remove_if_unused(code_dir)
 
-    def _delete(self, code_dir: Path) -> None:
+    def _remove_if_unused(self, code_dir: Path) -> None:
+        if code_dir not in self._obsolete or self._in_use.get(code_dir):
+            return
         self._obsolete.discard(code_dir)
-        shutil.rmtree(code_dir, ignore_errors=True)
-        home = code_dir.parent
-        if not any(home.iterdir()):
-            home.rmdir()
+        # Out of the way first: the same code may come again while this one is being removed.
+        doomed = code_dir.with_name(f"{_DOOMED}{code_dir.name}-{time.monotonic_ns():x}")
+        try:
+            os.rename(code_dir, doomed)
+        except FileNotFoundError:
+            self._remove_home(code_dir.parent)
+        except OSError as error:
+            log.warning("the old version %s cannot be removed before the next start: %s", code_dir, error)
+        else:
+            self._doomed.put(doomed)
+
+    def _remove_home(self, home: Path) -> None:
+        """When it is empty and nobody is about to put something there."""
+        if not any(path.parent == home for path in self._in_use):
+            with contextlib.suppress(OSError):
+                home.rmdir()
+
+    def _remove_doomed(self) -> None:
+        while (doomed := self._doomed.get()) is not None:
+            shutil.rmtree(doomed, ignore_errors=True)
+            with self._lock:
+                self._remove_home(doomed.parent)
+
+    def _unpack(self, handler: str, archive: bytes, target: Path) -> None:
+        fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=_FRESH))
+        try:
+            archives.unpack(archive, handler, fresh)
+            self._give_away(fresh)
+            with self._lock:
+                if not target.is_dir():  # else the same code came twice at once
+                    os.rename(fresh, target)
+                    return
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        shutil.rmtree(fresh, ignore_errors=True)
+
+    def _make_home(self, home: Path) -> None:
+        if not home.is_dir():
+            if any(other.casefold() == home.name.casefold() for other in os.listdir(self._directory)) and _folds_case():
+                raise InvalidInput(f"a function of that name in other letters is here: {home.name}")
+            home.mkdir(mode=0o711)
+        os.chmod(home, 0o711)
 
     def _save(self, installed: Installed) -> None:
         home = self._directory / installed.spec.name
-        home.mkdir(mode=0o755, exist_ok=True)
-        os.chmod(home, 0o755)
+        self._make_home(home)
         data = {
             "spec": installed.spec.to_json(),
             "spec_digest": installed.spec_digest,
             "code_digest": installed.code_digest,
+            "files": installed.files,
+            "bytes": installed.bytes,
         }
         descriptor, temporary = tempfile.mkstemp(dir=home, prefix=".spec-")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, home / "spec.json")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, home / _SPEC)
+        except BaseException:
+            os.unlink(temporary)
+            raise
         self._installed[installed.spec.name] = installed
         self.revision += 1
 
     def _load(self) -> None:
         for home in sorted(self._directory.iterdir()):
             installed = _read(home)
-            for entry in home.iterdir():
-                current = installed is not None and entry.name == installed.code_digest
-                if entry.is_dir() and not current:
-                    shutil.rmtree(entry, ignore_errors=True)
-            if installed is not None:
-                self._installed[home.name] = installed
-            else:
+            if installed is None:
                 log.warning("%s holds no readable function: removed", home)
                 shutil.rmtree(home, ignore_errors=True)
+                continue
+            self._installed[home.name] = installed
+            for entry in list(home.iterdir()):
+                # What an interrupted deploy or removal left.
+                if entry.name not in (_SPEC, installed.code_digest):
+                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
 
     def _give_away(self, directory: Path) -> None:
         """Code belongs to a user no function runs as, so that none can give itself write access."""
@@ -202,12 +270,14 @@ def _read(home: Path) -> Installed | None:
         data = json.loads((home / "spec.json").read_text())
         spec = FunctionSpec.from_json(data["spec"])
         check_names(spec)
-        code_dir = home / data["code_digest"] if data["code_digest"] else None
         if spec.name != home.name:
             return None
-        if code_dir is not None and not code_dir.is_dir():
+        code_dir = home / data["code_digest"]
+        found = _measure(code_dir) if data["code_digest"] and code_dir.is_dir() else (0, 0)
+        if not data["code_digest"] or found != (data["files"], data["bytes"]) or not _is_file(code_dir, spec.handler):
+            log.warning("%s has no code, or it is incomplete: it has to be deployed again", home)
             return Installed(spec, data["spec_digest"])
-        return Installed(spec, data["spec_digest"], data["code_digest"], code_dir)
+        return Installed(spec, data["spec_digest"], data["code_digest"], code_dir, *found)
     except (OSError, ValueError, KeyError, TypeError, InvalidInput):
         return None
 
@@ -217,3 +287,13 @@ def _is_file(directory: Path, handler: str) -> bool:
         return stat.S_ISREG(os.lstat(directory.joinpath(*handler.split("/"))).st_mode)
     except OSError:
         return False
+
+
+def _measure(directory: Path) -> tuple[int, int]:
+    """(files, their bytes together): what an incomplete copy does not have."""
+    sizes = [os.lstat(os.path.join(top, name)).st_size for top, _, names in os.walk(directory) for name in names]
+    return len(sizes), sum(sizes)
+
+
+def _folds_case() -> bool:
+    return sys.platform in ("win32", "darwin")

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from fluxlib.agent.output import IN_MEMORY, Output, read_file
+from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import RecordStore
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 256 * 1024
+# The store hears of an end a little later (its writes are batched), or never when its disk is full.
+_RECENT = 2000
+_RECENT_BYTES = 16 * 1024 * 1024
 
 
 class Records:
-    """Records by execution ID. ``keep_for`` is in seconds."""
+    """Records by execution ID. ``keep_for`` is in seconds, ``cap`` in bytes of output of one execution."""
 
     def __init__(self, store: RecordStore, directory: Path, keep_for: float, cap: int) -> None:
         self._store = store
-        self._directory = directory
+        self._directory = os.fspath(directory)
         self._keep_for = keep_for
         self._cap = cap
         self._lock = threading.Lock()
         self._open: dict[str, tuple[ExecutionRecord, Output]] = {}
+        self._recent: OrderedDict[str, ExecutionRecord] = OrderedDict()
+        self._recent_bytes = 0
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    # -- while it runs -------------------------------------------------------------
+
     def begin(self, record: ExecutionRecord) -> Output:
-        """A new execution and where its output goes."""
+        """A new execution and where its output goes. Raises StoreUnavailable, then it is unknown."""
         output = Output(self._path(record.execution_id), self._cap)
         with self._lock:
             self._open[record.execution_id] = (record, output)
-        self._store.begin(record)
+        try:
+            self._store.begin(record)
+        except BaseException:
+            with self._lock:
+                del self._open[record.execution_id]
+            raise
         return output
 
     def update(self, record: ExecutionRecord) -> None:
@@ -47,24 +61,51 @@ class Records:
                 self._open[record.execution_id] = (record, known[1])
 
     def end(self, record: ExecutionRecord) -> ExecutionRecord:
-        """The final record, its output figures filled in; the record returned carries the output itself."""
+        """The final record, its output figures filled in; with the output unless it lies in a file.
+
+        A store that cannot be written is logged: the record is known in memory for a while all the same.
+        """
         with self._lock:
             output = self._open[record.execution_id][1]
-        record = replace(record, output_bytes=output.size, truncated=output.truncated)
-        whole = output.whole()
-        in_store = None if output.in_file else whole
-        self._store.end(record, in_store, record.status_at + self._keep_for)
+        warnings = (*record.warnings, output.problem) if output.problem else record.warnings
+        record = replace(
+            record,
+            output=None if output.in_file else output.read(0, IN_MEMORY),
+            output_bytes=output.size,
+            truncated=output.truncated,
+            warnings=warnings,
+        )
+        try:
+            self._store.end(record, record.output, record.status_at + self._keep_for)
+        except StoreUnavailable as error:
+            log.error("the record of %s cannot be kept: %s", record.execution_id, error.message)
         with self._lock:
-            # Only now: whoever asks finds it here or in the store, never nowhere.
+            # In one step: whoever asks finds it here or there, never nowhere.
             del self._open[record.execution_id]
+            self._remember(record)
         output.end()
-        output.close()
-        return replace(record, output=whole)
+        return record
 
-    def forget(self, execution_id: str) -> None:
-        """One that was refused after all."""
+    def refuse(self, record: ExecutionRecord) -> None:
+        """One that was begun and refused after all: as if it had never been here."""
+        execution_id = record.execution_id
         with self._lock:
             self._open.pop(execution_id, None)
+        try:
+            self._store.end(record, b"", 0.0)
+        except StoreUnavailable as error:
+            log.error("the refused %s cannot be struck out: %s", execution_id, error.message)
+
+    # -- asked for -----------------------------------------------------------------
+
+    def known(self, execution_id: str) -> ExecutionRecord | None:
+        """The record of one that ran or runs here, without its output. Cheap. Raises StoreUnavailable."""
+        with self._lock:
+            running = self._open.get(execution_id)
+            found = running[0] if running is not None else self._recent.get(execution_id)
+        if found is None:
+            found = self._store.record(execution_id)
+        return None if found is None or found.error_kind.nothing_started else found
 
     def get(self, execution_id: str, *, with_output: bool = True) -> ExecutionRecord | None:
         """The record with its output so far. Raises StoreUnavailable."""
@@ -72,41 +113,63 @@ class Records:
             running = self._open.get(execution_id)
         if running is not None:
             record, output = running
-            data = output.whole() if with_output else None
-            return replace(record, output=data, output_bytes=output.size, truncated=output.truncated)
-        found = self._store.record(execution_id)
-        if found is None:
-            # It may have been begun so lately that the store has not heard of it, or ended just now.
-            self._store.flush(5)
-            found = self._store.record(execution_id)
-        if found is None or not with_output or found.output is not None:
+            size = output.size
+            data = output.read(0, size) if with_output else None
+            return replace(record, output=data, output_bytes=size, truncated=output.truncated)
+        found = self._ended(execution_id)
+        if found is None or not with_output:
             return found
-        return replace(found, output=read_file(self._path(execution_id), 0, found.output_bytes))
+        return self.with_output(found)
 
-    def read(
-        self, execution_id: str, offset: int, *, follow: bool, limit: int, abandoned: threading.Event
-    ) -> Iterator[tuple[int, bytes, bool]] | None:
-        """Pieces of output as (offset, data, ended), or None for an unknown execution.
+    def with_output(self, record: ExecutionRecord) -> ExecutionRecord:
+        """An ended record with the output that lies in a file."""
+        if record.output is not None:
+            return record
+        return replace(record, output=read_file(self._path(record.execution_id), 0, record.output_bytes))
 
-        Following ends when the execution has ended or ``abandoned`` is set; ``limit`` 0 = no limit.
-        """
+    def reader(self, execution_id: str) -> Reader | None:
+        """For its output piece by piece; None for an unknown execution. Raises StoreUnavailable."""
         with self._lock:
             running = self._open.get(execution_id)
         if running is not None:
-            return _live(running[1], offset, follow, limit, abandoned)
-        record = self.get(execution_id)
-        return None if record is None else _kept(record, offset, limit)
+            return Reader(running[1])
+        record = self._ended(execution_id)
+        if record is None:
+            return None
+        return Reader(Output.kept(self._path(execution_id), record.output_bytes, record.output))
+
+    def _ended(self, execution_id: str) -> ExecutionRecord | None:
+        """As the store has it: with the output unless that lies in a file."""
+        with self._lock:
+            found = self._recent.get(execution_id)
+        found = found or self._store.record(execution_id)
+        if found is None:
+            # It may have ended while the newest 2 000 ends were still on their way to the store.
+            self._store.flush(5)
+            found = self._store.record(execution_id)
+        return None if found is None or found.error_kind.nothing_started else found
+
+    # -- in between ----------------------------------------------------------------
+
+    def unfinished(self) -> list[str]:
+        """The IDs of what an earlier life of this agent was running."""
+        return [record.execution_id for record in self._store.unfinished()]
 
     def end_former_life(self, now: float, reason: str) -> int:
-        """What an earlier life of this agent was running has failed; how many there were."""
+        """What an earlier life was running has failed; how many there were. Outputs nobody knows are removed."""
         unfinished = self._store.unfinished()
         for record in unfinished:
-            size = 0
-            with contextlib.suppress(OSError):
-                size = self._path(record.execution_id).stat().st_size
+            try:
+                size = os.stat(self._path(record.execution_id)).st_size
+            except OSError:
+                size = 0  # what was in memory is lost with that life
             ended = record.ended(ExecutionStatus.FAILED, at=now, error=reason, kind=ErrorKind.AGENT_STOPPED)
-            ended = replace(ended, output_bytes=size)
+            ended = replace(ended, output_bytes=min(size, self._cap), truncated=size >= self._cap)
             self._store.end(ended, None if size > IN_MEMORY else b"", now + self._keep_for)
+        self._store.flush(60)
+        for name in os.listdir(self._directory):
+            if self._store.record(name) is None:
+                self._unlink(name)
         return len(unfinished)
 
     def tick(self, now: float) -> None:
@@ -114,46 +177,71 @@ class Records:
         while True:
             over = self._store.expire(now)
             for execution_id in over:
-                self._path(execution_id).unlink(missing_ok=True)
+                self._unlink(execution_id)
+            with self._lock:
+                for execution_id in over:
+                    self._drop(execution_id)
             if not over:
                 return
 
     def close(self) -> None:
         self._store.close()
 
-    def _path(self, execution_id: str) -> Path:
-        return self._directory / execution_id
+    def _remember(self, record: ExecutionRecord) -> None:
+        self._recent[record.execution_id] = record
+        self._recent_bytes += len(record.output or b"")
+        while len(self._recent) > _RECENT or self._recent_bytes > _RECENT_BYTES:
+            self._drop(next(iter(self._recent)))
 
+    def _drop(self, execution_id: str) -> None:
+        dropped = self._recent.pop(execution_id, None)
+        if dropped is not None:
+            self._recent_bytes -= len(dropped.output or b"")
 
-def _live(
-    output: Output, offset: int, follow: bool, limit: int, abandoned: threading.Event
-) -> Iterator[tuple[int, bytes, bool]]:
-    left = limit or 1 << 62
-    end = None if follow else output.size
-    while left > 0 and not abandoned.is_set():
-        room = min(_CHUNK, left) if end is None else min(_CHUNK, left, end - offset)
-        if end is not None and room <= 0:
-            yield offset, b"", output.ended
+    def _unlink(self, execution_id: str) -> None:
+        try:
+            os.unlink(self._path(execution_id))
+        except FileNotFoundError:
             return
-        # The timeout is only for the reader that went away without anything being written.
-        data, ended = output.follow(offset, room, 1.0) if end is None else (output.read(offset, room), False)
-        if data or ended:
-            yield offset, data, ended
-        offset += len(data)
-        left -= len(data)
-        if ended:
-            return
+        except OSError as error:
+            log.warning("the output of %s cannot be removed: %s", execution_id, error)
+
+    def _path(self, execution_id: str) -> str:
+        return os.path.join(self._directory, execution_id)
 
 
-def _kept(record: ExecutionRecord, offset: int, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    output = record.output or b""
-    end = min(len(output), offset + limit) if limit else len(output)
-    while offset < end:
-        data = output[offset : min(end, offset + _CHUNK)]
-        yield offset, data, offset + len(data) >= len(output)
-        offset += len(data)
-    if offset >= len(output) and not output[offset - 1 : offset]:
-        yield offset, b"", True
+class Reader:
+    """One reader of one output. ``abandon`` may be called from any thread and ends a ``pieces`` that waits."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._abandoned = False
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        self._output.wake()
+
+    def pieces(self, offset: int, limit: int, *, follow: bool) -> Iterator[tuple[int, bytes, bool]]:
+        """(offset, data, whether that was the last of it); ``limit`` 0 = no limit.
+
+        Following ends when the execution has ended or the reader was abandoned; otherwise with what is
+        there now. The last piece may be empty.
+        """
+        output = self._output
+        left = limit or 1 << 62
+        while not self._abandoned:
+            room = min(_CHUNK, left)
+            if follow:
+                data, ended = output.follow(offset, room, lambda: self._abandoned)
+            else:
+                over = output.ended  # asked first: what is read next is then all there will be
+                data = output.read(offset, room)
+                ended = over and offset + len(data) >= output.size
+            offset += len(data)
+            left -= len(data)
+            yield offset - len(data), data, ended
+            if ended or left <= 0 or (not data and not follow):
+                return
 
 
 def new_record(

@@ -3,7 +3,8 @@
 Requests come from any transport: a unary call, the multiplexed stream, a test.
 ``start`` answers through a callback, so that no thread waits for a program.
 
-An execution ID is run once: asked again, the answer is the one that is known.
+An execution ID is run once, also across restarts of the agent: asked again, the
+answer is the one that is known.
 """
 
 from __future__ import annotations
@@ -12,54 +13,36 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from fluxlib.agent.executor.base import Executor, Job, Limits
+from fluxlib.agent.executor.base import Executor
 from fluxlib.agent.executor.supervise import Supervised, Verdict
-from fluxlib.agent.outcomes import limits_of, refusal_of, refused
+from fluxlib.agent.jobs import Settings, job_of, timeout_of
+from fluxlib.agent.outcomes import no_longer_known, refusal_of
 from fluxlib.agent.packages import Installed, Packages
 from fluxlib.agent.records import Records, new_record
-from fluxlib.errors import FluxError, InvalidInput, Stopping, StoreUnavailable
+from fluxlib.errors import AtCapacity, CannotStart, Conflict, FluxError, Internal, InvalidInput, NotFound, Stopping
 from fluxlib.lifecycle import Timers
-from fluxlib.model import (
-    EXECUTION_ID,
-    ErrorKind,
-    ExecutionRecord,
-    ExecutionRequest,
-    Phase,
-)
+from fluxlib.model import EXECUTION_ID, ErrorKind, ExecutionRecord, ExecutionRequest, Phase
 
 log = logging.getLogger(__name__)
-
-# How many ended IDs are remembered, so that one asked for again is not run again.
-_REMEMBERED = 20_000
 
 Answer = Callable[[ExecutionRecord], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What agent.yaml says about runs."""
-
-    agent_id: str
-    max_tasks: int
-    kill_grace: float
-    defaults: Limits
-    environment: dict[str, str]  # the same for every function on this node
-
-
 @dataclass(slots=True)
 class Run:
-    """One execution that has a slot."""
+    """One execution from the moment its ID is taken. ``installed`` is set while it has a slot."""
 
     record: ExecutionRecord
-    installed: Installed
     owner: str
+    on_end: list[tuple[str, Answer]] = field(default_factory=list)  # with whom it is told
+    installed: Installed | None = None
+    begun: bool = False  # the store knows it
     supervised: Supervised | None = None
-    on_end: list[Answer] = field(default_factory=list)
-    ended: bool = False
+    stop: tuple[ErrorKind, str, float | None] | None = None  # asked for before there was anything to stop
 
 
 class Runs:
@@ -76,39 +59,53 @@ class Runs:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._runs: dict[str, Run] = {}
-        self._active: Counter[str] = Counter()
+        self._slots: Counter[str] = Counter()
+        self._taken = 0
         self._stopping = False
-        self._ended_ids: OrderedDict[str, None] = OrderedDict()
         self._freed: list[Callable[[str], None]] = []
         self._anonymous = itertools.count(1)
 
     # -- asked by transports -------------------------------------------------------
 
-    def start(self, request: ExecutionRequest, on_end: Answer, owner: str = "") -> ExecutionRecord:
-        """Accept or refuse at once; ``on_end`` gets the final record of what was accepted.
+    def start(self, request: ExecutionRequest, on_end: Answer, owner: str = "") -> tuple[ExecutionRecord, bool]:
+        """(record, accepted), at once; ``on_end`` gets the final record of what was accepted, maybe before that.
 
-        The answer is a running record, or a refusal: failed, with an ``error_kind`` that says nothing was
-        started. ``owner`` names who it is for (see ``cancel_owned``). A known ID answers what is known
-        of it, and ``on_end`` is told its end all the same.
+        A refusal is a failed record whose ``error_kind`` says why; nothing was started then and ``on_end`` is
+        not called. ``owner`` names who it is for (see ``cancel_owned``). A known ID is accepted: the record
+        is the known one, and ``on_end`` is told its end.
         """
-        if not request.execution_id:
+        anonymous = not request.execution_id
+        if anonymous:
             # An original Flux's sync calls need none of their own.
             request = replace(request, execution_id=f"local-{time.time_ns():x}-{next(self._anonymous)}")
+        execution_id = request.execution_id
+        if not EXECUTION_ID.fullmatch(execution_id):
+            error = InvalidInput("the execution ID is not one: letters, digits and hyphens, at most 64")
+            return refusal_of(request, self._settings.agent_id, error), False
+        record = new_record(execution_id, request.function_name, self._settings.agent_id, request.asynchronous, ())
+        run = Run(record, owner)
+        with self._lock:
+            other = self._runs.get(execution_id)
+            if other is not None:
+                other.on_end.append((owner, on_end))
+                return other.record, True
+            # From here on the ID is taken; who asks for it again waits for this one's end.
+            self._runs[execution_id] = run
         try:
-            known = self._join(request.execution_id, on_end)
+            known = None if anonymous else self._records.known(execution_id)
             if known is not None:
-                return known
-            run = self._admit(request, on_end, owner)
+                return self._answer_known(run, known, on_end), True
+            self._admit(run, request)
+            self._launch(run, request, (owner, on_end))
         except FluxError as error:
-            return refusal_of(request, self._settings.agent_id, error)
-        except _Refused as refused:
-            return refused.record
-        try:
-            self._launch(run, request)
-        except FluxError as error:
-            self._give_back(run)
-            return refusal_of(request, self._settings.agent_id, error)
-        return run.record
+            return self._refuse(run, refusal_of(request, self._settings.agent_id, error)), False
+        except OSError as error:
+            trouble = CannotStart(f"the agent's machine cannot: {error.strerror or error}")
+            return self._refuse(run, refusal_of(request, self._settings.agent_id, trouble)), False
+        except Exception as error:
+            log.exception("starting %s failed", execution_id)
+            return self._refuse(run, refusal_of(request, self._settings.agent_id, Internal(str(error)))), False
+        return run.record, True
 
     def cancel(self, execution_id: str, reason: str, on_dead: Answer | None = None) -> ExecutionRecord | None:
         """Stop it; ``on_dead`` gets the final record when nothing of it is alive.
@@ -118,18 +115,19 @@ class Runs:
         """
         with self._lock:
             run = self._runs.get(execution_id)
-            if run is not None and on_dead is not None:
-                run.on_end.append(on_dead)
+            if run is not None:
+                if on_dead is not None:
+                    run.on_end.append(("", on_dead))
+                run.record = replace(run.record, phase=Phase.ENDING)
+                record = run.record
         if run is None:
             return self._records.get(execution_id, with_output=False)
-        run.record = replace(run.record, phase=Phase.ENDING)
-        self._records.update(run.record)
-        if run.supervised is not None:
-            run.supervised.stop(ErrorKind.CANCELLED, reason)
-        return run.record
+        self._records.update(record)
+        self._stop(run, ErrorKind.CANCELLED, reason, None)
+        return record
 
     def cancel_owned(self, owner: str, reason: str) -> int:
-        """Stop every synchronous run of an owner that is gone; asynchronous ones go on."""
+        """Stop every synchronous run of an owner that is gone; asynchronous ones go on. How many were stopped."""
         with self._lock:
             theirs = [
                 run.record.execution_id
@@ -144,8 +142,17 @@ class Runs:
         """Nobody waits for this owner's answers any more; its asynchronous runs go on."""
         with self._lock:
             for run in self._runs.values():
-                if run.owner == owner:
-                    run.on_end = []
+                run.on_end = [one for one in run.on_end if one[0] != owner]
+
+    def own_again(self, owner: str, on_end: Callable[[bool], Answer]) -> None:
+        """An owner that had been given up is back: it is told the ends of what still runs for it.
+
+        ``on_end(asynchronous)`` makes the callback for one run.
+        """
+        with self._lock:
+            for run in self._runs.values():
+                if run.owner == owner and not any(name == owner for name, _ in run.on_end):
+                    run.on_end.append((owner, on_end(run.record.asynchronous)))
 
     def on_freed(self, listener: Callable[[str], None]) -> None:
         """``listener(function_name)`` after each end. It must not block."""
@@ -157,13 +164,17 @@ class Runs:
 
     @property
     def active(self) -> int:
-        return len(self._runs)
+        return self._taken
 
     def has_room(self, function_name: str) -> bool:
         installed = self._packages.get(function_name)
-        if installed is None or len(self._runs) >= self._settings.max_tasks:
+        if installed is None or self._taken >= self._settings.max_tasks:
             return False
-        return self._active[function_name] < installed.spec.max_concurrency
+        return self._slots[function_name] < installed.spec.max_concurrency
+
+    def with_output(self, record: ExecutionRecord) -> ExecutionRecord:
+        """A final record given to ``on_end``, with the output that lies in a file."""
+        return self._records.with_output(record)
 
     # -- stopping ------------------------------------------------------------------
 
@@ -179,97 +190,84 @@ class Runs:
             self._idle.wait_for(lambda: not self._runs, max(0.0, finish_by - time.monotonic()))
             left = list(self._runs.values())
         for run in left:
-            if run.supervised is not None:
-                run.supervised.stop(ErrorKind.AGENT_STOPPED, "agent stopped", grace=0)
+            self._stop(run, ErrorKind.AGENT_STOPPED, "agent stopped", 0)
         with self._lock:
             self._idle.wait_for(lambda: not self._runs, max(0.0, dead_by - time.monotonic()))
 
     # -- one run -------------------------------------------------------------------
 
-    def _join(self, execution_id: str, on_end: Answer) -> ExecutionRecord | None:
-        with self._lock:
-            run = self._runs.get(execution_id)
-            if run is not None:
-                run.on_end.append(on_end)
-                return run.record
-            ended = execution_id in self._ended_ids
-        record = self._records.get(execution_id) if ended else None
-        if record is not None:
-            on_end(record)
-        return record
+    def _answer_known(self, run: Run, known: ExecutionRecord, on_end: Answer) -> ExecutionRecord:
+        if not known.status.ended:
+            # Not in the table and not ended: the store could not be told its end.
+            known = no_longer_known(known)
+        self._close(run, known, [("", on_end)])
+        return known
 
-    def _admit(self, request: ExecutionRequest, on_end: Answer, owner: str) -> Run:
-        if not EXECUTION_ID.fullmatch(request.execution_id):
-            raise InvalidInput("the execution ID is not one: letters, digits and hyphens, at most 64")
+    def _admit(self, run: Run, request: ExecutionRequest) -> None:
+        """Give the run a slot and hold its code. Raises FluxError; then it has neither."""
         name = request.function_name
         installed = self._packages.acquire(name)
         if installed is None:
-            raise _Refused(refused(request, self._settings.agent_id, ErrorKind.NOT_FOUND, "function not found"))
+            raise NotFound("function not found")
+        if installed.code_dir is None:
+            raise Conflict(f"function {name} has no code on this agent yet")
         try:
-            if installed.code_dir is None:
-                text = f"function {name} has no code on this agent yet"
-                raise _Refused(refused(request, self._settings.agent_id, ErrorKind.NO_CODE, text))
             warnings = self._executor.check(installed.spec)
             self._executor.check_args(installed.spec.handler, request.args)
-            record = new_record(request.execution_id, name, self._settings.agent_id, request.asynchronous, warnings)
-            run = Run(record, installed, owner, on_end=[on_end])
             with self._lock:
                 if self._stopping:
                     raise Stopping("the agent is stopping")
-                full = self._active[name] >= installed.spec.max_concurrency
-                if full or len(self._runs) >= self._settings.max_tasks:
-                    text = f"function {name} at capacity"
-                    raise _Refused(refused(request, self._settings.agent_id, ErrorKind.AT_CAPACITY, text))
-                if request.execution_id in self._runs:
-                    raise InvalidInput(f"execution {request.execution_id} was asked for twice at once")
-                self._active[name] += 1
-                self._runs[request.execution_id] = run
-            return run
+                if self._slots[name] >= installed.spec.max_concurrency or self._taken >= self._settings.max_tasks:
+                    raise AtCapacity(f"function {name} at capacity")
+                self._slots[name] += 1
+                self._taken += 1
+                run.installed = installed
+                if warnings:
+                    run.record = replace(run.record, warnings=warnings)
         except BaseException:
-            if installed.code_dir is not None:
-                self._packages.release(installed.code_dir)
+            self._packages.release(installed)
             raise
 
-    def _launch(self, run: Run, request: ExecutionRequest) -> None:
-        spec = run.installed.spec
-        assert run.installed.code_dir is not None
+    def _launch(self, run: Run, request: ExecutionRequest, on_end: tuple[str, Answer]) -> None:
+        assert run.installed is not None
         output = self._records.begin(run.record)
-        handler = run.installed.code_dir.joinpath(*spec.handler.split("/"))
-        job = Job(
-            execution_id=request.execution_id,
-            argv=(str(handler), *request.args),
-            env={
-                **self._settings.environment,
-                **spec.env,
-                "FLUX_EXECUTION_ID": request.execution_id,
-                "FLUX_FUNCTION_NAME": spec.name,
-            },
-            code_dir=run.installed.code_dir,
-            stdin=request.stdin,
-            limits=limits_of(spec, self._settings.defaults),
-            network=spec.network,
-            working_directory=spec.working_directory,
-        )
-        timeout = float(spec.timeout_seconds)
-        if request.timeout_seconds:
-            # A call may ask for less than its function, never for more.
-            timeout = min(request.timeout_seconds, timeout) if timeout else request.timeout_seconds
+        run.begun = True
+        spec = run.installed.spec
         supervised = Supervised(
             self._executor,
             self._timers,
-            job,
-            timeout,
+            job_of(request, run.installed, self._settings),
+            timeout_of(request, spec),
             self._settings.kill_grace,
             lambda verdict: self._ended(run, verdict),
         )
-        run.supervised = supervised
-        supervised.start(output.append, lambda pid: self._started(run))
+        with self._lock:
+            run.on_end.append(on_end)
+            run.supervised = supervised
+            stop = run.stop
+        if stop is not None:
+            supervised.stop(stop[0], stop[1], grace=stop[2])
+        try:
+            supervised.start(output.append, lambda pid: self._started(run))
+        except BaseException:
+            with self._lock:
+                run.on_end.remove(on_end)
+            raise
+
+    def _stop(self, run: Run, why: ErrorKind, reason: str, grace: float | None) -> None:
+        with self._lock:
+            supervised = run.supervised
+            if supervised is None:
+                run.stop = run.stop or (why, reason, grace)
+                return
+        supervised.stop(why, reason, grace=grace)
 
     def _started(self, run: Run) -> None:
         now = time.time()
-        queue_ms = int((now - run.record.started_at) * 1000)
-        run.record = replace(run.record, run_started_at=now, queue_ms=queue_ms)
-        self._records.update(run.record)
+        with self._lock:
+            queue_ms = int((now - run.record.started_at) * 1000)
+            run.record = record = replace(run.record, run_started_at=now, queue_ms=queue_ms)
+        self._records.update(record)
 
     def _ended(self, run: Run, verdict: Verdict) -> None:
         now = time.time()
@@ -290,39 +288,43 @@ class Runs:
         )
         try:
             record = self._records.end(record)
-        except StoreUnavailable as error:
-            log.error("the record of %s cannot be kept: %s", record.execution_id, error.message)
-        with self._lock:
-            run.ended = True
-            listeners, run.on_end = run.on_end, []
-        self._give_back(run)
-        for listener in listeners:
-            listener(record)
+        except Exception:
+            log.exception("the end of %s cannot be recorded", record.execution_id)
+        self._close(run, record, [])
 
-    def _give_back(self, run: Run) -> None:
-        name = run.record.function_name
+    def _refuse(self, run: Run, record: ExecutionRecord) -> ExecutionRecord:
+        if run.begun:
+            self._records.refuse(record)
+        self._close(run, record, [])
+        return record
+
+    def _close(self, run: Run, record: ExecutionRecord, more: list[tuple[str, Answer]]) -> None:
+        """The way out of the table, whatever happened: slot, code, then everybody who waits."""
+        installed = run.installed
         with self._lock:
+            # In one step with the removal: who joins or cancels until now is told, who comes later finds the record.
+            listeners = [*run.on_end, *more]
+            run.on_end = []
             del self._runs[run.record.execution_id]
-            if run.ended:
-                self._ended_ids[run.record.execution_id] = None
-                if len(self._ended_ids) > _REMEMBERED:
-                    self._ended_ids.popitem(last=False)
-            self._active[name] -= 1
-            if not self._active[name]:
-                del self._active[name]
+            if installed is not None:
+                name = run.record.function_name
+                self._taken -= 1
+                self._slots[name] -= 1
+                if not self._slots[name]:
+                    del self._slots[name]
             if not self._runs:
                 self._idle.notify_all()
-        if not run.ended:
-            self._records.forget(run.record.execution_id)
-        assert run.installed.code_dir is not None
-        self._packages.release(run.installed.code_dir)
-        for listener in self._freed:
-            listener(name)
+        if installed is not None:
+            self._packages.release(installed)
+            for freed in self._freed:
+                _call(freed, run.record.function_name)
+        for _, listener in listeners:
+            _call(listener, record)
 
 
-class _Refused(Exception):
-    """Carries the refusal out of ``_admit``; never leaves this module."""
-
-    def __init__(self, record: ExecutionRecord) -> None:
-        super().__init__(record.error)
-        self.record = record
+def _call(listener: Callable[..., None], argument: object) -> None:
+    """One listener's failure is not the next one's, nor the executor's."""
+    try:
+        listener(argument)
+    except Exception:
+        log.exception("telling the end of an execution failed")

@@ -7,7 +7,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import grpc
 
@@ -15,16 +16,18 @@ import fluxlib
 from fluxlib.agent.certificates import Certificates
 from fluxlib.agent.executor.base import Executor
 from fluxlib.agent.monitor import Monitor
+from fluxlib.agent.outcomes import sendable
 from fluxlib.agent.packages import Packages
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.agent.server_stream import Sessions, cancel_response
-from fluxlib.errors import FluxError, InvalidInput, NotFound, Unenforceable
+from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, Unenforceable
 from fluxlib.model import ErrorKind, ExecutionRecord, Inventory
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.rpc.gen import flux_pb2_grpc
 from fluxlib.rpc.status import abort
+from fluxlib.rpc.tls import MESSAGE_LIMIT
 
 log = logging.getLogger(__name__)
 
@@ -32,34 +35,44 @@ FEATURES = ("attach", "deploy_stream", "read_output", "renew")
 # An original Flux waits 5 s for a cancel; what takes longer is dying all the same.
 _CANCEL_ANSWER = 4.0
 _SPOOL = 8 * 1024 * 1024
+# Each follower holds a thread of the server while it waits.
+MAX_FOLLOWERS = 200
+
+T = TypeVar("T")
+Ack = TypeVar("Ack", pb.FunctionAck, pb.DeploymentAck)
+
+
+@dataclass(frozen=True, slots=True)
+class Agency:
+    """What the calls are about."""
+
+    agent_id: str
+    max_tasks: int
+    max_archive: int  # bytes
+    packages: Packages
+    records: Records
+    runs: Runs
+    sessions: Sessions
+    executor: Executor
+    monitor: Monitor
+    certificates: Certificates | None
 
 
 class AgentService(flux_pb2_grpc.AgentServiceServicer):
     """Every call of flux.proto's AgentService."""
 
-    def __init__(
-        self,
-        agent_id: str,
-        max_tasks: int,
-        max_archive: int,
-        packages: Packages,
-        records: Records,
-        runs: Runs,
-        sessions: Sessions,
-        executor: Executor,
-        monitor: Monitor,
-        certificates: Certificates | None,
-    ) -> None:
-        self._agent_id = agent_id
-        self._max_tasks = max_tasks
-        self._max_archive = max_archive
-        self._packages = packages
-        self._records = records
-        self._runs = runs
-        self._sessions = sessions
-        self._executor = executor
-        self._monitor = monitor
-        self._certificates = certificates
+    def __init__(self, agency: Agency) -> None:
+        self._agent_id = agency.agent_id
+        self._max_tasks = agency.max_tasks
+        self._max_archive = agency.max_archive
+        self._packages = agency.packages
+        self._records = agency.records
+        self._runs = agency.runs
+        self._sessions = agency.sessions
+        self._executor = agency.executor
+        self._monitor = agency.monitor
+        self._certificates = agency.certificates
+        self._followers = threading.BoundedSemaphore(MAX_FOLLOWERS)
 
     # -- functions -----------------------------------------------------------------
 
@@ -68,6 +81,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             spec, digest = codec.spec_from_message(request)
             warnings = self._executor.check(spec)
             self._packages.register(spec, digest)
+            self._sessions.look_again(spec.name)
             return warnings
 
         return _acknowledge(pb.FunctionAck, "registered", register)
@@ -106,6 +120,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
                 spec, digest = installed.spec, installed.spec_digest
             warnings = self._executor.check(spec)
             self._packages.deploy(spec, digest, package.code_digest, archive)
+            self._sessions.look_again(spec.name)
             return warnings
 
         return _acknowledge(pb.DeploymentAck, "deployed", deploy)
@@ -121,22 +136,26 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
 
     def ExecuteFunction(self, request: pb.ExecutionRequest, context: grpc.ServicerContext) -> pb.ExecutionResponse:
         asked = codec.request_from_message(request)
-        done = threading.Lock()
-        done.acquire()
+        done = threading.Event()
         final: list[ExecutionRecord] = []
 
         def ended(record: ExecutionRecord) -> None:
             final.append(record)
-            done.release()
+            done.set()
 
-        record = self._runs.start(asked, ended)
-        if record.status.ended or asked.asynchronous:
-            return codec.response_from_record(record)
-        # The caller hung up: an original Flux does so when its own client does.
-        if not context.add_callback(lambda: final or self._runs.cancel(record.execution_id, "cancelled: caller gone")):
-            self._runs.cancel(record.execution_id, "cancelled: caller gone")
-        done.acquire()
-        return codec.response_from_record(final[0])
+        record, accepted = self._runs.start(asked, ended)
+        if not accepted or asked.asynchronous:
+            return codec.response_from_record(record, with_output=False)
+
+        def caller_gone() -> None:
+            # An original Flux hangs up when its own client does.
+            if not done.is_set():
+                self._runs.cancel(record.execution_id, "cancelled: the caller is gone")
+
+        if not context.add_callback(caller_gone):
+            caller_gone()
+        done.wait()
+        return codec.response_from_record(sendable(self._runs.with_output(final[0])))
 
     def CancelExecution(
         self, request: pb.CancelExecutionRequest, context: grpc.ServicerContext
@@ -152,37 +171,33 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             context, lambda: self._runs.cancel(request.execution_id, request.reason or "cancelled", ended)
         )
         if record is None or record.status.ended:
-            return cancel_response(record, False)
+            return cancel_response(record, in_time=False)
         if not request.no_wait:
             remaining = context.time_remaining()
             dead.wait(_CANCEL_ANSWER if remaining is None else min(max(_CANCEL_ANSWER, remaining - 1), remaining * 0.8))
-        return cancel_response(final[0] if final else record, True)
+        return cancel_response(final[0] if final else record, in_time=True)
 
     def GetExecution(self, request: pb.GetExecutionRequest, context: grpc.ServicerContext) -> pb.GetExecutionResponse:
         with_output = not request.without_output
         record = self._answer(context, lambda: self._records.get(request.execution_id, with_output=with_output))
         if record is None:
             return pb.GetExecutionResponse(found=False)
-        return pb.GetExecutionResponse(found=True, data=codec.record_to_json(record, with_output=with_output))
+        return pb.GetExecutionResponse(found=True, data=_json_that_fits(record, with_output))
 
     def ReadOutput(self, request: pb.ReadOutputRequest, context: grpc.ServicerContext) -> Iterator[pb.OutputChunk]:
-        abandoned = threading.Event()
-        context.add_callback(abandoned.set)
-        pieces = self._answer(
-            context,
-            lambda: self._records.read(
-                request.execution_id,
-                request.offset,
-                follow=request.follow,
-                limit=request.max_bytes,
-                abandoned=abandoned,
-            ),
-        )
-        if pieces is None:
+        reader = self._answer(context, lambda: self._records.reader(request.execution_id))
+        if reader is None:
             yield pb.OutputChunk(found=False, ended=True)
             return
-        for offset, data, ended in pieces:
-            yield pb.OutputChunk(found=True, offset=offset, data=data, ended=ended)
+        if not self._followers.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_FOLLOWERS} readers of output are served already")
+        try:
+            if not context.add_callback(reader.abandon):
+                return
+            for offset, data, ended in reader.pieces(request.offset, request.max_bytes, follow=request.follow):
+                yield pb.OutputChunk(found=True, offset=offset, data=data, ended=ended)
+        finally:
+            self._followers.release()
 
     def Attach(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         return self._sessions.serve(request_iterator, context.is_active, context.cancel)
@@ -229,7 +244,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
         self, request: pb.CertificateRequestRequest, context: grpc.ServicerContext
     ) -> pb.CertificateRequestResponse:
         if self._certificates is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this agent runs without TLS")
+            abort(context, Conflict("this agent runs without TLS"))
         return pb.CertificateRequestResponse(csr_pem=self._certificates.create_request())
 
     def InstallCertificate(
@@ -244,7 +259,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
 
         return _acknowledge(pb.FunctionAck, "installed", install)
 
-    def _answer(self, context: grpc.ServicerContext, ask: Callable[[], Any]) -> Any:
+    def _answer(self, context: grpc.ServicerContext, ask: Callable[[], T]) -> T:
         """A store that is away is a status of its own, never "not found"."""
         try:
             return ask()
@@ -252,19 +267,28 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             abort(context, error)
 
 
-def _acknowledge(kind: Any, done: str, act: Callable[[], tuple[str, ...]]) -> Any:
+def _acknowledge(kind: type[Ack], done: str, act: Callable[[], tuple[str, ...]]) -> Ack:
     """An Ack of ``kind`` for what ``act`` did, or for why it did not."""
     try:
         warnings = act()
     except FluxError as error:
         return _failed(kind, error)
     except OSError as error:
-        log.exception("a change of the functions failed")
+        log.error("a change of the functions failed: %s", error)
         return kind(success=False, message=f"the agent's disk: {error}", error_kind=pb.ERROR_KIND_INTERNAL)
     return kind(success=True, message=done, warnings=warnings)
 
 
-def _failed(kind: Any, error: FluxError) -> Any:
+def _failed(kind: type[Ack], error: FluxError) -> Ack:
     kinds = {InvalidInput: ErrorKind.INVALID, Unenforceable: ErrorKind.UNENFORCEABLE, NotFound: ErrorKind.NOT_FOUND}
     found = next((number for one, number in kinds.items() if isinstance(error, one)), ErrorKind.INTERNAL)
-    return kind(success=False, message=error.message, error_kind=int(found))
+    return kind(success=False, message=error.message, error_kind=pb.ErrorKind.Name(int(found)))
+
+
+def _json_that_fits(record: ExecutionRecord, with_output: bool) -> bytes:
+    """The record as JSON. Escapes can make it six times its output: then less of that goes into it."""
+    data = codec.record_to_json(record, with_output=with_output)
+    while len(data) > MESSAGE_LIMIT:
+        record = sendable(record, len(record.output or b"") * MESSAGE_LIMIT // len(data) * 9 // 10)
+        data = codec.record_to_json(record, with_output=with_output)
+    return data

@@ -10,80 +10,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fluxlib.agent.runs import Runs
-from fluxlib.errors import StoreUnavailable
-from fluxlib.lifecycle import Timer, Timers
-from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest
+from fluxlib.agent.outcomes import refusal_of
+from fluxlib.agent.runs import Answer, Runs
+from fluxlib.agent.session import Owed, Session
+from fluxlib.errors import AtCapacity, StoreUnavailable
+from fluxlib.lifecycle import Timers
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-# Answers that travel in one frame at most; a large output travels alone.
-_BATCH = 64
-_BATCH_BYTES = 4 * 1024 * 1024
-# What is larger is fetched by ReadOutput: one answer must not hold up all others, nor pass the message limit.
-_INLINE_OUTPUT = 4 * 1024 * 1024
-
-
-class Session:
-    """What one Flux is owed. Pushed to from any thread, drained by the stream that is attached."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.condition = threading.Condition()
-        self.answers: deque[Any] = deque()
-        self.cancelled: deque[Any] = deque()
-        self.freed: set[str] = set()
-        self.refused: set[str] = set()
-        self.unacknowledged: dict[str, Any] = {}
-        self.generation = 0  # of the stream attached last; an older one must end
-        self.grace: Timer | None = None
-        self.stopping = False
-
-    def answer(self, answer: Any) -> None:
-        with self.condition:
-            if answer.final:
-                self.unacknowledged[answer.execution_id] = answer
-            self.answers.append(answer)
-            self.condition.notify()
-
-    def cancel_answered(self, answer: Any) -> None:
-        with self.condition:
-            self.cancelled.append(answer)
-            self.condition.notify()
-
-    def acknowledge(self, execution_ids: list[str]) -> None:
-        with self.condition:
-            for execution_id in execution_ids:
-                self.unacknowledged.pop(execution_id, None)
-
-    def next_frame(self, generation: int) -> Any | None:
-        """Everything that waits, as one frame; None when this stream's time is over."""
-        with self.condition:
-            while self.generation == generation:
-                if self.answers or self.cancelled or self.freed or self.stopping:
-                    return self._frame()
-                self.condition.wait()
-        return None
-
-    def _frame(self) -> Any:
-        frame = pb.AgentFrame(stopping=self.stopping)
-        size = 0
-        while self.answers and len(frame.executed) < _BATCH and size < _BATCH_BYTES:
-            answer = self.answers.popleft()
-            size += len(answer.response.output)
-            frame.executed.append(answer)
-        frame.cancelled.extend(self.cancelled)
-        frame.freed.extend(self.freed)
-        self.cancelled.clear()
-        self.freed.clear()
-        self.stopping = False
-        return frame
 
 
 class Sessions:
@@ -107,7 +46,10 @@ class Sessions:
             return  # it broke before it began
         if first is None or not first.hello.session:
             return
-        session, generation, greeting = self._attach(first.hello.session)
+        attached = self._attach(first.hello.session)
+        if attached is None:
+            return
+        session, generation, greeting = attached
         reader = threading.Thread(
             target=self._read,
             args=(session, generation, first, requests, end),
@@ -125,47 +67,48 @@ class Sessions:
     def say_stopping(self) -> None:
         """No further work is taken: every Flux is told, so that it asks elsewhere."""
         for session in self._all():
-            with session.condition:
-                session.stopping = True
-                session.condition.notify()
+            session.say_stopping()
 
     def close(self) -> None:
-        """End every stream."""
+        """End every stream; no new one begins."""
         with self._lock:
             self._closed = True
-        for session in self._all():
-            with session.condition:
-                session.generation += 1
-                session.condition.notify_all()
+            for session in self._sessions.values():
+                with session.condition:
+                    session.end_streams()
+
+    def look_again(self, function_name: str) -> None:
+        """The function has changed: it may have room now without anything having ended."""
+        self._on_freed(function_name)
 
     # -- attaching -----------------------------------------------------------------
 
-    def _attach(self, name: str) -> tuple[Session, int, Any]:
+    def _attach(self, name: str) -> tuple[Session, int, pb.AgentFrame] | None:
         with self._lock:
-            resumed = name in self._sessions
-            session = self._sessions.setdefault(name, Session(name))
+            if self._closed:
+                return None
+            session = self._sessions.get(name)
+            if session is None:
+                session = self._sessions[name] = Session(name, self._runs.with_output)
+                # It may have been given up before: its asynchronous runs go on all the while.
+                made = session
+                self._runs.own_again(name, lambda asynchronous: _final(made, with_output=not asynchronous))
             with session.condition:
                 if session.grace is not None:
                     session.grace.cancel()
                     session.grace = None
-                session.generation += 1
-                session.condition.notify_all()
+                session.end_streams()
                 generation = session.generation
-                # What was sent over the broken stream may not have arrived; a second time does no harm.
-                waiting = {answer.execution_id for answer in session.answers if answer.final}
-                for execution_id, answer in session.unacknowledged.items():
-                    if execution_id not in waiting:
-                        session.answers.append(answer)
-                known = {*session.unacknowledged, *self._runs.open_ids()}
-            greeting = pb.AgentFrame(instance_id=self._instance_id, known=sorted(known), resumed=resumed)
-            return session, generation, greeting
+                owed = session.resume()
+                # Under the condition: what ends from now on is pushed behind the greeting.
+                known = sorted({*owed, *self._runs.open_ids()})
+            return session, generation, pb.AgentFrame(instance_id=self._instance_id, known=known)
 
     def _detach(self, session: Session, generation: int) -> None:
         with self._lock, session.condition:
             if session.generation != generation:
                 return  # a newer stream has taken over
-            session.generation += 1
-            session.condition.notify_all()
+            session.end_streams()
             if not self._closed:
                 session.grace = self._timers.after(self._grace, lambda: self._vanished(session))
 
@@ -181,8 +124,7 @@ class Sessions:
             log.warning("a Flux vanished %d s ago: %d runs that only it waited for are cancelled", self._grace, count)
 
     def _all(self) -> list[Session]:
-        with self._lock:
-            return list(self._sessions.values())
+        return list(self._sessions.values())
 
     # -- what Flux sends -----------------------------------------------------------
 
@@ -209,66 +151,91 @@ class Sessions:
             self._cancel(session, message)
 
     def _execute(self, session: Session, request: ExecutionRequest) -> None:
-        def ended(record: ExecutionRecord) -> None:
-            inline = not request.asynchronous and record.output_bytes <= _INLINE_OUTPUT
-            response = codec.response_from_record(record, with_output=inline)
-            session.answer(pb.ExecutionAnswer(execution_id=record.execution_id, final=True, response=response))
-
-        record = self._runs.start(request, ended, session.name)
-        refused = record.status.ended and record.error_kind.nothing_started
-        cannot = record.status.ended and record.error_kind is ErrorKind.CANNOT_START and not record.run_started_at
-        if refused or cannot:
-            session.answer(
-                pb.ExecutionAnswer(
-                    execution_id=request.execution_id, final=True, response=codec.response_from_record(record)
-                )
-            )
-        elif request.asynchronous and not record.status.ended:
-            accepted = pb.ExecutionAnswer(execution_id=request.execution_id, response=pb.ExecutionResponse())
-            session.answer(accepted)
+        if session.overdue:
+            error = AtCapacity(f"function {request.function_name} at capacity: answers wait to be fetched")
+            session.answer(Owed(refusal_of(request, "", error), final=True))
+            return
+        if request.asynchronous:
+            record, accepted = self._start_asynchronous(session, request)
+        else:
+            record, accepted = self._runs.start(request, _final(session, with_output=True), session.name)
+        if accepted:
+            return
         if record.error_kind is ErrorKind.AT_CAPACITY:
-            # After the answer: "freed" must not overtake the refusal it takes back.
-            session.refused.add(request.function_name)
-            # A slot may have freed between the refusal and this line.
-            if self._runs.has_room(request.function_name):
-                self._tell_freed(session, [request.function_name])
+            with session.condition:
+                session.refused.add(request.function_name)
+        session.answer(Owed(record, final=True))
+        # A slot may have freed between the refusal and these lines.
+        if record.error_kind is ErrorKind.AT_CAPACITY and self._runs.has_room(request.function_name):
+            session.freed([request.function_name])
+
+    def _start_asynchronous(self, session: Session, request: ExecutionRequest) -> tuple[ExecutionRecord, bool]:
+        """As Runs.start; a run that ends at once is answered behind its acceptance all the same."""
+        held: list[ExecutionRecord] = []
+        told = False
+
+        def ended(record: ExecutionRecord) -> None:
+            with session.condition:
+                if told:
+                    session.answer(Owed(record, final=True))
+                else:
+                    held.append(record)
+
+        record, accepted = self._runs.start(request, ended, session.name)
+        if accepted:
+            with session.condition:
+                told = True
+                if not record.status.ended:
+                    session.answer(Owed(record, final=False))
+                for final in held:
+                    session.answer(Owed(final, final=True))
+        return record, accepted
 
     def _cancel(self, session: Session, message: Any) -> None:
         execution_id = message.execution_id
 
-        def answer(record: ExecutionRecord | None, stopped: bool) -> None:
-            session.cancel_answered(
-                pb.CancelAnswer(execution_id=execution_id, response=cancel_response(record, stopped))
-            )
+        def answer(record: ExecutionRecord | None, in_time: bool = True) -> None:
+            response = cancel_response(record, in_time=in_time)
+            session.cancel_answered(pb.CancelAnswer(execution_id=execution_id, response=response))
 
+        on_dead = None if message.no_wait else answer
         try:
-            record = self._runs.cancel(execution_id, message.reason or "cancelled", lambda final: answer(final, True))
-        except StoreUnavailable:
-            record = None
+            record = self._runs.cancel(execution_id, message.reason or "cancelled", on_dead)
+        except StoreUnavailable as error:
+            response = pb.CancelExecutionResponse(message=error.message, error_kind=pb.ERROR_KIND_INTERNAL)
+            session.cancel_answered(pb.CancelAnswer(execution_id=execution_id, response=response))
+            return
         if record is None or record.status.ended:
-            answer(record, False)
+            answer(record, in_time=False)
+        elif message.no_wait:
+            answer(record)
 
     # -- freed slots -----------------------------------------------------------------
 
     def _on_freed(self, function_name: str) -> None:
-        for session in list(self._sessions.values()):
-            if session.refused:
-                names = [name for name in session.refused if name == function_name or self._runs.has_room(name)]
-                if names:
-                    self._tell_freed(session, names)
-
-    def _tell_freed(self, session: Session, names: list[str]) -> None:
-        with session.condition:
-            session.refused.difference_update(names)
-            session.freed.update(names)
-            session.condition.notify()
+        for session in self._all():
+            if not session.refused:
+                continue
+            with session.condition:
+                refused = list(session.refused)
+            # The others too: they may have been refused because max_tasks was reached.
+            names = [name for name in refused if self._runs.has_room(name)]
+            if names:
+                session.freed(names)
 
 
-def cancel_response(record: ExecutionRecord | None, stopped: bool) -> pb.CancelExecutionResponse:
-    """The answer to a cancel: ``record`` is the execution's now, None for an unknown one."""
+def _final(session: Session, *, with_output: bool) -> Answer:
+    return lambda record: session.answer(Owed(record, final=True, with_output=with_output))
+
+
+def cancel_response(record: ExecutionRecord | None, *, in_time: bool) -> pb.CancelExecutionResponse:
+    """The answer to a cancel: ``record`` is the execution's now, None for an unknown one.
+
+    ``in_time``: it ran when the cancel came. It may have ended of itself all the same; running = it is dying.
+    """
     if record is None:
         return pb.CancelExecutionResponse(message="execution not found", error_kind=pb.ERROR_KIND_NOT_FOUND)
     status = record.status.value
-    if not stopped:
+    if not in_time or record.status not in (ExecutionStatus.RUNNING, ExecutionStatus.CANCELLED):
         return pb.CancelExecutionResponse(message=f"execution already ended: {status}", status=status)
     return pb.CancelExecutionResponse(success=True, message="cancelled", status=status)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Collection
 
 log = logging.getLogger(__name__)
 
@@ -13,17 +14,17 @@ _ROUNDS = 50
 
 
 def kill_execution(execution_id: str) -> int:
-    """SIGKILL to every process whose environment names the execution; how many there were.
-
-    A walk over /proc, so only for what is rare: a dead spawner, a restarted agent.
-    """
-    return _kill(b"FLUX_EXECUTION_ID=" + execution_id.encode())
+    """SIGKILL to every process whose environment names the execution; how many there were."""
+    return kill_executions([execution_id])
 
 
-def _kill(marker: bytes) -> int:
+def kill_executions(execution_ids: Collection[str]) -> int:
+    """The same for many. A walk over /proc, so only for what is rare: a dead spawner, a restarted agent."""
+    markers = {b"FLUX_EXECUTION_ID=" + one.encode() for one in execution_ids}
     killed: set[int] = set()
-    for _ in range(_ROUNDS):
-        found = [pid for pid in _processes() if pid not in killed and marker in _environment(pid)]
+    for _ in range(_ROUNDS if markers else 0):
+        # Again until there is none: one may have forked between two looks.
+        found = [pid for pid in _processes() if pid not in killed and not markers.isdisjoint(_environment(pid))]
         if not found:
             break
         for pid in found:

@@ -1,0 +1,66 @@
+"""A request and its function as the program to run: words, environment, what is in force for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fluxlib.agent.executor.base import Job, Limits
+from fluxlib.agent.packages import Installed
+from fluxlib.model import ExecutionRequest, FunctionSpec
+
+_MB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What agent.yaml says about runs."""
+
+    agent_id: str
+    max_tasks: int
+    kill_grace: float
+    defaults: Limits
+    environment: dict[str, str]  # the same for every function on this node
+
+
+def job_of(request: ExecutionRequest, installed: Installed, settings: Settings) -> Job:
+    """The program to run. Nothing of the agent's own environment is in it."""
+    spec, code_dir = installed.spec, installed.code_dir
+    if code_dir is None:
+        raise ValueError(f"{spec.name} has no code")
+    return Job(
+        execution_id=request.execution_id,
+        argv=(f"{code_dir}/{spec.handler}", *request.args),
+        env={
+            **settings.environment,
+            **spec.env,
+            "FLUX_EXECUTION_ID": request.execution_id,
+            "FLUX_FUNCTION_NAME": spec.name,
+        },
+        code_dir=code_dir,
+        stdin=request.stdin,
+        limits=limits_of(spec, settings.defaults),
+        network=spec.network,
+        working_directory=spec.working_directory,
+    )
+
+
+def timeout_of(request: ExecutionRequest, spec: FunctionSpec) -> float:
+    """Seconds, 0 = none. A call may ask for less than its function, never for more."""
+    if request.timeout_seconds and spec.timeout_seconds:
+        return min(request.timeout_seconds, float(spec.timeout_seconds))
+    return request.timeout_seconds or float(spec.timeout_seconds)
+
+
+def limits_of(spec: FunctionSpec, defaults: Limits) -> Limits:
+    """What is in force for one run: the function's figures, the agent's where it says nothing.
+
+    A function may ask for less than the agent's default or for more: both are its operator's files.
+    """
+    return Limits(
+        memory_bytes=spec.memory_mb * _MB or defaults.memory_bytes,
+        cpu_millicores=spec.cpu_millicores or defaults.cpu_millicores,
+        processes=spec.max_processes or defaults.processes,
+        open_files=spec.max_open_files or defaults.open_files,
+        file_size_bytes=spec.max_file_size_mb * _MB or defaults.file_size_bytes,
+        tmp_bytes=spec.tmp_size_mb * _MB or defaults.tmp_bytes,
+    )
