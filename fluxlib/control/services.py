@@ -176,6 +176,9 @@ class Status(Protocol):
     def figures(self) -> NodeFigures:
         """Of the machine Flux itself runs on."""
 
+    def leads(self) -> bool:
+        """Whether this Flux is the one that polls, expires and scales."""
+
     def stopping(self) -> bool: ...
 
 

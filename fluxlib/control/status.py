@@ -36,6 +36,7 @@ class StatusService:
         registry: Registry,
         *,
         tls: bool,
+        leads: Callable[[], bool] = lambda: True,
         stopping: Callable[[], bool],
         loops: Sequence[Loop] = (),
         warnings: Sequence[Warnings] = (),
@@ -44,6 +45,7 @@ class StatusService:
         self._store = store
         self._registry = registry
         self._tls = tls
+        self._leads = leads
         self._stopping = stopping
         self._loops = list(loops)
         self._warnings = list(warnings)
@@ -99,6 +101,9 @@ class StatusService:
 
     def figures(self) -> NodeFigures:
         return self._sampled
+
+    def leads(self) -> bool:
+        return self._leads()
 
     def stopping(self) -> bool:
         return self._stopping()

@@ -30,6 +30,7 @@ def get(request: Request) -> Answer:
         "version": fluxlib.__version__,
         "store": "unreachable" if error else "ok",
         "stopping": stopping,
+        "leader": status.leads(),
         "warning_count": len(warnings),
         "loops": [_loop(report, with_all) for report in status.loops()],
     }

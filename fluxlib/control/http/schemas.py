@@ -175,6 +175,7 @@ COMPONENTS: dict[str, Schema] = {
             "version": _TEXT,
             "store": {"type": "string", "enum": ["ok", "unreachable"]},
             "stopping": _YES_NO,
+            "leader": _YES_NO,
             "warning_count": _COUNT,
             "loops": list_of(_object({"name": _TEXT, "alive": _YES_NO, "crashes": _COUNT}, {"last_error": _TEXT})),
         },

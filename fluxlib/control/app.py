@@ -1,0 +1,205 @@
+"""The control plane as a process: everything built in one place, and stopped in an order that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+from fluxlib.config.control import ControlConfig
+from fluxlib.config.environment import prepare_grpc
+from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
+from fluxlib.pki import Authority
+from fluxlib.store import open_control_store
+
+log = logging.getLogger(__name__)
+
+_MB = 1024 * 1024
+_EXECUTIONS_EVERY = 1.0
+_RENEWAL_EVERY = 600.0
+_FIGURES_EVERY = 5.0
+# Of the time to stop, what is kept for telling callers that their execution was let go.
+_FAREWELL = 2.0
+
+
+class Control:
+    """One running control plane. Listens when it is made, serves from ``start``.
+
+    Raises FluxError when it cannot be built (a store that is away, a port that is taken); nothing is left then.
+    """
+
+    def __init__(self, config: ControlConfig) -> None:
+        self._config = config
+        self._parts = Parts()
+        self._loops: list[Loop] = []
+        self._stopping = False
+        try:
+            self._build(config)
+        except BaseException:
+            self._parts.stop(Deadline(5))
+            raise
+
+    def _build(self, config: ControlConfig) -> None:
+        prepare_grpc()  # before grpc is imported
+        from fluxlib.control.connector import AgentConnector
+        from fluxlib.control.deploy import REFRESH_EVERY, FunctionService
+        from fluxlib.control.enrolment import EnrolmentService
+        from fluxlib.control.executions import ExecutionService
+        from fluxlib.control.health import HealthPoller
+        from fluxlib.control.http import create_app
+        from fluxlib.control.joining import Joiner
+        from fluxlib.control.leadership import RENEW_EVERY, Leadership
+        from fluxlib.control.membership import Membership
+        from fluxlib.control.pushes import Pusher
+        from fluxlib.control.registry import Registry
+        from fluxlib.control.renewal import OwnIdentity, Renewal
+        from fluxlib.control.roster import Roster
+        from fluxlib.control.services import Services
+        from fluxlib.control.sharing import Sharing
+        from fluxlib.control.status import StatusService
+        from fluxlib.control.webserver import WebServer
+
+        session = secrets.token_hex(8)
+        shared = bool(config.redis_addr)
+        with_tls = not config.disable_grpc_tls
+
+        store = open_control_store(config.redis_addr, config.state_dir)
+        self._parts.add("store", lambda deadline: store.close())
+        authority = Authority.open(config.certs_dir) if with_tls else None
+        own = OwnIdentity(authority) if authority is not None else None
+        timers = Timers("control-timers").start()
+        self._parts.add("timers", timers.stop)
+
+        leadership = self._leadership = Leadership(store, session, shared=shared)
+        registry = Registry()
+        pusher = Pusher(registry, store.archive)
+        self._parts.add("pushes", pusher.stop)
+        functions = self._functions = FunctionService(
+            store, registry, pusher, session, shared=shared, max_archive_bytes=config.max_archive_mb * _MB
+        )
+        executions = self._executions = ExecutionService(
+            store,
+            registry,
+            functions,
+            timers,
+            session,
+            kill_grace=config.kill_grace_sec,
+            keep_for=config.execution_ttl_sec,
+            max_waiting=config.max_waiting,
+            shared=shared,
+            lease=lambda: leadership.lease,
+        )
+        connector = AgentConnector(own.current if own is not None else lambda: None, session, timers)
+        roster = Roster(store, registry, leadership)
+        joiner = Joiner(store, registry, roster, connector, executions, functions, pusher, leadership, tls=with_tls)
+        membership = self._membership = Membership(registry, roster, joiner, connector, executions, pusher)
+        sharing = Sharing(store, registry, roster, joiner, membership, leadership)
+        poller = HealthPoller(
+            registry,
+            roster,
+            joiner,
+            executions,
+            functions,
+            pusher,
+            leadership,
+            sharing,
+            interval=config.health_interval_sec,
+            lost_after=config.agent_lost_after_sec,
+        )
+
+        status = StatusService(
+            store, registry, tls=with_tls, leads=lambda: leadership.leads, stopping=lambda: self._stopping
+        )
+        self._watch(status.watch, poller.loop)
+        self._watch(status.watch, Loop("leadership", self._lead, RENEW_EVERY))
+        self._watch(status.watch, Loop("executions", executions.tick, _EXECUTIONS_EVERY))
+        self._watch(status.watch, Loop("own-figures", status.tick, _FIGURES_EVERY))
+        if shared:
+            self._watch(status.watch, Loop("functions", functions.tick, REFRESH_EVERY))
+        if authority is not None and own is not None:
+            renewal = Renewal(authority, own, registry, leadership)
+            status.warn(renewal.warnings)
+            self._watch(status.watch, Loop("renewal", renewal.tick, _RENEWAL_EVERY))
+
+        self.services = Services(
+            config,
+            functions,
+            executions,
+            membership,
+            status,
+            nodes=None,
+            enrolment=EnrolmentService(authority, registry, config.agent_port) if authority is not None else None,
+        )
+        self._server = WebServer(create_app(self.services), config)
+        self._parts.add("HTTP", self._server.stop)
+
+    def start(self) -> None:
+        """Take over what a former life left, then serve. Raises StoreUnavailable."""
+        self._leadership.tick(time.time())
+        self._functions.refresh()
+        self._executions.start()
+        self._membership.start()
+        for loop in self._loops:
+            loop.start()
+        self._server.start()
+        log.info("Flux answers on %s:%d", self._config.listen_host, self._server.port)
+        if self._config.disable_grpc_tls:
+            log.warning("agents are spoken to WITHOUT TLS (disable_grpc_tls): whoever reaches them can run programs")
+
+    def stop(self, deadline: Deadline) -> None:
+        """Take nothing new, let what callers wait for end, then take the floor away.
+
+        Queued and running asynchronous executions go on: the next life takes them over.
+        """
+        self._stopping = True
+        # The listening socket closes at once, open requests are answered meanwhile.
+        answering = threading.Thread(target=self._server.stop, args=(deadline,), name="http-stop")
+        answering.start()
+        self._guarded("executions", lambda: self._executions.stop(Deadline(deadline.remaining() - _FAREWELL)))
+        for loop in self._loops:
+            loop.stop(deadline)
+        # Calls still in flight end as lost, and their callers are told.
+        self._guarded("connections", lambda: self._membership.stop(Deadline(min(1.0, deadline.remaining()))))
+        answering.join(deadline.remaining() + 2)
+        self._guarded("leases", self._leadership.resign)
+        self._parts.stop(deadline)
+
+    def _lead(self, now: float) -> None:
+        """Keep the leases; a leader looks after what dead Flux processes left open."""
+        self._leadership.tick(now)
+        lease = self._leadership.lease
+        if lease is None:
+            return
+        for session in sorted(self._leadership.gone):
+            count = self._executions.adopt(session, lease)
+            if count:
+                log.warning("took over %d executions of a Flux that has ended", count)
+
+    def _watch(self, watch: Callable[[Loop], Loop], loop: Loop) -> None:
+        self._loops.append(watch(loop))
+
+    def _guarded(self, name: str, stop: Callable[[], object]) -> None:
+        """One failing stop never skips the next."""
+        try:
+            stop()
+        except Exception:
+            log.exception("stopping the %s failed", name)
+
+
+def serve(config: ControlConfig, stop: StopSignal) -> int:
+    """Run the control plane until told to stop; the exit code. Raises FluxError when it cannot start."""
+    for warning in config.warnings:
+        log.warning("%s: %s", config.path, warning)
+    for note in config.notes:
+        log.info("%s: %s", config.path, note)
+    control = Control(config)
+    try:
+        control.start()
+        stop.wait()
+        log.info("stopping")
+    finally:
+        control.stop(Deadline(config.shutdown_sec))
+    log.info("stopped")
+    return 0

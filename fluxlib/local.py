@@ -1,0 +1,206 @@
+"""Flux with one agent on this machine: `make run`, and a double click on flux.exe.
+
+The agent is a process of its own, reached over mutual TLS on loopback as any
+other. It is held by a pipe: when Flux closes it, or is gone without a word, the
+agent stops. A Ctrl-C in the terminal reaches Flux alone, which stops the two in
+order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from fluxlib.config.agent import load_agent
+from fluxlib.config.control import ControlConfig
+from fluxlib.config.environment import for_child
+from fluxlib.config.files import AGENT_PORT
+from fluxlib.config.first_start import write_new
+from fluxlib.control.app import Control
+from fluxlib.errors import AgentError, CannotStart, Conflict
+from fluxlib.lifecycle import Deadline, Loop, StopSignal
+from fluxlib.pki.authority import Authority, enrolment_files
+
+log = logging.getLogger(__name__)
+
+LOCAL_ID = "local"
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
+# Its own shutdown_sec, and the time it gives itself to kill what is left.
+_AGENT_STOPS_WITHIN = 7.0
+
+
+def prepare_agent(config: ControlConfig, directory: Path) -> Path:
+    """The local agent's configuration in ``directory``, made on the first start; its path."""
+    path = directory / "agent.yaml"
+    if path.exists():
+        return path
+    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    settings = {
+        "agent_id": LOCAL_ID,
+        "port": _usable_port(),
+        "listen_host": "127.0.0.1",
+        "state_dir": "state",
+        # A development machine is neither set up nor meant to hold strangers' programs apart.
+        "isolation": "off",
+        "shutdown_sec": 1,
+        "tls": {"enabled": False},
+    }
+    if not config.disable_grpc_tls:
+        files = enrolment_files(Authority.open(config.certs_dir).issue_agent(LOCAL_ID), LOCAL_ID, AGENT_PORT)
+        settings["tls"] = yaml.safe_load(files.pop("agent.yaml"))["tls"]
+        for name, content in files.items():
+            target = directory / name
+            with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(content)
+    write_new(path, "# The agent of this machine, made by Flux.\n" + yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+class LocalAgent:
+    """Keeps the agent's process alive. ``register(address)`` makes it known to Flux."""
+
+    def __init__(self, config_file: Path, register: Callable[[str], object]) -> None:
+        self._config_file = config_file
+        self._register = register
+        self._address = f"127.0.0.1:{load_agent(config_file).port}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._registered = False
+        self._failures = 0
+        self._not_before = 0.0
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._watch = Loop("local-agent", self.tick, 0.5)
+
+    def start(self) -> LocalAgent:
+        """Starts the process; what it needs to come up goes on beside the caller. Raises CannotStart."""
+        self._launch()
+        self._watch.start()
+        return self
+
+    def tick(self, now: float) -> None:
+        """Register it once it answers; start it again when it has ended. ``now`` is epoch seconds."""
+        with self._lock:
+            if self._stopping:
+                return
+            if self._process is not None and self._process.poll() is not None:
+                self._ended(self._process.returncode, now)
+            if self._process is None:
+                if now >= self._not_before:
+                    self._launch()
+                return
+        if not self._registered and self._answers():
+            try:
+                self._register(self._address)
+                self._registered = True
+                self._failures = 0
+            except (AgentError, Conflict) as error:
+                log.warning("the local agent cannot be registered yet: %s", error.message)
+
+    def stop(self, deadline: Deadline) -> None:
+        self._watch.stop(deadline)
+        with self._lock:
+            self._stopping = True
+            process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(max(1.0, min(deadline.remaining(), _AGENT_STOPS_WITHIN)))
+        except subprocess.TimeoutExpired:
+            log.warning("the local agent did not stop in time: killing it")
+            process.kill()
+            process.wait()
+
+    def _launch(self) -> None:
+        program = [sys.executable] if getattr(sys, "frozen", False) else [sys.executable, "-m", "flux"]
+        environment = for_child(AGENT_CONFIG=str(self._config_file))
+        if not getattr(sys, "frozen", False):
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        try:
+            self._process = subprocess.Popen(
+                [*program, "agent", "--until-stdin-closes"],
+                stdin=subprocess.PIPE,
+                env=environment,
+                # Out of the terminal's foreground group: stopping it is Flux's to say.
+                start_new_session=sys.platform != "win32",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        except OSError as error:
+            raise CannotStart(f"the local agent cannot be started: {error}") from error
+
+    def _ended(self, code: int, now: float) -> None:
+        pause = min(_FIRST_PAUSE * 2**self._failures, _LONGEST_PAUSE)
+        self._failures += 1
+        log.error("the local agent ended with %d; starting it again in %.1f s", code, pause)
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process = None
+        self._not_before = now + pause
+
+    def _answers(self) -> bool:
+        host, _, port = self._address.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+            return True
+        return False
+
+
+def _usable_port() -> int:
+    """The usual port, or another one while that is taken (an agent that is installed here, say)."""
+    for port in (AGENT_PORT, 0):
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            if sys.platform != "win32":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise CannotStart("no port is free on 127.0.0.1")
+
+
+def serve_local(config: ControlConfig, directory: Path, stop: StopSignal, say: Callable[[str], None]) -> int:
+    """Run Flux and its local agent until told to stop; the exit code. Raises FluxError when it cannot start.
+
+    ``say`` gets the lines for the person in front of it, once both answer.
+    """
+    agent_file = prepare_agent(config, directory / "agent")
+    control = Control(config)
+    agent: LocalAgent | None = None
+    try:
+        control.start()
+        agent = LocalAgent(agent_file, lambda address: control.services.agents.register(address, legacy=False)).start()
+        for line in welcome(config):
+            say(line)
+        stop.wait()
+        log.info("stopping")
+    finally:
+        # Flux first: what callers wait for may end; then the agent, which records what it has to end.
+        deadline = Deadline(config.shutdown_sec)
+        control.stop(deadline)
+        if agent is not None:
+            agent.stop(Deadline(_AGENT_STOPS_WITHIN))
+    return 0
+
+
+def welcome(config: ControlConfig) -> list[str]:
+    """What to do next, in plain words."""
+    url = f"http://127.0.0.1:{config.port}"
+    key = f"$(sed -n 's/^api_key: *//p' {config.path})"
+    return [
+        "",
+        f"Flux answers at {url}, with one agent on this machine.",
+        f"The key is in {config.path} (api_key).",
+        "Next, in a second terminal:",
+        f'  export KEY="{key}"',
+        f'  curl -H "X-API-Key: $KEY" {url}/functions',
+        "Ctrl-C stops both.",
+        "",
+    ]
