@@ -16,7 +16,7 @@ def start(arguments: list[str], default: str = "serve") -> int:
     if arguments and arguments[0] == _SPAWNER and sys.platform != "win32":
         from fluxlib.agent.executor import spawner
 
-        spawner.main(int(arguments[1]))
+        spawner.main(int(arguments[1]), arguments[2:])
         return 0
     from fluxlib.cli import main
 

@@ -44,17 +44,17 @@ class OffExecutor(SpawningExecutor):
             f"{name} is not enforced: isolation is off on this agent" for name, value in asked.items() if value
         )
 
-    def prepare(self, job: Job, directory: str) -> Launch:
-        limits = {}
-        if job.limits.open_files is not None:
-            limits[resource.RLIMIT_NOFILE] = job.limits.open_files
-        if job.limits.file_size_bytes is not None:
-            limits[resource.RLIMIT_FSIZE] = job.limits.file_size_bytes
-        cwd = directory if job.working_directory is WorkingDirectory.WORK else os.fspath(job.code_dir)
-        return Launch(uid=self._uid, gid=self._gid, cwd=cwd, rlimits=limits)
+    def new_launch(self) -> Launch:
+        return Launch(uid=self._uid, gid=self._gid)
 
-    def work_owner(self) -> tuple[int, int]:
-        return self._uid, self._gid
+    def prepare(self, launch: Launch, job: Job) -> None:
+        if job.limits.open_files is not None:
+            launch.rlimits[resource.RLIMIT_NOFILE] = job.limits.open_files
+        if job.limits.file_size_bytes is not None:
+            launch.rlimits[resource.RLIMIT_FSIZE] = job.limits.file_size_bytes
+        launch.home = launch.directory
+        work = job.working_directory is WorkingDirectory.WORK
+        launch.cwd = launch.directory if work else os.fspath(job.code_dir)
 
     def finish(self, launch: Launch, ended: Exit, then: Callable[[Exit], None]) -> None:
         then(ended)

@@ -24,6 +24,7 @@ _READ_SIZE = 256 * 1024
 _QUICK_READS = 8
 _COALESCE = 0.02
 _PIPE_SIZE = 1024 * 1024
+_READABLE = select.EPOLLIN
 _SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
 
 
@@ -63,10 +64,10 @@ class Reactor:
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"\0")
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Call ``handler`` whenever ``fd`` can be read."""
+    def watch(self, fd: int, handler: Callable[[], None], events: int = _READABLE) -> None:
+        """Call ``handler`` whenever ``fd`` can be read, or has other ``events``."""
         self._handlers[fd] = handler
-        self._poller.register(fd, select.EPOLLIN)
+        self._poller.register(fd, events)
 
     def forget(self, fd: int) -> None:
         if self._handlers.pop(fd, None) is not None:

@@ -6,7 +6,6 @@ A profile says how a job is launched (``prepare``) and what its end needs
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 
 from fluxlib.agent.executor.base import Exit, Isolation, Job
 from fluxlib.agent.executor.directories import WorkDirectories
+from fluxlib.agent.executor.endings import exit_of, explain
 from fluxlib.agent.executor.leftovers import kill_execution
 from fluxlib.agent.executor.reactor import OutputPipe, Reactor
 from fluxlib.agent.executor.spawner_link import SpawnerLink
@@ -39,15 +39,20 @@ class Launch:
     uid: int = -1
     gid: int = -1
     cwd: str = "/"
+    program: str = ""  # argv[0] as the program sees it; empty = as the job says
+    home: str = ""
+    tmp: str = "/tmp"
     rlimits: dict[int, int] = field(default_factory=dict)
-    fds: tuple[int, ...] = ()  # closed after they are handed over
-    plan: Any = None
+    directory: str = ""  # the private work directory on disk, empty when it has none there
+    plan: Any = None  # for the spawner's launcher
+    fds: tuple[int, ...] = ()  # what goes with the plan; stays the profile's
+    own: Any = None  # what the profile needs again at the end
 
 
 class Spawned:
     """A job that runs; the RunningJob of the contract."""
 
-    __slots__ = ("_owner", "directory", "identifier", "job", "launch", "on_exit", "on_started", "pid", "pipe")
+    __slots__ = ("_owner", "ending", "identifier", "job", "launch", "on_exit", "on_started", "pid", "pipe", "told")
 
     def __init__(self, owner: SpawningExecutor, identifier: int, job: Job, launch: Launch, pipe: OutputPipe) -> None:
         self._owner = owner
@@ -55,8 +60,9 @@ class Spawned:
         self.job = job
         self.launch = launch
         self.pipe = pipe
-        self.directory = ""
         self.pid: int | None = None
+        self.ending = False
+        self.told: int | None = None  # a signal that came before the program was there
         self.on_exit: Callable[[Exit], None] = lambda ended: None
         self.on_started: Callable[[int], None] | None = None
 
@@ -80,7 +86,12 @@ class SpawningExecutor(ABC):
         self._stopping = False
         self._idle = threading.Condition(self._lock)
         self._reactor = Reactor("programs-output")
-        self._link = self._connect()
+        try:
+            self._link = self._connect()
+        except BaseException:
+            self._reactor.stop(0.1)
+            self._directories.stop(2.0)
+            raise
         self._reactor.start()
 
     @property
@@ -92,16 +103,30 @@ class SpawningExecutor(ABC):
         """See Executor.check."""
 
     @abstractmethod
-    def prepare(self, job: Job, directory: str) -> Launch:
-        """How this job is started; ``directory`` is its private work directory. Raises CannotStart."""
+    def new_launch(self) -> Launch:
+        """A launch with its user. Raises AtCapacity."""
+
+    @abstractmethod
+    def prepare(self, launch: Launch, job: Job) -> None:
+        """Fill in how this job is started. Raises CannotStart; ``finish`` is called all the same."""
 
     @abstractmethod
     def finish(self, launch: Launch, ended: Exit, then: Callable[[Exit], None]) -> None:
-        """Add what only the profile knows to the end, free what ``prepare`` took, then call ``then`` once."""
+        """End what is left of the tree, add what only the profile knows, free what ``prepare`` took,
+        then call ``then`` once, on the reactor's thread or at once.
+        """
 
     @abstractmethod
-    def work_owner(self) -> tuple[int, int]:
-        """(uid, gid) of the work directory about to be made, -1 for the agent's own."""
+    def released(self, launch: Launch) -> None:
+        """Nothing of the job is left, its files included: its user may be used again."""
+
+    def needs_directory(self) -> bool:
+        """Whether work directories are on disk."""
+        return True
+
+    def greet(self, link: SpawnerLink) -> None:
+        """Called with every new spawner before it gets work. Raises what keeps it from being used."""
+        return
 
     def check_handler(self, handler: str) -> None:
         """Raises InvalidInput for programs of another system."""
@@ -119,11 +144,12 @@ class SpawningExecutor(ABC):
         on_exit: Callable[[Exit], None],
         on_started: Callable[[int], None] | None = None,
     ) -> Spawned:
-        directory = self._directories.make(job.execution_id, *self.work_owner())
+        launch = self.new_launch()
         opened: list[int] = []
-        launch: Launch | None = None
         try:
-            launch = self.prepare(job, directory)
+            if self.needs_directory():
+                launch.directory = self._directories.make(job.execution_id, launch.uid, launch.gid)
+            self.prepare(launch, job)
             output, written = os.pipe2(os.O_CLOEXEC)
             opened.append(written)
             pipe = OutputPipe(output, on_output)
@@ -135,22 +161,17 @@ class SpawningExecutor(ABC):
                     raise Stopping("the agent is stopping")
                 self._next += 1
                 spawned = Spawned(self, self._next, job, launch, pipe)
-                spawned.directory, spawned.on_exit, spawned.on_started = directory, on_exit, on_started
+                spawned.on_exit, spawned.on_started = on_exit, on_started
                 self._jobs[spawned.identifier] = spawned
             self._reactor.add_pipe(pipe)
-            self._ask(spawned, [written, *stdin, *launch.fds])
+            self._ask(spawned, [written, *launch.fds, *stdin])
             return spawned
         except BaseException:
-            if launch is not None:
-                self.finish(launch, Exit(start_error="never asked for"), lambda ended: None)
-            self._directories.remove(directory)
+            self.finish(launch, Exit(start_error="never asked for"), lambda ended: self._clear(launch))
             raise
         finally:
             for fd in opened:
                 os.close(fd)
-            if launch is not None:
-                for fd in launch.fds:
-                    os.close(fd)
 
     def signal(self, spawned: Spawned, number: int) -> None:
         """To the whole tree; nothing when it has ended."""
@@ -183,7 +204,7 @@ class SpawningExecutor(ABC):
         request = (
             "run",
             spawned.identifier,
-            [os.fsencode(word) for word in job.argv],
+            [os.fsencode(launch.program or job.argv[0]), *(os.fsencode(word) for word in job.argv[1:])],
             {os.fsencode(name): os.fsencode(value) for name, value in self._environment(spawned).items()},
             launch.cwd,
             launch.uid,
@@ -194,24 +215,44 @@ class SpawningExecutor(ABC):
         )
         try:
             self._link.send(request, fds)
-        except InvalidInput:
-            self._abandon(spawned)
-            raise
-        except OSError as error:
-            self._abandon(spawned)
+        except (InvalidInput, OSError) as error:
+            if not self._claim(spawned):
+                return  # the spawner died with it: its end is told as that of all it had
+            self._reactor.call(lambda: self._reactor.drain(spawned.pipe))
+            self._forget(spawned)
+            if isinstance(error, InvalidInput):
+                raise
             raise CannotStart(f"the spawner cannot be asked: {error}") from error
 
     def _environment(self, spawned: Spawned) -> dict[str, str]:
-        return {"HOME": spawned.directory, "TMPDIR": "/tmp", "PWD": spawned.launch.cwd, **spawned.job.env}
+        launch = spawned.launch
+        return {"HOME": launch.home, "TMPDIR": launch.tmp, "PWD": launch.cwd, **spawned.job.env}
 
-    def _abandon(self, spawned: Spawned) -> None:
+    def _claim(self, spawned: Spawned) -> bool:
+        """Whether the caller is the one who ends it."""
+        with self._lock:
+            first, spawned.ending = not spawned.ending, True
+        return first
+
+    def _forget(self, spawned: Spawned) -> None:
         with self._lock:
             self._jobs.pop(spawned.identifier, None)
-            self._idle.notify_all()
-        self._reactor.call(lambda: self._reactor.drain(spawned.pipe))
+            if not self._jobs:
+                self._idle.notify_all()
+
+    def _clear(self, launch: Launch) -> None:
+        if launch.directory:
+            self._directories.remove(launch.directory, lambda: self.released(launch))
+        else:
+            self.released(launch)
 
     def _connect(self) -> SpawnerLink:
         link = SpawnerLink(*self._spawner_arguments)
+        try:
+            self.greet(link)
+        except BaseException:
+            link.close()
+            raise
         self._reactor.watch(link.fileno(), self._on_answers)
         return link
 
@@ -223,9 +264,12 @@ class SpawningExecutor(ABC):
         for answer in answers:
             spawned = self._jobs.get(answer[1])
             if spawned is None:
+                if answer[0] == "started":
+                    # Asked of this spawner by a start that its predecessor's death had already ended.
+                    self._link.send(("kill", answer[1], int(signal.SIGKILL)))
                 continue
             if answer[0] == "started":
-                spawned.pid = answer[2]
+                self._on_start(spawned, answer[2])
                 if spawned.on_started is not None:
                     spawned.on_started(answer[2])
             elif answer[0] == "failed":
@@ -233,21 +277,23 @@ class SpawningExecutor(ABC):
             else:
                 self._end(spawned, exit_of(answer[2], answer[3]))
 
+    def _on_start(self, spawned: Spawned, pid: int) -> None:
+        with self._lock:
+            spawned.pid = pid
+            told = spawned.told
+        if told is not None:
+            self.signal(spawned, told)
+
     def _end(self, spawned: Spawned, ended: Exit) -> None:
-        self._reactor.drain(spawned.pipe)
-        self.finish(spawned.launch, ended, lambda final: self._ended(spawned, final))
+        if self._claim(spawned):
+            self.finish(spawned.launch, ended, lambda final: self._ended(spawned, final))
 
     def _ended(self, spawned: Spawned, ended: Exit) -> None:
-        with self._lock:
-            self._jobs.pop(spawned.identifier, None)
-            if not self._jobs:
-                self._idle.notify_all()
-        self._directories.remove(spawned.directory, lambda: self.released(spawned.launch))
+        # Only now: what still lived could write for ever.
+        self._reactor.drain(spawned.pipe)
+        self._forget(spawned)
+        self._clear(spawned.launch)
         spawned.on_exit(ended)
-
-    @abstractmethod
-    def released(self, launch: Launch) -> None:
-        """Nothing of the job is left, its files included: its user may be used again."""
 
     def _on_spawner_gone(self) -> None:
         self._reactor.forget(self._link.fileno())
@@ -278,29 +324,6 @@ class SpawningExecutor(ABC):
                 except (ProcessLookupError, PermissionError):
                     continue
         kill_execution(spawned.job.execution_id)
-
-
-def exit_of(status: int, cpu_seconds: float) -> Exit:
-    """A wait status as the contract's Exit."""
-    if os.WIFSIGNALED(status):
-        return Exit(signal=os.WTERMSIG(status), cpu_seconds=cpu_seconds)
-    return Exit(exit_code=os.WEXITSTATUS(status), cpu_seconds=cpu_seconds)
-
-
-def explain(step: str, number: int, program: str) -> str:
-    """Why a program could not be started, in words."""
-    name = os.path.basename(program)
-    if step == "exec":
-        reasons = {
-            errno.ENOENT: f"{name} is not there, or the interpreter its first line names is not on this machine",
-            errno.EACCES: f"{name} may not be executed",
-            errno.ENOEXEC: f"{name} is neither a program of this machine nor a script with a #! line",
-            errno.E2BIG: "its arguments and environment are too large",
-            errno.ETXTBSY: f"{name} is still being written",
-        }
-        if number in reasons:
-            return f"{step}: {reasons[number]}"
-    return f"{step}: {os.strerror(number)}"
 
 
 def _as_file(data: bytes) -> int:

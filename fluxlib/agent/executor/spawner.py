@@ -4,14 +4,18 @@ Forking from the agent would cost more the bigger it grows and would copy locks
 of its threads. This process imports next to nothing, is fed over a SEQPACKET
 socket and answers there:
 
-    in   ("run", id, argv, env, cwd, uid, gid, rlimits, plan)   with fds: stdout [, stdin] [, cgroup]
+    in   ("run", id, argv, env, cwd, uid, gid, rlimits, execution_id)         with fds: output [, stdin]
+         ("run", id, …, execution_id, plan)                                   with fds: output, cgroup [, stdin]
          ("kill", id, signal)        to the whole tree
          ("stop",)
-    out  a list of ("started", id, pid) · ("failed", id, step, errno) · ("exit", id, status, cpu_seconds)
+    out  ("ready", notes) or ("refused", step, errno) once, then lists of
+         ("started", id, pid) · ("failed", id, step, errno) · ("exit", id, status, cpu_seconds)
 
-An exit is told when nothing of the tree is left. It runs from source
-(``python -I -S spawner.py FD``) and inside the frozen program alike, so it
-imports only the standard library at the top.
+Without a plan (profile off) this process knows a tree by its process group and
+its environment, and tells an exit when nothing of it is left. With one, a cgroup
+holds the tree; that is the agent's, which ends it after the exit of the first
+process. It runs from source (``python -I -S spawner.py FD …``) and inside the
+frozen program alike, so it imports only the standard library at the top.
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fluxlib.agent.executor.launcher import Launcher
 
 MAX_MESSAGE = 1 << 20
 MAX_FDS = 4
@@ -36,27 +42,35 @@ MAX_FDS = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _INTS = struct.Struct("i")
-_SIGNALS_TO_RESET = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores both, and exec would keep that
+# Python ignores the first two, and exec would keep that; a handler it resets. Ctrl-C in a terminal goes
+# to the whole foreground group, and stopping is the agent's to say.
+_HANDLED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD]
 _SWEEPS = 200
+_WITHOUT_PLAN = 9  # the parts of a request
+# Absent on macOS.
+_CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 class Job:
-    """A program that runs: its process and, when it has one, the function that ends its cgroup."""
+    """A program that runs. ``cgroup`` is its cgroup's directory, -1 when it has none."""
 
-    __slots__ = ("end_tree", "execution_id", "identifier", "pid")
+    __slots__ = ("cgroup", "execution_id", "identifier", "pid", "slot")
 
-    def __init__(self, identifier: int, pid: int, execution_id: bytes, end_tree: Callable[[], None] | None) -> None:
+    def __init__(self, identifier: int, pid: int, execution_id: bytes, cgroup: int = -1, slot: int = -1) -> None:
         self.identifier = identifier
         self.pid = pid
         self.execution_id = execution_id
-        self.end_tree = end_tree
+        self.cgroup = cgroup
+        self.slot = slot
 
 
 class Spawner:
-    """The loop. ``launch`` starts one program by the plan of its request."""
+    """The loop. ``launcher`` starts what has a plan."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, launcher: Launcher | None = None) -> None:
         self._control = control
+        self._launcher = launcher
+        self._buffer = memoryview(bytearray(MAX_MESSAGE))
         self._root = os.geteuid() == 0
         self._jobs: dict[int, Job] = {}  # by process
         self._pids: dict[int, int] = {}  # process by identifier
@@ -66,10 +80,9 @@ class Spawner:
         self._answers: list[tuple[Any, ...]] = []
         self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
         self._signal_read, signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in _HANDLED:
+            signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(signal_write, warn_on_full_buffer=False)
-        # Ctrl-C in a terminal goes to the whole foreground group: stopping is the agent's to say.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def run(self) -> None:
         """Until the agent closes its end or says stop; what still runs then is killed."""
@@ -85,15 +98,18 @@ class Spawner:
                 elif not self._take():
                     for job in list(self._jobs.values()):
                         self._kill(job, signal.SIGKILL)
-                        self._sweep(job.execution_id)
+                        if job.cgroup < 0:
+                            self._sweep(job.execution_id)
                     return
             if self._answers:
                 answers, self._answers = self._answers, []
                 self._control.send(marshal.dumps(answers))
 
     def _take(self) -> bool:
-        message, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * _INTS.size))
-        if not message:
+        size, ancillary, _, _ = self._control.recvmsg_into(
+            [self._buffer], socket.CMSG_SPACE(MAX_FDS * _INTS.size), _CLOSED_ON_EXEC
+        )
+        if not size:
             return False
         fds = [
             fd
@@ -101,9 +117,10 @@ class Spawner:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
             for (fd,) in _INTS.iter_unpack(data[: len(data) - len(data) % _INTS.size])
         ]
-        for fd in fds:
-            os.set_inheritable(fd, False)
-        request = marshal.loads(message)
+        if not _CLOSED_ON_EXEC:
+            for fd in fds:
+                os.set_inheritable(fd, False)
+        request = marshal.loads(self._buffer[:size])
         try:
             if request[0] == "run":
                 self._start(request, fds)
@@ -119,6 +136,9 @@ class Spawner:
         return True
 
     def _start(self, request: tuple[Any, ...], fds: list[int]) -> None:
+        if len(request) > _WITHOUT_PLAN:
+            self._launch(request, fds)
+            return
         _, identifier, argv, env, cwd, uid, gid, rlimits, execution_id = request
         try:
             pid = self._spawn(argv, env, cwd, uid, gid, rlimits, fds)
@@ -126,9 +146,25 @@ class Spawner:
             step = "change directory" if error.filename == cwd and cwd != argv[0] else "exec"
             self._answers.append(("failed", identifier, step, error.errno or 0))
             return
-        self._jobs[pid] = Job(identifier, pid, execution_id, None)
-        self._pids[identifier] = pid
-        self._answers.append(("started", identifier, pid))
+        self._add(Job(identifier, pid, execution_id))
+
+    def _launch(self, request: tuple[Any, ...], fds: list[int]) -> None:
+        """By the launcher, in the cgroup that came along."""
+        assert self._launcher is not None
+        _, identifier, argv, env, cwd, uid, _, rlimits, execution_id, plan = request
+        output, cgroup, stdin = fds[0], fds[1], fds[2] if len(fds) > 2 else self._null
+        try:
+            pid, slot = self._launcher.start(argv, env, cwd, uid, rlimits, plan, stdin, output, cgroup)
+        except OSError as error:
+            self._answers.append(("failed", identifier, "clone", error.errno or 0))
+            return
+        fds.remove(cgroup)  # kept, so that the tree can be ended when the agent is gone
+        self._add(Job(identifier, pid, execution_id, cgroup, slot))
+
+    def _add(self, job: Job) -> None:
+        self._jobs[job.pid] = job
+        self._pids[job.identifier] = job.pid
+        self._answers.append(("started", job.identifier, job.pid))
 
     def _spawn(
         self,
@@ -158,9 +194,7 @@ class Spawner:
             os.setresgid(gid, gid, 0)
             os.setresuid(uid, uid, 0)
         try:
-            return os.posix_spawn(
-                argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=_SIGNALS_TO_RESET, setsigmask=()
-            )
+            return os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True, setsigmask=())
         finally:
             if borrowed:
                 os.setresuid(0, 0, 0)
@@ -189,7 +223,7 @@ class Spawner:
             if found is None:
                 return
             job = self._jobs.get(found.si_pid)
-            if job is not None:
+            if job is not None and job.cgroup < 0:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(job.pid, signal.SIGKILL)
             try:
@@ -200,10 +234,23 @@ class Spawner:
                 continue  # an adopted orphan
             del self._jobs[job.pid]
             del self._pids[job.identifier]
-            self._sweep(job.execution_id)
+            if job.cgroup < 0:
+                self._sweep(job.execution_id)
+            elif (failure := self._forget(job)) is not None:
+                self._answers.append(("failed", job.identifier, *failure))
+                continue
             self._answers.append(("exit", job.identifier, status, usage.ru_utime + usage.ru_stime))
 
+    def _forget(self, job: Job) -> tuple[str, int] | None:
+        assert self._launcher is not None
+        os.close(job.cgroup)
+        return self._launcher.failure_of(job.slot)
+
     def _kill(self, job: Job, number: int) -> None:
+        if job.cgroup >= 0:
+            assert self._launcher is not None
+            self._launcher.end_tree(job.cgroup)
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(job.pid, number)
         for pid in self._orphans(job.execution_id):
@@ -251,29 +298,49 @@ def _execution_of(pid: int) -> bytes:
     return b""
 
 
-def main(fd: int) -> None:
-    """Serve the socket ``fd`` until it closes. Ends the process."""
+def main(fd: int, arguments: list[str]) -> None:
+    """Serve the socket ``fd`` until it closes. Ends the process.
+
+    ``arguments`` are none for profile off, otherwise the profile, the programs directory and the directories
+    to hide.
+    """
     control = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)
-    os.umask(0o077)
     with contextlib.suppress(OSError, AttributeError, ValueError):
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        if os.geteuid() == 0:
-            libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if os.geteuid() == 0:
         os.setgroups([])
-    spawner = Spawner(control)
+    launcher = None
+    if arguments:
+        from fluxlib.agent.executor.launcher import Launcher, SetUpFailed
+
+        try:
+            launcher = Launcher(arguments[0], os.fsencode(arguments[1]), [os.fsencode(path) for path in arguments[2:]])
+        except SetUpFailed as failed:
+            control.send(marshal.dumps([("refused", failed.step, failed.number)]))
+            os._exit(1)
+    else:
+        _lower_this_process()
+    spawner = Spawner(control, launcher)
     # Nothing made from here on lives in a cycle; collections would only cost.
     gc.collect()
     gc.freeze()
     gc.disable()
-    control.send(marshal.dumps([("ready",)]))
+    control.send(marshal.dumps([("ready", launcher.notes if launcher is not None else [])]))
     spawner.run()
     os._exit(0)
 
 
+def _lower_this_process() -> None:
+    os.umask(0o077)
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    # Started as a file, without a search path: where this package lies is known all the same.
+    sys.path.insert(0, os.path.abspath(__file__).rsplit(os.sep, 4)[0])
+    main(int(sys.argv[1]), sys.argv[2:])

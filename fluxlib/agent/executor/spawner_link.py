@@ -24,6 +24,15 @@ SPAWNER_ARGUMENT = "--flux-spawner"
 _READY_TIMEOUT = 20.0
 
 
+class SetUpRefused(CannotStart):
+    """This machine does not let the spawner set itself up; ``number`` is the errno of ``step``."""
+
+    def __init__(self, step: str, number: int) -> None:
+        super().__init__(f"the spawner did not come up: {step}")
+        self.step = step
+        self.number = number
+
+
 class SpawnerLink:
     """One life of the spawner. Sending is safe from any thread; receiving is the reactor's."""
 
@@ -49,9 +58,11 @@ class SpawnerLink:
         ours.settimeout(_READY_TIMEOUT)
         first = self.receive()
         if not first or first[0][0] != "ready":
-            reason = first[0][1] if first else "it ended at once"
             self.close()
-            raise CannotStart(f"the spawner did not come up: {reason}")
+            if first:
+                raise SetUpRefused(*first[0][1:3])
+            raise CannotStart("the spawner did not come up: it ended at once")
+        self.notes: tuple[str, ...] = tuple(first[0][1])
         ours.settimeout(None)
 
     @property

@@ -1,0 +1,88 @@
+"""What a function sees of the file system, for the profiles with a mount namespace.
+
+Once per spawner: everything read-only and without set-user-ID, the machine's
+private directories and every state directory hidden, processes of others
+invisible. Once per run: its code, its work directory and its own /tmp:
+
+    /run/flux/code     its code, read-only
+    /run/flux/work     its work directory: memory, as large as /tmp may be
+    /tmp, /dev/shm     its own, empty, limited in size
+
+All of a run's mounts vanish with its last process: nothing has to be undone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from fluxlib.agent.executor import syscalls
+from fluxlib.agent.executor.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID
+
+CODE = "/run/flux/code"
+WORK = "/run/flux/work"
+_CODE, _WORK = CODE.encode(), WORK.encode()
+_CGROUPS = b"/sys/fs/cgroup"
+_HIDDEN = (b"/root", b"/home", b"/srv", b"/var/tmp", b"/mnt", b"/media", b"/boot")
+_FEW_FILES = b"size=64k,nr_inodes=64,mode=755"
+_READ_ONLY_CODE = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+# Files also cost kernel memory by number.
+_INODES = 65536
+
+
+def prepare_namespace(programs: bytes, hidden: Iterable[bytes]) -> None:
+    """This process's own view, which every child starts from. Raises OSError with the call that failed.
+
+    ``programs`` becomes the working directory before it is hidden: a copy of a mount
+    can only be taken from one's own namespace, and the way there is the working
+    directory, which each clone translates into its own.
+    """
+    os.umask(0o022)  # of the directories made here, which every user walks through
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    # Slave: what the machine unmounts goes here too; nothing from here reaches the machine.
+    syscalls.set_propagation(b"/", syscalls.MS_REC | syscalls.MS_SLAVE)
+    os.chdir(programs)
+    resolver = os.path.dirname(os.path.realpath(b"/etc/resolv.conf"))
+    kept = syscalls.open_tree(resolver) if resolver.startswith(b"/run/") and os.path.isdir(resolver) else -1
+    for directory in _HIDDEN:
+        if os.path.isdir(directory):
+            _cover(directory)
+    _cover(b"/run")
+    for directory in (_CODE, _WORK, b"/run/lock"):
+        os.makedirs(directory, 0o755)
+    if kept >= 0:
+        os.makedirs(resolver, 0o755)
+        syscalls.move_mount(kept, resolver)
+        os.close(kept)
+    for directory in hidden:
+        # Below a directory that is hidden already it is gone.
+        if os.path.isdir(directory):
+            _cover(directory)
+    syscalls.mount(b"proc", b"/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, b"hidepid=invisible")
+    # Not nodev: it would switch /dev off.
+    syscalls.mount_setattr(b"/", syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
+    # The child writes its oom_score_adj there; a function owns nothing else in it.
+    syscalls.mount_setattr(b"/proc", 0, clear=syscalls.MOUNT_ATTR_RDONLY)
+
+
+def mount_run(code: bytes, uid: int, size: int) -> None:
+    """In the child, in a mount namespace of its own: ``code`` relative to ``programs``, ``size`` in bytes."""
+    tree = syscalls.open_tree(code)
+    syscalls.mount_setattr(b"", _READ_ONLY_CODE, tree=tree)
+    syscalls.move_mount(tree, _CODE)
+    options = b"size=%d,nr_inodes=%d,mode=" % (size, _INODES)
+    syscalls.mount(b"tmpfs", _WORK, MS_NOSUID | MS_NODEV, b"%s700,uid=%d,gid=%d" % (options, uid, uid))
+    syscalls.mount(b"tmpfs", b"/tmp", MS_NOSUID | MS_NODEV, options + b"1777")
+    syscalls.mount(b"tmpfs", b"/dev/shm", MS_NOSUID | MS_NODEV, options + b"1777")
+
+
+def hide_other_cgroups() -> None:
+    """The child's cgroup becomes the root of those it sees."""
+    syscalls.unshare(syscalls.CLONE_NEWCGROUP)
+    syscalls.unmount(_CGROUPS)
+    syscalls.mount(b"cgroup2", _CGROUPS, MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    syscalls.mount_setattr(_CGROUPS, syscalls.MOUNT_ATTR_RDONLY)
+
+
+def _cover(directory: bytes) -> None:
+    syscalls.mount(b"tmpfs", directory, MS_NOSUID | MS_NODEV | MS_NOEXEC, _FEW_FILES)

@@ -1,0 +1,136 @@
+"""The system call filter: what a function has no honest use for is refused.
+
+A deny list, because functions are any program in any language: everything that
+administers the machine, looks into other processes, opens a namespace or offers
+the kernel more surface than programs need. Refused is EPERM, as without the
+privilege; ENOSYS where programs know how to go on without the call.
+
+Instructions: Linux's include/uapi/linux/bpf_common.h and linux/seccomp.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+from collections.abc import Iterable
+
+from fluxlib.agent.executor.syscalls import FilterProgram
+
+_X86 = "x86_64"
+_ARM = "aarch64"
+AUDIT_ARCHITECTURES = {_X86: 0xC000_003E, _ARM: 0xC000_00B7}
+
+# Calls added since 2019: one number everywhere.
+_NEW = {
+    **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429},
+    **{"fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "clone3": 435, "pidfd_getfd": 438},
+    **{"process_madvise": 440, "mount_setattr": 442, "quotactl_fd": 443, "process_mrelease": 448},
+    **{"set_mempolicy_home_node": 450, "statmount": 457, "listmount": 458, "open_tree_attr": 467},
+}
+SYSCALLS = {
+    _X86: {
+        **_NEW,
+        **{"socket": 41, "clone": 56, "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240},
+        **{"ptrace": 101, "syslog": 103, "personality": 135, "ustat": 136, "uselib": 134, "pivot_root": 155},
+        **{"_sysctl": 156, "adjtimex": 159, "chroot": 161, "acct": 163, "settimeofday": 164, "mount": 165},
+        **{"umount2": 166, "swapon": 167, "swapoff": 168, "reboot": 169, "sethostname": 170, "setdomainname": 171},
+        **{"iopl": 172, "ioperm": 173, "create_module": 174, "init_module": 175, "delete_module": 176},
+        **{"get_kernel_syms": 177, "query_module": 178, "quotactl": 179, "nfsservctl": 180, "vhangup": 153},
+        **{"modify_ldt": 154, "lookup_dcookie": 212, "clock_settime": 227, "kexec_load": 246, "add_key": 248},
+        **{"request_key": 249, "keyctl": 250, "migrate_pages": 256, "unshare": 272, "move_pages": 279},
+        **{"perf_event_open": 298, "fanotify_init": 300, "name_to_handle_at": 303, "open_by_handle_at": 304},
+        **{"clock_adjtime": 305, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312},
+        **{"finit_module": 313, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323},
+    },
+    _ARM: {
+        **_NEW,
+        **{"socket": 198, "clone": 220, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180},
+        **{"lookup_dcookie": 18, "umount2": 39, "mount": 40, "pivot_root": 41, "nfsservctl": 42, "chroot": 51},
+        **{"vhangup": 58, "quotactl": 60, "acct": 89, "personality": 92, "unshare": 97, "kexec_load": 104},
+        **{"init_module": 105, "delete_module": 106, "clock_settime": 112, "syslog": 116, "ptrace": 117},
+        **{"reboot": 142, "sethostname": 161, "setdomainname": 162, "settimeofday": 170, "adjtimex": 171},
+        **{"add_key": 217, "request_key": 218, "keyctl": 219, "swapon": 224, "swapoff": 225, "migrate_pages": 238},
+        **{"move_pages": 239, "perf_event_open": 241, "fanotify_init": 262, "name_to_handle_at": 264},
+        **{"open_by_handle_at": 265, "clock_adjtime": 266, "setns": 268, "process_vm_readv": 270},
+        **{"process_vm_writev": 271, "kcmp": 272, "finit_module": 273, "bpf": 280, "userfaultfd": 282},
+        "kexec_file_load": 294,
+    },
+}
+# Programs fall back when these are not there: libc to clone, event loops to epoll.
+_ABSENT = frozenset({"clone3", "io_uring_setup", "io_uring_enter", "io_uring_register"})
+# Where there is no IPC namespace, such objects would outlive their function and be its successor's.
+_LASTING = frozenset({"shmget", "semget", "msgget", "mq_open"})
+_NOT_IN_THE_LIST = frozenset({"socket", "clone"})
+
+_NAMESPACES = 0x7E02_0000  # every CLONE_NEW* that clone can be given
+_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
+
+_LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW = 0x7FFF_0000
+_ERRNO = 0x0005_0000
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_X32 = 0x4000_0000
+_INSTRUCTION = struct.Struct("HBBI")
+
+
+def instructions(machine: str, *, deny_lasting_ipc: bool) -> bytes:
+    """The filter for a machine ("x86_64", "aarch64"). Raises KeyError for another one."""
+    numbers = SYSCALLS[machine]
+    denied = sorted(
+        (number, name in _ABSENT)
+        for name, number in numbers.items()
+        if name not in _NOT_IN_THE_LIST and (deny_lasting_ipc or name not in _LASTING)
+    )
+    program = [
+        _op(_LOAD, _ARCHITECTURE),
+        # 32-bit calls have other numbers: the whole interface is closed.
+        *(_op(_EQUALS, AUDIT_ARCHITECTURES[machine], 1, 0), _refuse(errno.ENOSYS)),
+        _op(_LOAD, _NUMBER),
+        *(_op(_AT_LEAST, _X32, 0, 1), _refuse(errno.ENOSYS)),
+    ]
+    for number, absent in denied:
+        program += [_op(_EQUALS, number, 0, 1), _refuse(errno.ENOSYS if absent else errno.EPERM)]
+    program += [
+        *(_op(_EQUALS, numbers["clone"], 0, 4), _op(_LOAD, _FIRST_ARGUMENT), _op(_ANY_BIT, _NAMESPACES, 0, 1)),
+        *(_refuse(errno.EPERM), _op(_RETURN, _ALLOW)),
+        *(_op(_EQUALS, numbers["socket"], 0, 3 + len(_FAMILIES)), _op(_LOAD, _FIRST_ARGUMENT)),
+        *(_op(_EQUALS, family, len(_FAMILIES) - at, 0) for at, family in enumerate(_FAMILIES)),
+        *(_refuse(errno.EAFNOSUPPORT), _op(_RETURN, _ALLOW)),
+        _op(_RETURN, _ALLOW),
+    ]
+    return b"".join(program)
+
+
+class Filter:
+    """The filter in memory, ready for ``install_filter``."""
+
+    def __init__(self, code: bytes) -> None:
+        self._buffer = ctypes.create_string_buffer(code, len(code))
+        length = len(code) // _INSTRUCTION.size
+        self.program = FilterProgram(length, ctypes.cast(self._buffer, ctypes.c_void_p))
+
+
+def run(code: bytes, architecture: int, number: int, arguments: Iterable[int] = ()) -> int:
+    """What the filter answers, by interpreting it: for those who want to see it decide."""
+    data = struct.pack("IIQ6Q", number, architecture, 0, *[*arguments, *[0] * 6][:6])
+    program = list(_INSTRUCTION.iter_unpack(code))
+    at, value = 0, 0
+    while True:
+        operation, if_true, if_false, operand = program[at]
+        at += 1
+        if operation == _RETURN:
+            return int(operand)
+        if operation == _LOAD:
+            value = struct.unpack_from("I", data, operand)[0]
+            continue
+        holds = {_EQUALS: value == operand, _AT_LEAST: value >= operand, _ANY_BIT: bool(value & operand)}[operation]
+        at += if_true if holds else if_false
+
+
+def _op(operation: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return _INSTRUCTION.pack(operation, if_true, if_false, operand)
+
+
+def _refuse(number: int) -> bytes:
+    return _op(_RETURN, _ERRNO | number)
