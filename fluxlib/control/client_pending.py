@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from fluxlib.control.connection import ConnectionEvents, OnAnswer
 from fluxlib.errors import AgentError, AgentLost, Conflict, FluxError
@@ -116,36 +117,26 @@ class Table:
         """Until nobody waits for an answer. Lets the lock go meanwhile."""
         self._idle.wait_for(lambda: all(entry.accepted for entry in self._pending.values()), timeout)
 
-    def reconcile(
-        self, known: set[str], *, same: bool, resumed: bool
-    ) -> tuple[list[Callable[[], None]], list[pb.ExecutionRequest]]:
-        """After a new attachment: (calls to make without the lock, requests to send again).
+    def reconcile(self, known: set[str], *, same: bool) -> list[Callable[[], None]]:
+        """After a new attachment: what is to be called without the lock.
 
-        ``known``: what the agent runs or still has an answer for. ``same``: it is the process that was attached
-        before; ``resumed``: it still owes this session its answers.
+        ``known``: what the agent runs, or has ended and not told yet; it will. ``same``: it is the process that was
+        attached before; another one knows nothing of what was sent to it.
         """
         calls: list[Callable[[], None]] = []
-        again: list[pb.ExecutionRequest] = []
         for execution_id, entry in list(self._pending.items()):
             if not entry.sent:
                 continue
             there = same and execution_id in known
-            if not entry.request.asynchronous:
-                if not (there and resumed):
-                    # What a forgotten session waited for is being cancelled, if it was not already.
-                    calls.append(self._lose(entry, "it does not know the execution any more"))
+            if not there and not entry.accepted:
+                calls.append(self._lose(entry))
                 continue
-            if not entry.accepted and not there:
-                calls.append(self._lose(entry, "it does not know the execution"))
-                continue
-            if not entry.accepted:
+            if entry.request.asynchronous and not entry.accepted:
+                # The acceptance went down with the old stream.
                 calls.append(self._accept(entry))
             if not there:
-                calls.append(lambda entry=entry: self._ask(entry))  # type: ignore[misc]
-            elif not resumed:
-                # It runs: asked for again under its ID it is not started again, and its end will be told.
-                again.append(codec.request_to_message(entry.request))
-        return calls, again
+                calls.append(partial(self._ask, entry))
+        return calls
 
     def await_cancel(self, execution_id: str, reason: str) -> CancelWaiter:
         waiter = CancelWaiter(reason)
@@ -244,9 +235,10 @@ class Table:
 
     # -- after a new attachment ------------------------------------------------------------
 
-    def _lose(self, entry: Pending, why: str) -> Callable[[], None]:
+    def _lose(self, entry: Pending) -> Callable[[], None]:
         self.take(entry.request.execution_id)
-        return lambda: entry.answer(AgentLost(f"agent {self._agent_id} was lost for a while: {why}"))
+        error = AgentLost(f"agent {self._agent_id} was lost for a while, and does not know the execution any more")
+        return lambda: entry.answer(error)
 
     def _accept(self, entry: Pending) -> Callable[[], None]:
         entry.accepted = True

@@ -23,7 +23,7 @@ from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ExecutionRequest, ExecutionStatus
 from fluxlib.rpc.gen import flux_pb2 as pb
-from fluxlib.rpc.status import nobody_listens
+from fluxlib.rpc.status import nobody_listens, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class AgentStream:
                             self._greeted(attachment, frame)
                         self._take(frame)
                 except grpc.RpcError as error:
-                    return self._line().translate(error).message, nobody_listens(error)
+                    return reason_of(error), nobody_listens(error)
                 return "it ended the stream", False
         except FluxError as error:
             return error.message, False
@@ -215,8 +215,7 @@ class AgentStream:
         with self._lock:
             same = frame.instance_id == self._instance_id
             self._instance_id = frame.instance_id
-            answers, again = self._table.reconcile(set(frame.known), same=same, resumed=frame.resumed)
-            self._outbox.extendleft(again)
+            answers = self._table.reconcile(set(frame.known), same=same)
             self._cancels.extend(
                 pb.CancelExecutionRequest(execution_id=execution_id, reason=why)
                 for execution_id, why in self._table.cancels()

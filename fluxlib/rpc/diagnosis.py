@@ -90,7 +90,10 @@ def _tls(plain: socket.socket, address: str, identity: Identity, server_name: st
             secured.sendall(_HTTP2_PREFACE)
             if secured.recv(1):
                 return ""
-            return f"the agent at {address} closed the connection: does it trust this Flux's CA?"
+            return (
+                f"the agent at {address} closed the connection after the handshake: most likely it trusts another CA"
+                " than this Flux's: enrol it here"
+            )
     except ssl.SSLCertVerificationError as error:
         return _verification(error, address, server_name)
     except ssl.SSLError as error:

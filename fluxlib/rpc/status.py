@@ -22,15 +22,15 @@ def from_rpc_error(error: grpc.RpcError, *, sent: bool, agent_id: str = "") -> F
     An answer that is itself an error is AgentRefused, an unknown call NotImplementedByPeer.
     """
     code = error.code() if isinstance(error, grpc.Call) else None
-    details = (error.details() if isinstance(error, grpc.Call) else None) or str(error)
+    details = reason_of(error)
     who = f"agent {agent_id}" if agent_id else "the agent"
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return NotImplementedByPeer(f"{who} has no such call")
     if code in _SPENT or code is None:
         if sent:
-            return AgentLost(f"{who} was lost: {_short(details)}")
-        return AgentUnreachable(f"{who} cannot be reached: {_short(details)}")
-    return AgentRefused(f"{who} answered {code.name}: {_short(details)}")
+            return AgentLost(f"{who} was lost: {details}")
+        return AgentUnreachable(f"{who} cannot be reached: {details}")
+    return AgentRefused(f"{who} answered {code.name}: {details}")
 
 
 def surely_not_sent(error: grpc.RpcError) -> bool:
@@ -56,5 +56,8 @@ def abort(context: grpc.ServicerContext, error: FluxError) -> NoReturn:
     raise AssertionError("abort returns only by raising")
 
 
-def _short(details: str) -> str:
+def reason_of(error: grpc.RpcError) -> str:
+    """What gRPC says of it, without the frame it puts around what the operating system said."""
+    details = (error.details() if isinstance(error, grpc.Call) else None) or str(error)
+    details = details.rpartition("last error: ")[2].removeprefix("UNKNOWN: ")
     return details if len(details) <= 300 else details[:300] + "…"
