@@ -95,6 +95,7 @@ class NotFound(FluxError):
 class Conflict(FluxError):
     http_status = 409
     grpc_status = "FAILED_PRECONDITION"
+    status = ""  # of the execution that has ended already, for who wanted to cancel it
 
 
 class LeaseLost(Conflict):
@@ -140,6 +141,8 @@ class AgentUnreachable(AgentError):
 
 class AgentLost(AgentError):
     """The agent may have started the work: it must not be sent elsewhere."""
+
+    execution_id = ""  # where the execution can be asked for, once it is known
 
 
 class AgentRefused(AgentError):

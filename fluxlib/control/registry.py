@@ -197,11 +197,10 @@ class Registry:
             state.instance_id = instance_id
             state._total_at_report = state.total
             state._memory_at_report = state.reserved_memory_mb
-            had_full = bool(state.full)
             self._set_full(state, state.full_by_count(state.expected_active))
             self._rank(state)
-        if had_full:
-            self._tell_capacity(agent_id, None)
+        # Not only when it was full: memory and CPU are waited for too.
+        self._tell_capacity(agent_id, None)
 
     # -- listeners -----------------------------------------------------------------------
 

@@ -1,0 +1,354 @@
+"""From an accepted execution to an agent's answer: place, write, send, and go on to the next agent when refused.
+
+:meth:`Dispatcher.drive` does this for every execution. A call somebody waits
+for is driven by its own thread; one that was accepted and queued by a thread of
+the pool, and only while there is something to do.
+
+Nothing is sent twice: another agent is asked only when the last one answered
+that it started nothing, or cannot have seen the request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from fluxlib.control.execution import Execution, Withdrawn, worth_keeping
+from fluxlib.control.ledger import Ledger
+from fluxlib.control.placement import Need
+from fluxlib.control.registry import Registry, Reservation
+from fluxlib.control.slots import Lookup, Slots
+from fluxlib.control.waiting import WaitingRoom
+from fluxlib.errors import (
+    AgentLost,
+    AgentUnreachable,
+    AtCapacity,
+    Conflict,
+    FluxError,
+    Internal,
+    InvalidInput,
+    NotFound,
+    Stopping,
+    StoreUnavailable,
+)
+from fluxlib.lifecycle import Timers
+from fluxlib.model import Behavior, ErrorKind, ExecutionRecord
+
+log = logging.getLogger(__name__)
+
+# A queued execution is tried again after so long when the store was away (seconds).
+_STORE_PAUSE = 1.0
+_DISPATCH_THREADS = 8
+
+
+class Dispatcher:
+    """Places, sends and waits.
+
+    ``cancel(execution, reason)`` ends a run at its agent without blocking. ``on_capacity`` of the
+    registry is taken here.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        functions: Lookup,
+        ledger: Ledger,
+        timers: Timers,
+        cancel: Callable[[Execution, str], None],
+        max_waiting: int,
+    ) -> None:
+        self._ledger = ledger
+        self._timers = timers
+        self._cancel = cancel
+        self._stopping = False
+        self._pool = ThreadPoolExecutor(_DISPATCH_THREADS, thread_name_prefix="dispatch")
+        self.slots = Slots(registry, functions, timers, self._on_capacity)
+        self.room = WaitingRoom(self._place_waiting, self._on_slot, max_waiting)
+        registry.on_capacity(self._on_capacity)
+
+    # -- slots -------------------------------------------------------------------------
+
+    def take(self, need: Need) -> Reservation | None:
+        """A slot for a newcomer; None when there is none, or when others wait for it already."""
+        return None if self.room.has(need.function_name) else self.slots.place(need)
+
+    def tick(self) -> None:
+        """What no announcement tells: functions changed or deleted while executions wait for them."""
+        for name in self.room.counts():
+            self._refresh(name)
+
+    def _on_capacity(self, agent_id: str, function_name: str | None) -> None:
+        if function_name is not None and self.room.has(function_name):
+            self._refresh(function_name)
+        self.room.capacity(agent_id, function_name)
+
+    def _refresh(self, name: str) -> None:
+        try:
+            self.slots.need(name)
+        except NotFound:
+            for execution in self.room.leave_all(name):
+                self._turn_away(execution, NotFound(f"function {name} was deleted while this waited for it"))
+        except StoreUnavailable as error:
+            log.debug("the queue of %s is served by what is known of it: %s", name, error.message)
+
+    def _turn_away(self, execution: Execution, error: FluxError) -> None:
+        if execution.detached:
+            self.give_up(execution, error)
+        else:
+            execution.deliver(error)
+
+    def _place_waiting(self, function_name: str) -> Reservation | None:
+        return None if self._stopping else self.slots.place(self.slots.last_need(function_name))
+
+    def _on_slot(self, execution: Execution, reservation: Reservation) -> None:
+        if execution.detached:
+            self._pool.submit(self.drive_detached, execution, reservation)
+        else:
+            execution.deliver(reservation)
+
+    # -- driving -----------------------------------------------------------------------
+
+    def drive(self, execution: Execution, reservation: Reservation | None) -> ExecutionRecord | None:
+        """Take it to its end (synchronous) or to an agent that accepts it (asynchronous).
+
+        Answers the record; None for an asynchronous one that waits, detached from its caller, or whose answer
+        comes later. Raises what its caller is to be told: it was not accepted then, except with AgentLost.
+        AlreadyKnown: its idempotency key was used before.
+        """
+        try:
+            while True:
+                if reservation is None:
+                    reservation = self._wait_for_slot(execution)
+                    if reservation is None:
+                        return None
+                self._assign(execution, reservation)
+                if execution.detached:
+                    self._send(execution, reservation)
+                    return None
+                self._send(execution, reservation)
+                answer = execution.wait()
+                if isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started:
+                    return self.finish(execution, answer) if answer.status.ended else answer
+                self._raise_unless_another_may_be_asked(execution, answer)
+                reservation = self.slots.place(self.slots.need(execution.function_name))
+        except Withdrawn as reason:
+            return self.give_up(execution, reason)
+        except Conflict:
+            return self._ended_elsewhere(execution)
+        except AgentLost as error:
+            # It may be running: its record stays open until the agent is back or is given up.
+            error.execution_id = execution.execution_id
+            self._ledger.drop(execution.execution_id)
+            raise
+        except FluxError as error:
+            if not (execution.detached and isinstance(error, StoreUnavailable)):
+                self.give_up(execution, error)
+            raise
+
+    def _ended_elsewhere(self, execution: Execution) -> ExecutionRecord | None:
+        """Another Flux cancelled it, or gave its agent up, before an agent had it."""
+        self._ledger.drop(execution.execution_id)
+        entry = self._ledger.entry(execution.execution_id)
+        return entry.record if entry is not None else None
+
+    def drive_detached(self, execution: Execution, reservation: Reservation | None) -> None:
+        """``drive`` for one that was accepted before: whatever happens is written, and told to nobody."""
+        try:
+            self.drive(execution, reservation)
+        except StoreUnavailable as error:
+            log.warning("execution %s goes on waiting: %s", execution.execution_id, error.message)
+            self._timers.after(_STORE_PAUSE, lambda: self._resume(execution))
+        except FluxError as error:
+            log.info("execution %s: %s", execution.execution_id, error.message)
+        except Exception as error:
+            log.exception("execution %s cannot be dispatched", execution.execution_id)
+            self.give_up(execution, Internal(f"{type(error).__name__}: {error}"))
+
+    def _resume(self, execution: Execution) -> None:
+        if not self._stopping:
+            self._pool.submit(self.drive_detached, execution, None)
+
+    def _wait_for_slot(self, execution: Execution) -> Reservation | None:
+        """A slot, or None: it waits without a thread (asynchronous). Raises why it may not wait."""
+        accepted = execution.detached
+        need = self.slots.need(execution.function_name)
+        refused = self.slots.refusal(need)
+        if not accepted:
+            if not refused.wait:
+                raise refused.error
+            self.room.refuse_if_full(execution.function_name)
+        self._check(execution)
+        if not execution.created:
+            self._ledger.create(execution, queued=True, keep_request=execution.asynchronous)
+        elif execution.agent_id:
+            self._ledger.requeue(execution)
+        execution.agent_id = ""
+        execution.sent = False
+        if execution.request is not None and execution.asynchronous and not worth_keeping(execution.request):
+            execution.request = None
+        execution.detached = execution.asynchronous
+        try:
+            pressed = refused.pressed or bool(need.memory_mb or need.cpu_millicores)
+            self.room.join(execution, pressed=pressed, invited=accepted)
+        except AtCapacity:
+            execution.detached = accepted
+            raise
+        if execution.stop_reason and self.room.leave(execution):
+            # Told to stop before it was in the room: whoever told could not take it out.
+            raise Withdrawn(execution.stop_reason)
+        if execution.detached:
+            return None
+        outcome = execution.wait()
+        if isinstance(outcome, Reservation):
+            return outcome
+        assert isinstance(outcome, FluxError)
+        raise outcome
+
+    def _assign(self, execution: Execution, reservation: Reservation) -> None:
+        """Write who gets it; the slot is given back when that fails."""
+        execution.agent_id = reservation.agent_id
+        try:
+            self._check(execution)
+            if execution.created:
+                self._ledger.assign(execution)
+            else:
+                need = self.slots.last_need(execution.function_name)
+                may_wait = Behavior.WAIT in (need.when_full, need.when_pressed)
+                self._ledger.create(execution, queued=False, keep_request=execution.asynchronous and may_wait)
+        except BaseException:
+            self.slots.release(reservation)
+            raise
+
+    def _send(self, execution: Execution, reservation: Reservation) -> None:
+        """Ask the agent. Its answer is delivered, or driven on by the pool when nobody waits."""
+        request = execution.request
+        if request is None:
+            try:
+                request = self._ledger.request_of(execution)
+            except StoreUnavailable:
+                self.slots.release(reservation)
+                raise
+        connection = reservation.agent.connection
+        execution.reservation = reservation
+        execution.waited_ms = int((time.time() - execution.accepted_at) * 1000)
+        execution.pending = execution.sent = True
+        answered = partial(self._answered, execution, reservation)
+        # After ``sent``: from here on whoever stops it asks the agent.
+        stopped = execution.stop_reason
+        if stopped:
+            answered(Withdrawn(stopped))
+        elif request is None:
+            answered(NotFound("its request is no longer in the store"))
+        elif connection is None:
+            answered(AgentUnreachable(f"agent {reservation.agent_id} has just left"))
+        else:
+            connection.execute(request, answered)
+            stopped = execution.stop_reason
+            if stopped and execution.pending:
+                # It may have been stopped before the request was on its way, and unknown to the agent then.
+                self._cancel(execution, stopped)
+
+    def _answered(self, execution: Execution, reservation: Reservation, answer: ExecutionRecord | FluxError) -> None:
+        """On a thread of the connection: give the slot back at once, so that the next one starts."""
+        if isinstance(answer, FluxError) or answer.error_kind.nothing_started:
+            execution.sent = False
+        execution.pending = False
+        if isinstance(answer, ExecutionRecord):
+            if answer.error_kind.nothing_started:
+                self.slots.refused(reservation, answer)
+            elif answer.status.ended:
+                self.slots.release(reservation)
+        elif isinstance(answer, AgentUnreachable):
+            self.slots.unusable(reservation, answer)
+        else:
+            self.slots.release(reservation)
+        if not execution.detached:
+            execution.deliver(answer)
+        elif isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started:
+            if answer.status.ended:
+                self.finish(execution, answer)
+            else:
+                self._ledger.changed(execution.execution_id)
+        elif not self._stopping:
+            self._pool.submit(self._drive_on, execution, answer)
+
+    def _drive_on(self, execution: Execution, answer: ExecutionRecord | FluxError) -> None:
+        """An accepted one was turned down: it goes on to another agent, or back to where it waited."""
+        try:
+            self._raise_unless_another_may_be_asked(execution, answer)
+            reservation = self.slots.place(self.slots.need(execution.function_name))
+        except Withdrawn as reason:
+            self.give_up(execution, reason)
+        except Conflict:
+            self._ledger.drop(execution.execution_id)
+        except AgentLost as error:
+            log.warning("execution %s may have been lost: %s", execution.execution_id, error.message)
+            self._ledger.drop(execution.execution_id)
+        except StoreUnavailable:
+            self._timers.after(_STORE_PAUSE, lambda: self._resume(execution))
+        except FluxError as error:
+            self.give_up(execution, error)
+        else:
+            self.drive_detached(execution, reservation)
+
+    def _raise_unless_another_may_be_asked(self, execution: Execution, answer: object) -> None:
+        if isinstance(answer, ExecutionRecord):
+            if answer.error_kind is ErrorKind.INVALID:
+                raise InvalidInput(answer.error or "the agent cannot take these arguments")
+        elif isinstance(answer, FluxError) and not isinstance(answer, AgentUnreachable):
+            # Whatever else a connection says, it may have been started.
+            known = isinstance(answer, (AgentLost, Withdrawn, NotFound))
+            raise answer if known else AgentLost(answer.message)
+        self._check(execution)
+
+    def _check(self, execution: Execution) -> None:
+        if execution.stop_reason:
+            raise Withdrawn(execution.stop_reason)
+
+    # -- ends ----------------------------------------------------------------------------
+
+    def finish(self, execution: Execution, record: ExecutionRecord) -> ExecutionRecord:
+        """Write the end an agent reported; the record as callers see it."""
+        final = execution.merged(record)
+        self._ledger.drop(execution.execution_id)
+        self._ledger.end(final)
+        return final
+
+    def give_up(self, execution: Execution, error: FluxError) -> ExecutionRecord:
+        """Write an end that no agent had a part in. Unaccepted ones are forgotten soon: nobody knows their ID."""
+        self._ledger.drop(execution.execution_id)
+        record = execution.given_up(error)
+        if execution.created:
+            self._ledger.end(record, keep=isinstance(error, Withdrawn) or execution.detached)
+        return record
+
+    def withdraw(self, execution: Execution, reason: str, *, at_agent: bool = True) -> bool:
+        """Stop it, whatever it is doing; does not block. True: it was waiting, and no agent has it.
+
+        ``at_agent=False``: the caller asks the agent itself.
+        """
+        if self._ledger.get(execution.execution_id) is not execution:
+            return False
+        execution.stop_reason = reason
+        if self.room.leave(execution):
+            if execution.detached:
+                self.give_up(execution, Withdrawn(reason))
+            else:
+                execution.deliver(Withdrawn(reason))
+            return True
+        if execution.sent and at_agent:
+            self._cancel(execution, reason)
+        return False
+
+    def stop(self) -> None:
+        """Send nothing more. Waiting callers are told; what was accepted stays queued in the store."""
+        self._stopping = True
+        for execution in self.room.leave_all():
+            if not execution.detached:
+                execution.deliver(Stopping("Flux is stopping", retry_after=5))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,153 @@
+"""One execution in hand: what its driver and those who stop it share, and the ends no agent reported."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from dataclasses import replace
+
+from fluxlib.control.registry import Reservation
+from fluxlib.errors import (
+    AgentUnreachable,
+    AtCapacity,
+    FluxError,
+    InvalidInput,
+    NotFound,
+    Stopping,
+    Unenforceable,
+)
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+
+# A queued execution's request is kept in memory when it is no larger than this, else read back from the store.
+_SMALL_REQUEST = 16 * 1024
+
+_KINDS: tuple[tuple[type[FluxError], ErrorKind], ...] = (
+    (AtCapacity, ErrorKind.AT_CAPACITY),
+    (InvalidInput, ErrorKind.INVALID),
+    (NotFound, ErrorKind.NOT_FOUND),
+    (Stopping, ErrorKind.STOPPING),
+    (Unenforceable, ErrorKind.UNENFORCEABLE),
+    (AgentUnreachable, ErrorKind.CANNOT_START),
+)
+
+Outcome = Reservation | ExecutionRecord | FluxError
+
+
+class Execution:
+    """One execution in hand. One thread at a time drives it; others only set ``stop_reason`` or deliver.
+
+    ``deliver`` hands the driver what it waits for: a slot, an agent's answer, or the reason to give up.
+    Whoever delivers has won the right to do so (took it off a queue, or is the answer of the one request).
+    """
+
+    __slots__ = (
+        "_wake",
+        "accepted_at",
+        "agent_id",
+        "asynchronous",
+        "created",
+        "detached",
+        "execution_id",
+        "function_name",
+        "idempotency_key",
+        "outcome",
+        "pending",
+        "pressed",
+        "request",
+        "reservation",
+        "sent",
+        "sequence",
+        "stop_reason",
+        "waited_ms",
+    )
+
+    def __init__(self, function_name: str, request: ExecutionRequest | None, execution_id: str, accepted_at: float):
+        self.execution_id = execution_id
+        self.function_name = function_name
+        self.request = request
+        self.asynchronous = request is None or request.asynchronous
+        self.idempotency_key = ""
+        self.accepted_at = accepted_at  # epoch seconds
+        self.agent_id = ""  # who it was assigned to
+        self.created = False  # the store knows it
+        self.detached = False  # nobody waits for it: it was accepted, and queued or adopted
+        self.sent = False  # an agent may know it
+        self.pending = False  # the agent has not answered yet
+        self.pressed = False  # it waits for resources, not for a slot
+        self.sequence = 0  # its place in the queue
+        self.stop_reason = ""  # cancelled, or its caller gone
+        self.reservation: Reservation | None = None
+        self.outcome: Outcome | None = None
+        self.waited_ms = 0  # from acceptance until an agent was asked
+        self._wake = threading.Lock()
+        self._wake.acquire()
+
+    @property
+    def accepted(self) -> bool:
+        """An agent has accepted it; its end comes by itself (asynchronous only)."""
+        return self.asynchronous and self.sent and not self.pending
+
+    def deliver(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._wake.release()
+
+    def wait(self) -> Outcome:
+        self._wake.acquire()
+        outcome, self.outcome = self.outcome, None
+        assert outcome is not None
+        return outcome
+
+    def record(self, phase: Phase) -> ExecutionRecord:
+        """Its record while it has not ended."""
+        return ExecutionRecord(
+            self.execution_id,
+            self.function_name,
+            self.agent_id,
+            phase=phase,
+            asynchronous=self.asynchronous,
+            started_at=self.accepted_at,
+        )
+
+    def given_up(self, error: FluxError) -> ExecutionRecord:
+        """Its record with an end that no agent had a part in."""
+        now = time.time()
+        if isinstance(error, Withdrawn):
+            status, kind = ExecutionStatus.CANCELLED, ErrorKind.CANCELLED
+        else:
+            status = ExecutionStatus.FAILED
+            kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), ErrorKind.INTERNAL)
+        record = self.record(Phase.ENDED).ended(status, at=now, error=error.message, kind=kind)
+        return replace(record, queue_ms=int((now - self.accepted_at) * 1000))
+
+    def merged(self, record: ExecutionRecord) -> ExecutionRecord:
+        """An agent's record as callers see it: accepted when Flux accepted it, our waiting counted in."""
+        return replace(
+            record,
+            execution_id=self.execution_id,
+            agent_id=record.agent_id or self.agent_id,
+            started_at=self.accepted_at,
+            queue_ms=self.waited_ms + record.queue_ms,
+            asynchronous=self.asynchronous,
+        )
+
+
+class Withdrawn(FluxError):
+    """Nobody wants it any more, and no agent has it. Becomes a cancelled record, never an answer."""
+
+
+class AlreadyKnown(Exception):
+    """The idempotency key was used before, by the execution named here. Never leaves the executions' modules."""
+
+    def __init__(self, execution_id: str) -> None:
+        super().__init__(execution_id)
+        self.execution_id = execution_id
+
+
+def new_execution_id() -> str:
+    return str(uuid.uuid4())
+
+
+def worth_keeping(request: ExecutionRequest) -> bool:
+    """Whether a waiting execution's request may stay in memory."""
+    return len(request.stdin) + sum(map(len, request.args)) <= _SMALL_REQUEST

@@ -1,0 +1,284 @@
+"""Executions as HTTP and the fleet see them: one record with one life, whichever way it was started."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from fluxlib.control.agent_calls import AgentCalls
+from fluxlib.control.connection import ConnectionEvents
+from fluxlib.control.dispatch import Dispatcher
+from fluxlib.control.execution import AlreadyKnown, Execution, new_execution_id
+from fluxlib.control.ledger import Ledger
+from fluxlib.control.outputs import Outputs
+from fluxlib.control.recovery import Recovery, merged
+from fluxlib.control.registry import Registry
+from fluxlib.control.services import Call, Caller, OutputStream
+from fluxlib.control.slots import Lookup
+from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, Stopping
+from fluxlib.lifecycle import Deadline, Timers
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+from fluxlib.store.base import ControlStore, ExecutionFilter, Lease, Page
+
+# How many idempotency keys are remembered for the moment when nothing can be accepted.
+_KEYS = 10_000
+# How often a cancel looks again at one that was between two states.
+_LOOKS = 20
+
+
+class ExecutionService:
+    """Implements services.Executions; ``tick`` is to be called about every second.
+
+    ``kill_grace``, ``keep_for`` (how long an ended one can be asked for) are in seconds. ``shared``: other
+    Flux processes may use the store. ``lease`` answers the leader's lease, None in a follower: only the leader expires.
+    """
+
+    def __init__(
+        self,
+        store: ControlStore,
+        registry: Registry,
+        functions: Lookup,
+        timers: Timers,
+        session: str,
+        *,
+        kill_grace: float = 2.0,
+        keep_for: float = 3600.0,
+        max_waiting: int = 10_000,
+        shared: bool = False,
+        lease: Callable[[], Lease | None] = lambda: None,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._functions = functions
+        self._shared = shared
+        self._lease = lease
+        self._ledger = Ledger(store, session, keep_for)
+        self._calls = AgentCalls(registry, kill_grace)
+        self._dispatcher = Dispatcher(registry, functions, self._ledger, timers, self._calls.cancel_soon, max_waiting)
+        self._recovery = Recovery(self._ledger, registry, self._dispatcher, self._calls, shared=shared)
+        self._outputs = Outputs(self._ledger, self._calls, self._recovery)
+        self._stopping = False
+        self._keys: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._keys_lock = threading.Lock()
+
+    # -- starting one ------------------------------------------------------------------
+
+    def execute(self, call: Call, caller: Caller) -> ExecutionRecord:
+        """See services.Executions. The slot is given back before this returns."""
+        execution = self._execution(call, asynchronous=False)
+        caller.on_gone(lambda: _discard(self._dispatcher.withdraw(execution, "cancelled: the client has gone away")))
+        reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
+        record = self._dispatcher.drive(execution, reservation)
+        if record is None:
+            raise NotFound(f"execution {execution.execution_id} is gone from the store")
+        return record
+
+    def submit(self, call: Call) -> str:
+        """See services.Executions. Answers once an agent has accepted it, or once it is queued for good."""
+        execution = self._execution(call, asynchronous=True)
+        execution.idempotency_key = call.idempotency_key
+        key = (call.function_name, call.idempotency_key)
+        reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
+        if reservation is None and call.idempotency_key:
+            # What was accepted before is no matter of room: the store would know it, but only by a write.
+            known = self._keys.get(key)
+            if known is not None and self._ledger.entry(known) is not None:
+                return known
+        try:
+            self._dispatcher.drive(execution, reservation)
+        except AlreadyKnown as known_as:
+            return known_as.execution_id
+        except FluxError:
+            if call.idempotency_key:
+                # Not accepted: the same key must be able to try again.
+                self._ledger.settle(time.time())
+                self._store.expire_executions(time.time())
+            raise
+        if call.idempotency_key:
+            with self._keys_lock:
+                self._keys[key] = execution.execution_id
+                if len(self._keys) > _KEYS:
+                    self._keys.popitem(last=False)
+        return execution.execution_id
+
+    def _execution(self, call: Call, *, asynchronous: bool) -> Execution:
+        if self._stopping:
+            raise Stopping("Flux is stopping", retry_after=5)
+        function = self._functions.lookup(call.function_name)
+        spec = function.spec
+        if not function.code_digest:
+            raise NotFound(f"function {spec.name} has no code yet: deploy a zip with PUT /deploy/{spec.name}")
+        if call.timeout_seconds and spec.timeout_seconds and call.timeout_seconds > spec.timeout_seconds:
+            raise InvalidInput(
+                f"timeout: {call.timeout_seconds:g} s is more than the function's own {spec.timeout_seconds} s"
+            )
+        execution_id = new_execution_id()
+        request = ExecutionRequest(
+            execution_id, call.function_name, call.args, call.stdin, call.timeout_seconds, asynchronous
+        )
+        return Execution(call.function_name, request, execution_id, time.time())
+
+    # -- reading -----------------------------------------------------------------------
+
+    def get(self, execution_id: str) -> ExecutionRecord:
+        return self._outputs.record(execution_id)
+
+    def list(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
+        try:
+            page = self._store.executions(where, cursor, limit)
+        except ValueError as error:
+            raise InvalidInput("next: is no cursor of a list of executions") from error
+        entries = tuple(replace(entry, record=self._phased(entry.record)) for entry in page.entries)
+        return replace(page, entries=entries)
+
+    def _phased(self, record: ExecutionRecord) -> ExecutionRecord:
+        # "running" is no write of its own: it would cost one more for each execution.
+        held = self._ledger.get(record.execution_id) if record.phase is Phase.STARTING else None
+        return replace(record, phase=Phase.RUNNING) if held is not None and held.sent else record
+
+    def output(self, execution_id: str, offset: int, *, follow: bool) -> OutputStream:
+        return self._outputs.stream(execution_id, offset, follow=follow)
+
+    # -- cancelling --------------------------------------------------------------------
+
+    def cancel(self, execution_id: str) -> ExecutionRecord:
+        """See services.Executions. Works on any Flux of the store, whoever started it."""
+        changed = threading.Event()
+        self._ledger.watch(execution_id, changed.set)
+        try:
+            deadline = Deadline(self._calls.cancel_timeout)
+            for _ in range(_LOOKS):
+                record = self._outputs.entry(execution_id).record
+                if record.status.ended:
+                    raise _already_ended(record)
+                done = self._cancel_now(record)
+                if done is not None:
+                    return done
+                # It is between two states: whoever moves it sees that it was stopped.
+                if not changed.wait(deadline.remaining()):
+                    break
+                changed.clear()
+                final = self._outputs.entry(execution_id).record
+                if final.status is ExecutionStatus.CANCELLED:
+                    return final
+            raise self._calls.away(record, "it is not dead yet")
+        finally:
+            self._ledger.unwatch(execution_id, changed.set)
+
+    def _cancel_now(self, record: ExecutionRecord) -> ExecutionRecord | None:
+        """The record once it is dead; None when its own thread has been told, and will end it."""
+        held = self._ledger.get(record.execution_id)
+        if held is not None:
+            waiting = self._dispatcher.withdraw(held, "cancelled", at_agent=False)
+            if waiting or not held.sent:
+                if waiting and held.detached:
+                    return self._written(record.execution_id)
+                return None
+            record = replace(record, agent_id=held.agent_id)
+        elif not record.agent_id:
+            # Another Flux's queue: it finds it ended when its turn comes.
+            return self._end(record, "cancelled")
+        status = self._calls.cancel(record, "cancelled")
+        if status is None:
+            return self._end(record, "cancelled; its agent knew nothing of it")
+        if status is ExecutionStatus.RUNNING:
+            raise self._calls.away(record, f"it was not dead within {self._calls.cancel_timeout:g} s")
+        found = self._calls.need_connection(record).record(record.execution_id, with_output=False)
+        if found is None or not found.status.ended:
+            found = record.ended(status, at=time.time(), error="cancelled", kind=ErrorKind.CANCELLED)
+        final = held.merged(found) if held is not None else merged(record, found)
+        if held is None or held.accepted:
+            self._recovery.ended(found if held is not None else final)
+        if status is not ExecutionStatus.CANCELLED:
+            raise _already_ended(final)
+        commit = self._ledger.end(final)
+        if commit is not None:
+            commit.wait()
+        return final
+
+    def _end(self, record: ExecutionRecord, error: str) -> ExecutionRecord:
+        """End one that no agent has, if nobody was quicker."""
+        ended = record.ended(ExecutionStatus.CANCELLED, at=time.time(), error=error, kind=ErrorKind.CANCELLED)
+        commit = self._ledger.end(ended)
+        if commit is not None:
+            commit.wait()
+        final = self._outputs.entry(record.execution_id).record
+        if final.status is not ExecutionStatus.CANCELLED:
+            raise _already_ended(final)
+        return final
+
+    def _written(self, execution_id: str) -> ExecutionRecord:
+        self._ledger.settle(time.time())
+        return self._outputs.entry(execution_id).record
+
+    # -- for membership, the leader and the application --------------------------------
+
+    def events(self, agent_id: str) -> ConnectionEvents:
+        """What this agent's connection is to call."""
+        registry = self._registry
+        return ConnectionEvents(
+            ended=self._recovery.ended,
+            full=lambda function_name: registry.mark_full(agent_id, function_name),
+            freed=lambda function_name: registry.freed(agent_id, function_name),
+            attached=lambda yes: _discard(registry.update(agent_id, reachable=yes)),
+            stopping=lambda: _discard(registry.update(agent_id, reachable=False)),
+        )
+
+    def start(self) -> None:
+        """Take over what a former life left. The agents are asked as they join (``reconcile``)."""
+        self._recovery.start()
+
+    def adopt(self, dead_session: str, lease: Lease | None) -> int:
+        """The leader: what a dead Flux owned is ours from now on. Raises LeaseLost."""
+        return self._recovery.adopt(dead_session, lease)
+
+    def reconcile(self, agent_id: str, running: Collection[str] | None) -> None:
+        """The agent joined, came back, or began a new life. Asks it in the background."""
+        self._recovery.reconcile(agent_id, running)
+
+    def agent_lost(self, agent_id: str, reason: str) -> int:
+        """The agent is given up: its open executions have failed for good; how many."""
+        return self._recovery.agent_lost(agent_id, reason)
+
+    def tick(self, now: float) -> None:
+        """About every second; ``now`` is epoch seconds."""
+        self._ledger.settle(now)
+        self._dispatcher.tick()
+        self._recovery.tick(now)
+        if self._shared:
+            # Followers of what another Flux owns: nothing tells us of its changes.
+            for execution_id in self._ledger.watched():
+                if self._ledger.get(execution_id) is None:
+                    self._ledger.changed(execution_id)
+        if not self._shared or self._lease() is not None:
+            while self._store.expire_executions(now) >= 1000:
+                pass
+
+    def waiting(self) -> Mapping[str, int]:
+        """Function → how many executions wait here."""
+        return self._dispatcher.room.counts()
+
+    def count_open(self, function_name: str) -> int:
+        return self._store.count_open(function_name)
+
+    def stop(self, deadline: Deadline) -> None:
+        """Refuse new ones, wait for those somebody waits for; queued asynchronous ones stay in the store."""
+        self._stopping = True
+        self._dispatcher.stop()
+        self._ledger.drain(deadline)
+        self._dispatcher.close()
+        self._calls.close()
+        self._ledger.settle(time.time())
+
+
+def _already_ended(record: ExecutionRecord) -> Conflict:
+    error = Conflict(f"execution {record.execution_id} has ended already: {record.status.value}")
+    error.status = record.status.value
+    return error
+
+
+def _discard(_result: object) -> None:
+    return

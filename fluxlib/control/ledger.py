@@ -1,0 +1,176 @@
+"""What this process has in hand, and what the store knows of it.
+
+An execution is in hand from its acceptance until its end has been written, in
+the process that owns it. The store is told first, the agents afterwards; the
+first end written wins, whoever writes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from fluxlib.control.execution import AlreadyKnown, Execution
+from fluxlib.errors import StoreUnavailable
+from fluxlib.lifecycle import Deadline
+from fluxlib.model import ExecutionRecord, ExecutionRequest, Phase
+from fluxlib.store.base import Commit, ControlStore, ExecutionEntry
+
+log = logging.getLogger(__name__)
+
+_COMMIT_PATIENCE = 10.0
+
+
+class Ledger:
+    """The executions of one session. Every method may be called from any thread.
+
+    ``keep_for`` is how long an ended execution can be asked for, in seconds.
+    """
+
+    def __init__(self, store: ControlStore, session: str, keep_for: float) -> None:
+        self.store = store
+        self.session = session
+        self._keep_for = keep_for
+        self._in_hand: dict[str, Execution] = {}
+        self._lock = threading.Lock()
+        self._idle = threading.Condition()
+        self._draining = False
+        self._watchers: dict[str, list[Callable[[], None]]] = {}
+        # Ends on their way to the store: a write that fails is made again.
+        self._ends: deque[tuple[Commit | None, ExecutionRecord, float]] = deque()
+
+    # -- in hand -------------------------------------------------------------------
+
+    def get(self, execution_id: str) -> Execution | None:
+        return self._in_hand.get(execution_id)
+
+    def hold(self, execution: Execution) -> None:
+        self._in_hand[execution.execution_id] = execution
+
+    def drop(self, execution_id: str) -> Execution | None:
+        """Out of hand; whoever gets it back (once) gives its slot back, if an agent had accepted it."""
+        execution = self._in_hand.pop(execution_id, None)
+        if self._draining:
+            with self._idle:
+                self._idle.notify_all()
+        return execution
+
+    def drain(self, deadline: Deadline) -> int:
+        """Wait until no caller waits for anything in hand; how many still do at the deadline."""
+
+        def waited_for() -> int:
+            return sum(1 for execution in self.all() if not execution.detached and not execution.accepted)
+
+        with self._idle:
+            self._draining = True
+            self._idle.wait_for(lambda: not waited_for(), deadline.remaining())
+        return waited_for()
+
+    def all(self) -> list[Execution]:
+        return list(self._in_hand.values())
+
+    # -- the store -------------------------------------------------------------------
+
+    def create(self, execution: Execution, *, queued: bool, keep_request: bool) -> None:
+        """Write a new execution, assigned already unless it is queued; returns once that holds.
+
+        Raises AlreadyKnown: nothing was written, its idempotency key was used before.
+        """
+        execution_id = execution.execution_id
+        self._in_hand[execution_id] = execution
+        entry = ExecutionEntry(
+            execution.record(Phase.QUEUED if queued else Phase.STARTING),
+            execution.request if keep_request else None,
+            self.session,
+            idempotency_key=execution.idempotency_key,
+        )
+        # Before the write: what fails on the way may have been written all the same.
+        execution.created = True
+        known, commit = self.store.create_execution(entry, durable=execution.asynchronous)
+        if known != execution_id:
+            del self._in_hand[execution_id]
+            execution.created = False
+            raise AlreadyKnown(known)
+        commit.wait(_COMMIT_PATIENCE)
+
+    def assign(self, execution: Execution) -> None:
+        """Write who gets it. Raises Conflict when it has ended meanwhile."""
+        self.store.assign_execution(execution.execution_id, execution.agent_id, self.session).wait(_COMMIT_PATIENCE)
+        self.changed(execution.execution_id)
+
+    def requeue(self, execution: Execution) -> None:
+        """Write that nobody has it. Raises Conflict when it has ended meanwhile."""
+        self.store.requeue_execution(execution.execution_id, self.session).wait(_COMMIT_PATIENCE)
+
+    def end(self, record: ExecutionRecord, *, keep: bool = True) -> Commit | None:
+        """Write an end. Nobody has to wait: a write that fails is made again by ``tick``.
+
+        ``keep=False``: forgotten at the next expiry, for what the caller was never told the ID of.
+        """
+        if record.output is not None:
+            record = replace(record, output=None)
+        now = time.time()
+        keep_until = now + self._keep_for if keep else now
+        try:
+            commit = self.store.end_execution(record, keep_until)
+        except StoreUnavailable:
+            commit = None
+        self._ends.append((commit, record, keep_until))
+        if self._watchers:
+            self.changed(record.execution_id)
+        return commit
+
+    def entry(self, execution_id: str) -> ExecutionEntry | None:
+        return self.store.execution(execution_id)
+
+    def request_of(self, execution: Execution) -> ExecutionRequest | None:
+        """What to send; read back from the store when it is not kept in memory. None: it is gone there."""
+        if execution.request is not None:
+            return execution.request
+        entry = self.store.execution(execution.execution_id)
+        return entry.request if entry is not None else None
+
+    def settle(self, now: float) -> None:
+        """See that the ends written since the last time hold. ``now`` is epoch seconds."""
+        for _ in range(len(self._ends)):
+            commit, record, keep_until = self._ends.popleft()
+            try:
+                if commit is None:
+                    commit = self.store.end_execution(record, keep_until)
+                commit.wait(_COMMIT_PATIENCE)
+            except StoreUnavailable as error:
+                # Once is enough: the store is away, and the rest would wait as long each.
+                self._ends.append((None, record, keep_until))
+                log.warning("%d ends cannot be written yet: %s", len(self._ends), error.message)
+                return
+
+    # -- watchers --------------------------------------------------------------------
+
+    def watch(self, execution_id: str, changed: Callable[[], None]) -> None:
+        """``changed()`` when it was assigned, accepted or ended by this process. Must not block."""
+        with self._lock:
+            self._watchers.setdefault(execution_id, []).append(changed)
+
+    def unwatch(self, execution_id: str, changed: Callable[[], None]) -> None:
+        with self._lock:
+            watchers = self._watchers.get(execution_id, [])
+            if changed in watchers:
+                watchers.remove(changed)
+            if not watchers:
+                self._watchers.pop(execution_id, None)
+
+    def watched(self) -> list[str]:
+        with self._lock:
+            return list(self._watchers)
+
+    def changed(self, execution_id: str) -> None:
+        if not self._watchers:
+            return
+        with self._lock:
+            watchers = list(self._watchers.get(execution_id, ()))
+        for watcher in watchers:
+            watcher()

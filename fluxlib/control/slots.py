@@ -1,0 +1,109 @@
+"""Finding a slot: what functions need, who takes one more, and which agents are left alone for a moment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from fluxlib.control.placement import Need, Refusal, chooser, need_of, refusal
+from fluxlib.control.registry import AgentState, Registry, Reservation
+from fluxlib.errors import AtCapacity, FluxError, Internal, InvalidInput, Unenforceable
+from fluxlib.lifecycle import Timers
+from fluxlib.model import ErrorKind, ExecutionRecord, Function
+
+log = logging.getLogger(__name__)
+
+# An agent that could not be reached, or will not take a function, is left alone for so long (seconds).
+_SHUN = 2.0
+
+_REFUSALS: dict[ErrorKind, type[FluxError]] = {
+    ErrorKind.INVALID: InvalidInput,
+    ErrorKind.UNENFORCEABLE: Unenforceable,
+}
+
+
+class Lookup(Protocol):
+    """The functions, from memory."""
+
+    def lookup(self, name: str) -> Function:
+        """Raises NotFound, StoreUnavailable."""
+
+
+class Slots:
+    """The registry as dispatching uses it. ``retry(agent_id, function_name)``: an agent may be asked again."""
+
+    def __init__(
+        self, registry: Registry, functions: Lookup, timers: Timers, retry: Callable[[str, str | None], None]
+    ) -> None:
+        self._registry = registry
+        self._functions = functions
+        self._timers = timers
+        self._retry = retry
+        self._needs: dict[str, tuple[Function, Need]] = {}
+        self._last_used: dict[str, AgentState] = {}
+        self._shunned: dict[tuple[str, str], FluxError] = {}
+
+    def need(self, function_name: str) -> Need:
+        """What the function needs as it is declared now. Raises NotFound, StoreUnavailable."""
+        function = self._functions.lookup(function_name)
+        known = self._needs.get(function_name)
+        if known is not None and known[0] is function:
+            return known[1]
+        need = need_of(function)
+        self._needs[function_name] = (function, need)
+        return need
+
+    def last_need(self, function_name: str) -> Need:
+        """The same as it was looked up last, without looking again."""
+        return self._needs[function_name][1]
+
+    def place(self, need: Need) -> Reservation | None:
+        name = need.function_name
+        reservation = self._registry.place(
+            name, chooser(need, self._shunned), slots=need.slots, memory_mb=need.memory_mb
+        )
+        if reservation is not None:
+            self._last_used[name] = reservation.agent
+        return reservation
+
+    def refusal(self, need: Need) -> Refusal:
+        """Why ``place`` found none."""
+        return refusal(need, self._agents(need.function_name), self._shunned)
+
+    def _agents(self, function_name: str) -> Iterator[AgentState]:
+        """Every agent; first the one used last, which most often explains a refusal at once."""
+        last = self._last_used.get(function_name)
+        if last is not None and self._registry.get(last.agent_id) is last:
+            yield last
+        yield from self._registry.agents()
+
+    # -- giving back -------------------------------------------------------------------
+
+    def release(self, reservation: Reservation) -> None:
+        self._registry.release(reservation)
+
+    def refused(self, reservation: Reservation, answer: ExecutionRecord) -> None:
+        """The agent started nothing: give the slot back, and ask others for a while."""
+        if answer.error_kind is not ErrorKind.AT_CAPACITY:
+            error = _REFUSALS.get(answer.error_kind, Internal)
+            self.unusable(reservation, error(f"{reservation.agent_id}: {answer.error}"))
+            return
+        # Giving the slot back announces it, and the next in the queue would be sent into the same refusal.
+        key = (reservation.agent_id, reservation.function_name)
+        self._shunned[key] = AtCapacity(answer.error)
+        self._registry.release(reservation)
+        self._registry.mark_full(reservation.agent_id, reservation.function_name)
+        self._shunned.pop(key, None)
+
+    def unusable(self, reservation: Reservation, error: FluxError) -> None:
+        """The agent cannot be reached, or will not take this function: give the slot back, try again later."""
+        key = (reservation.agent_id, reservation.function_name)
+        if key not in self._shunned:
+            self._shunned[key] = error
+            self._timers.after(_SHUN, lambda: self._forgive(key))
+        self._registry.release(reservation)
+
+    def _forgive(self, key: tuple[str, str]) -> None:
+        self._shunned.pop(key, None)
+        self._retry(*key)
