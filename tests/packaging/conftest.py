@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import fluxlib
-from tests.support.need import need, need_root
+from tests.support.need import need
+from tests.support.packages import packages
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,9 @@ class Package:
 
 
 @pytest.fixture(scope="session")
-def debs(top: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the packages of this tree: built now, or already there where FLUX_DEBS says."""
-    if os.environ.get("FLUX_DEBS"):
-        return Path(os.environ["FLUX_DEBS"])
-    need("dpkg-buildpackage", "dh", "objdump", "python3-config")
-    into = tmp_path_factory.mktemp("debs")
-    subprocess.run([top / "scripts/deb", into], check=True, stdin=subprocess.DEVNULL)
-    return into
+def debs() -> Path:
+    """A directory with the packages of this tree."""
+    return packages()
 
 
 @pytest.fixture(scope="session", params=["flux", "flux-agent"])
@@ -50,8 +45,3 @@ def package(request: pytest.FixtureRequest, debs: Path, tmp_path_factory: pytest
     root = tmp_path_factory.mktemp(name)
     subprocess.run(["dpkg-deb", "-x", deb, root], check=True)
     return Package(name, deb, root)
-
-
-@pytest.fixture
-def as_root() -> None:
-    need_root()
