@@ -92,7 +92,7 @@ class Records:
         with self._lock:
             self._open.pop(execution_id, None)
         try:
-            self._store.end(record, b"", 0.0)
+            self._store.end(record, b"", record.status_at)
         except StoreUnavailable as error:
             log.error("the refused %s cannot be struck out: %s", execution_id, error.message)
 
