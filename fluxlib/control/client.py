@@ -16,7 +16,7 @@ from fluxlib.control.client_unary import UnaryExecutions
 from fluxlib.control.connection import ConnectionEvents, OnAnswer, OnReport, refusal
 from fluxlib.control.services import OutputStream
 from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, FluxError, NotFound
-from fluxlib.lifecycle import Deadline
+from fluxlib.lifecycle import Deadline, pause
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, FunctionSpec, Inventory
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
@@ -26,6 +26,7 @@ from fluxlib.rpc.tls import MESSAGE_LIMIT
 # Seconds (wire.md). A deploy gets more the larger it is: the network's time and the agent's disk.
 _REGISTER, _DEPLOY, _CANCEL, _RECORD, _REPORT = 10.0, 30.0, 5.0, 5.0, 5.0
 _DEPLOY_PER_MB = 0.5
+_CANCEL_AGAIN = 0.1
 _OUTPUT = 60.0
 _MB = 1024 * 1024
 
@@ -83,13 +84,17 @@ class AgentClient:
             return self._stream.cancel(execution_id, reason, timeout)
         deadline = Deadline(timeout)
         request = pb.CancelExecutionRequest(execution_id=execution_id, reason=reason)
-        answer = self._ask("CancelExecution", request, max(_CANCEL, timeout))
-        if answer.success and self._unary.cancel_under_way(execution_id, deadline.remaining()):
-            return ExecutionStatus.CANCELLED
-        if answer.status:
-            return ExecutionStatus(answer.status)
-        record = self.record(execution_id, with_output=False)
-        return record.status if record is not None else None
+        while True:
+            answer = self._ask("CancelExecution", request, max(_CANCEL, deadline.remaining()))
+            if answer.success and self._unary.cancel_under_way(execution_id, deadline.remaining()):
+                return ExecutionStatus.CANCELLED
+            if answer.status:
+                return ExecutionStatus(answer.status)
+            record = self.record(execution_id, with_output=False)
+            if record is None or record.status.ended or deadline.remaining() <= _CANCEL_AGAIN:
+                return record.status if record is not None else None
+            # An original agent that has accepted it and not yet started its process finds nothing to kill.
+            pause(_CANCEL_AGAIN)
 
     def record(self, execution_id: str, *, with_output: bool) -> ExecutionRecord | None:
         # Ours keeps bytes, and JSON has only text: the output comes by the call made for it.
