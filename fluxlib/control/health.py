@@ -22,7 +22,7 @@ from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.control.roster import Member, Roster, Wanted
 from fluxlib.control.sharing import Sharing
-from fluxlib.errors import FluxError, StoreUnavailable
+from fluxlib.errors import FluxError, LeaseLost, StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop
 from fluxlib.model import AgentStatus
 from fluxlib.rpc.codec import NodeReport
@@ -69,7 +69,9 @@ class HealthPoller:
         self._answers: deque[Answer] = deque()
         self._next_round = 0.0
         self._led = False
+        self._adopted: frozenset[str] = frozenset()
         self.loop = Loop("health", self.tick, min(interval / 2, _LONGEST_PAUSE))
+        leadership.on_change(lambda leads: self.loop.wake())
 
     def start(self) -> None:
         self.loop.start()
@@ -85,6 +87,8 @@ class HealthPoller:
         if now >= self._next_round or leads != self._led:
             self._next_round = now + self._interval
             self._round(now, leads)
+        if leads:
+            self._adopt()
 
     # -- a round -------------------------------------------------------------------
 
@@ -154,15 +158,31 @@ class HealthPoller:
         if overdue and not member.given_up and self._leadership.leads:
             log.warning("agent %s has been offline for too long: what it ran is given up", member.agent_id)
             try:
-                self._executions.agent_lost(
-                    member.agent_id, f"agent lost: {member.agent_id} has been offline for {self._lost_after:.0f} s"
-                )
+                self._executions.agent_lost(member.agent_id, f"it has been offline for {self._lost_after:.0f} s")
             except FluxError as error:
                 log.warning("what agent %s ran could not be given up yet: %s", member.agent_id, error)
             else:
                 with member.condition:
                     member.given_up = True
                     member.reconciled = False
+
+    def _adopt(self) -> None:
+        """What dead Flux processes left open goes to this one, each of them once."""
+        gone = self._leadership.gone
+        self._adopted &= gone  # one that was only frozen may die again
+        for session in sorted(gone - self._adopted):
+            lease = self._leadership.lease
+            if lease is None:
+                return
+            try:
+                self._executions.adopt(session, lease)
+            except LeaseLost as error:
+                self._leadership.lost(error)
+                return
+            except StoreUnavailable as error:
+                log.warning("what the ended Flux %s left open cannot be taken over yet: %s", session, error)
+                return
+            self._adopted |= {session}
 
     # -- answers -------------------------------------------------------------------
 

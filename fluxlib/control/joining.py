@@ -22,7 +22,7 @@ from fluxlib.control.roster import Member, Roster, Wanted, present_status
 from fluxlib.errors import AgentRefused, AgentUnreachable, Conflict, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, FunctionState, Inventory
-from fluxlib.store.base import ControlStore
+from fluxlib.store.base import ControlStore, Lease
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,9 @@ class ExecutionsPart(Protocol):
 
     def reconcile(self, agent_id: str, running: Collection[str] | None) -> None: ...
 
-    def agent_lost(self, agent_id: str, reason: str) -> None: ...
+    def agent_lost(self, agent_id: str, reason: str) -> object: ...
+
+    def adopt(self, dead_session: str, lease: Lease | None) -> object: ...
 
 
 class Joiner:
@@ -69,7 +71,7 @@ class Joiner:
         self._functions = functions
         self._pusher = pusher
         self._leadership = leadership
-        self._tls = tls
+        self.tls = tls
         self._clock = clock
         self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="join")
 
@@ -104,7 +106,7 @@ class Joiner:
         The note outlives the agent's registration: a stolen certificate without an ID must not do
         for an agent that has one.
         """
-        if not self._tls:
+        if not self.tls:
             return
         fact = f"agent-shown-id/{introduction.agent_id}"
         shown = self._store.get_fact(fact) is not None
@@ -181,7 +183,7 @@ class Joiner:
             # Not in step before it is present, or it would take work for a moment.
             self._registry.update(member.agent_id, in_step=False, problem="is being brought in step")
             self._roster.observe(member, self._present)
-        if fresh and self._leadership.leads:
+        if fresh:
             # Before it gets work: what is sent to it from now on is nobody's to wonder about.
             self._executions.reconcile(member.agent_id, None if inventory is None else inventory.open_executions)
             with member.condition:
@@ -237,7 +239,7 @@ class Joiner:
             life = member.life
             member.features = inventory.features if inventory is not None else ()
         # Before connecting, whose events may overtake its return.
-        legacy = introduction.legacy_certificate and self._tls
+        legacy = introduction.legacy_certificate and self.tls
         self._roster.note(
             member,
             lambda record: replace(record, original=inventory is None, legacy_certificate=legacy),

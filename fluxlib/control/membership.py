@@ -81,6 +81,7 @@ class Membership:
         """Also raises AgentRefused (an ID that is none), StoreUnavailable (nothing was changed then)."""
         introduction = self._connector.introduce(address, legacy=legacy)
         agent_id = introduction.agent_id
+        legacy = introduction.legacy_certificate and self._joiner.tls
         with self._lock:
             member = self._roster.get(agent_id)
             known = self._registry.get(agent_id)
@@ -99,7 +100,7 @@ class Membership:
                     last_heartbeat=now,
                     status=AgentStatus.ONLINE,
                     original=introduction.inventory is None,
-                    legacy_certificate=introduction.legacy_certificate,
+                    legacy_certificate=legacy,
                 )
                 member = self._roster.enlist(record, now)
                 log.info("agent %s registered at %s", agent_id, introduction.address)
@@ -111,7 +112,7 @@ class Membership:
                         address=introduction.address,
                         registered_at=record.registered_at or now,
                         status=record.status if record.status.present else AgentStatus.OFFLINE,
-                        legacy_certificate=introduction.legacy_certificate,
+                        legacy_certificate=legacy,
                     ),
                 )
         state = self._state(agent_id)
@@ -125,7 +126,7 @@ class Membership:
         member = self._member(agent_id)
         state = self._roster.delete(member)
         log.info("agent %s deregistered", agent_id)
-        self._executions.agent_lost(agent_id, "agent lost: it was deregistered")
+        self._executions.agent_lost(agent_id, "it was deregistered")
         self.let_go(agent_id, state, kill=True)
 
     def drain(self, agent_id: str) -> AgentView:

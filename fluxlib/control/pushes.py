@@ -73,9 +73,12 @@ class Pusher:
         self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="push")
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
+        self._missed: set[str] = set()  # agents that did not answer a push: what they lack is worth a retry
 
     def differs(self, agent: AgentState, functions: Iterable[Function]) -> bool:
         """Whether the agent, as far as is known, holds something else than it should and can be given."""
+        if agent.agent_id in self._missed:
+            return True
         wanted = {function.spec.name: function for function in functions if fits(agent, function)}
         if agent.record.original:
             return any(
@@ -87,11 +90,11 @@ class Pusher:
 
     def push_all(self, agents: Sequence[AgentState], function: Function) -> list[Pushed]:
         """The function to each of the agents, in parallel; answers in the order of the agents."""
-        return list(self._pool.map(lambda agent: self.push(agent, function), agents))
+        return list(self._pool.map(lambda agent: _guarded(agent, lambda: self.push(agent, function)), agents))
 
     def remove_all(self, agents: Sequence[AgentState], name: str) -> list[Pushed]:
         """Away with a function, in parallel."""
-        return list(self._pool.map(lambda agent: self.remove(agent, name), agents))
+        return list(self._pool.map(lambda agent: _guarded(agent, lambda: self.remove(agent, name)), agents))
 
     def push(self, agent: AgentState, function: Function) -> Pushed:
         """What differs of one function to one agent. Never raises a FluxError."""
@@ -113,8 +116,7 @@ class Pusher:
             except FluxError as error:
                 self._note(agent, name, agent.holds.get(name), error.message)
                 log.warning("agent %s did not take %s: %s", agent.agent_id, name, error)
-                away = isinstance(error, AgentUnreachable | AgentLost)
-                return Pushed(AgentResult(agent.agent_id, FAILED, error.message), again=away)
+                return self._failed(agent, error)
             self._note(agent, name, _state(function), "")
             return Pushed(AgentResult(agent.agent_id, SUCCESS, "; ".join(warnings)), warnings)
 
@@ -130,11 +132,11 @@ class Pusher:
                 removed = connection.remove_function(name)
             except FluxError as error:
                 log.warning("agent %s did not remove %s: %s", agent.agent_id, name, error)
-                away = isinstance(error, AgentUnreachable | AgentLost)
-                if not away:
+                failed = self._failed(agent, error)
+                if not failed.again:
                     # Nothing a retry would change; its next inventory says whether it is still there.
                     self._note(agent, name, None, "")
-                return Pushed(AgentResult(agent.agent_id, FAILED, error.message), again=away)
+                return failed
             self._note(agent, name, None, "")
         if removed:
             return Pushed(AgentResult(agent.agent_id, SUCCESS))
@@ -156,6 +158,7 @@ class Pusher:
             # What failed before stays lacking until it is tried again below: the agent or its host may have changed.
             lacking = {name: reason for name, reason in agent.lacking.items() if name in wanted}
             self._registry.update(agent.agent_id, holds=holds, lacking=lacking)
+            self._missed.discard(agent.agent_id)
         failed = in_a_row = 0
         for pushed in self._steps(agent, sorted(holds.keys() - wanted.keys()), wanted.values()):
             in_a_row = in_a_row + 1 if pushed.again else 0
@@ -167,6 +170,7 @@ class Pusher:
     def forget(self, agent_id: str) -> None:
         with self._lock:
             self._locks.pop(agent_id, None)
+            self._missed.discard(agent_id)
 
     def stop(self, deadline: Deadline) -> None:
         """What is queued is dropped: agents get it when they are next brought in step."""
@@ -190,6 +194,12 @@ class Pusher:
             raise AgentUnreachable(f"the code of {function.spec.name} was replaced meanwhile")
         return connection.deploy(function.spec, function.spec_digest, function.code_digest, archive)
 
+    def _failed(self, agent: AgentState, error: FluxError) -> Pushed:
+        away = isinstance(error, AgentUnreachable | AgentLost)
+        if away:
+            self._missed.add(agent.agent_id)
+        return Pushed(AgentResult(agent.agent_id, FAILED, error.message), again=away)
+
     def _note(self, agent: AgentState, name: str, held: FunctionState | None, problem: str) -> None:
         """Under the agent's lock: new mappings, because the registry's readers take no lock."""
         holds = {one: state for one, state in agent.holds.items() if one != name}
@@ -208,6 +218,15 @@ class Pusher:
 def fits(agent: AgentState, function: Function) -> bool:
     """Whether the agent's platform can run it; an unknown one can run everything."""
     return not function.platforms or any(agent.platform.matches(wanted) for wanted in function.platforms)
+
+
+def _guarded(agent: AgentState, act: Callable[[], Pushed]) -> Pushed:
+    """A fault of ours at one agent must not hide what became of it at the others."""
+    try:
+        return act()
+    except Exception as error:
+        log.exception("a push to agent %s failed", agent.agent_id)
+        return Pushed(AgentResult(agent.agent_id, FAILED, f"a fault of Flux: {type(error).__name__}"))
 
 
 def _state(function: Function) -> FunctionState:

@@ -78,7 +78,7 @@ class Sharing:
                 agent_id, NodeFigures(**shared["figures"]), at=shared["heartbeat"], instance_id=shared["instance"]
             )
             if restarted:
-                self._joiner.want(member, Wanted.STEP)
+                self._joiner.want(member, STEP_IN)
 
     def take_records(self, now: float) -> None:
         """Who joined, left or changed through another process or by the leader. Raises StoreUnavailable."""

@@ -1,0 +1,292 @@
+"""The poller under invented times: misses, coming back, giving up, restarts, and what followers see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fluxlib.errors import StoreUnavailable
+from fluxlib.model import AgentStatus
+from tests.support.fleet import Fleet, Machine, spec
+from tests.support.programs import make_zip
+
+CODE = make_zip({"run.sh": "#!/bin/sh\necho hello\n"})
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    made = Fleet()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def machine(fleet: Fleet) -> Machine:
+    made = fleet.wire.add("w1")
+    fleet.membership.register("w1:50052", legacy=False)
+    return made
+
+
+def test_three_misses_make_an_agent_offline_and_end_its_calls(fleet: Fleet, machine: Machine) -> None:
+    machine.up = False
+    fleet.round()
+    fleet.round()
+    assert fleet.state("w1").takes_work
+    assert not fleet.connection("w1").failed
+    fleet.round()
+    view = fleet.view("w1")
+    assert view.record.status is AgentStatus.OFFLINE
+    assert "refused the connection" in view.problem
+    assert not fleet.state("w1").takes_work
+    assert fleet.connection("w1").failed
+    assert fleet.stored("w1").status is AgentStatus.OFFLINE
+
+
+def test_two_misses_and_an_answer_are_nothing(fleet: Fleet, machine: Machine) -> None:
+    for _ in range(3):
+        machine.up = False
+        fleet.round()
+        fleet.round()
+        machine.up = True
+        fleet.round()
+    assert fleet.view("w1").record.status is AgentStatus.ONLINE
+    assert not fleet.connection("w1").failed
+
+
+def test_an_agent_that_takes_questions_and_never_answers_is_offline_too(fleet: Fleet, machine: Machine) -> None:
+    machine.slow = True
+    for _ in range(4):
+        fleet.round()
+    assert fleet.view("w1").record.status is AgentStatus.OFFLINE
+    # The answers of then, much later: they are to questions nobody asks any more.
+    pending = fleet.connection("w1").pending
+    for on_report in pending[:-1]:
+        on_report(machine.report())
+    fleet.health.tick(fleet.now)
+    fleet.settle()
+    assert fleet.view("w1").record.status is AgentStatus.OFFLINE
+
+
+def test_an_agent_that_is_back_gets_no_work_before_it_is_in_step(fleet: Fleet, machine: Machine) -> None:
+    machine.up = False
+    for _ in range(3):
+        fleet.round()
+    fleet.functions.put(spec())
+    fleet.functions.deploy("hello", CODE)
+    assert "hello" not in machine.functions
+    seen: list[bool] = []
+
+    def watch(agent_id: str) -> None:
+        if fleet.state(agent_id).takes_work:
+            seen.append("hello" in machine.functions)
+
+    fleet.registry.on_change(watch)
+    fleet.executions.calls.clear()
+    machine.up = True
+    fleet.round()
+    assert fleet.state("w1").takes_work
+    assert seen
+    assert all(seen)
+    assert fleet.executions.calls == [("reconcile", "w1")]
+    assert fleet.stored("w1").status is AgentStatus.ONLINE
+    assert fleet.stored("w1").offline_since == 0
+
+
+def test_what_ran_on_an_agent_is_given_up_once_and_compared_when_it_returns(fleet: Fleet, machine: Machine) -> None:
+    machine.up = False
+    machine.runs = {"e1"}
+    for _ in range(3):
+        fleet.round()
+    fleet.round(200)
+    assert ("lost", "w1") not in fleet.executions.calls
+    fleet.round(100)
+    fleet.round()
+    fleet.round()
+    assert fleet.executions.calls.count(("lost", "w1")) == 1
+    machine.up = True
+    fleet.executions.calls.clear()
+    fleet.round()
+    assert fleet.executions.calls == [("reconcile", "w1")]
+    assert tuple(fleet.executions.reconciled["w1"] or ()) == ("e1",)
+
+
+def test_a_restarted_agent_is_compared_before_it_gets_work_again(fleet: Fleet, machine: Machine) -> None:
+    fleet.functions.put(spec())
+    fleet.executions.calls.clear()
+    machine.restart()
+    machine.functions.clear()
+    fleet.round()
+    assert fleet.executions.calls == [("reconcile", "w1")]
+    assert "hello" in machine.functions
+    assert fleet.state("w1").takes_work
+
+
+def test_a_restarted_original_is_known_by_its_age_and_gets_everything(fleet: Fleet) -> None:
+    old = fleet.wire.add("old", original=True)
+    fleet.membership.register("old:50052", legacy=False)
+    fleet.functions.put(spec())
+    fleet.functions.deploy("hello", CODE)
+    fleet.round()
+    old.restart()
+    assert old.functions == {}
+    fleet.round()
+    assert "hello" in old.functions
+
+
+def test_what_somebody_changed_at_the_agent_is_put_right(fleet: Fleet, machine: Machine) -> None:
+    fleet.functions.put(spec())
+    fleet.round()
+    del machine.functions["hello"]
+    machine.revision += 1
+    fleet.round()
+    assert "hello" in machine.functions
+    fleet.round()  # its own count of changes, our push included, is learnt
+    machine.calls.clear()
+    fleet.round()
+    fleet.round()
+    assert machine.calls == []  # nothing to compare while nothing changes
+
+
+def test_a_push_that_was_missed_is_made_up_for(fleet: Fleet, machine: Machine) -> None:
+    machine.up = False
+    result = fleet.functions.put(spec())
+    assert [agent.status for agent in result.agents] == ["failed"]
+    assert "hello" in fleet.state("w1").lacking
+    machine.up = True
+    fleet.round()
+    assert "hello" in machine.functions
+    assert fleet.state("w1").lacking == {}
+
+
+def test_another_agent_at_the_address_is_a_miss_with_the_reason(fleet: Fleet, machine: Machine) -> None:
+    machine.agent_id = "intruder"
+    for _ in range(3):
+        fleet.round()
+    state = fleet.state("w1")
+    assert state.record.status is AgentStatus.OFFLINE
+    assert "intruder" in state.problem
+
+
+def test_a_state_the_store_missed_is_written_when_it_is_back(
+    fleet: Fleet, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = fleet.store.save_agent
+
+    def away(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    machine.up = False
+    monkeypatch.setattr(fleet.store, "save_agent", away)
+    for _ in range(3):
+        fleet.round()
+    assert fleet.view("w1").record.status is AgentStatus.OFFLINE
+    monkeypatch.setattr(fleet.store, "save_agent", save)
+    assert fleet.stored("w1").status is AgentStatus.ONLINE
+    fleet.round()
+    assert fleet.stored("w1").status is AgentStatus.OFFLINE
+
+
+# ---- several Flux on one store ---------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Fleet, Fleet]]:
+    """A leader and a follower on one store, one clock and the same agents."""
+    leader = Fleet(shared=True)
+    follower = Fleet(leader.store, leader.wire, session="s2", shared=True, clock=leader.time)
+    leader.leadership.tick(leader.now)
+    yield leader, follower
+    leader.close()
+    follower.close()
+
+
+def both(leader: Fleet, follower: Fleet, rounds: int = 1) -> None:
+    for _ in range(rounds):
+        leader.round()
+        follower.round(0)
+        follower.round(0.001)
+
+
+def test_a_follower_joins_and_sees_figures_but_judges_nobody(pair: tuple[Fleet, Fleet]) -> None:
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 3)
+    assert follower.state("w1").takes_work
+    assert follower.state("w1").figures is not None
+    machine.up = False
+    for _ in range(5):
+        follower.round()
+        leader.leadership.tick(leader.now)
+    assert follower.view("w1").record.status is AgentStatus.ONLINE
+    both(leader, follower, 4)
+    assert leader.view("w1").record.status is AgentStatus.OFFLINE
+    assert follower.view("w1").record.status is AgentStatus.OFFLINE
+    assert follower.connection("w1").failed
+    machine.up = True
+    both(leader, follower, 3)
+    assert follower.state("w1").takes_work
+
+
+def test_what_is_asked_of_a_follower_reaches_the_leader(pair: tuple[Fleet, Fleet]) -> None:
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    follower.membership.register("w1:50052", legacy=False)
+    assert follower.state("w1").takes_work
+    follower.functions.put(spec())
+    both(leader, follower)
+    assert leader.state("w1").takes_work
+    assert leader.functions.lookup("hello").spec == spec()
+    assert "hello" in machine.functions
+    follower.membership.drain("w1")
+    both(leader, follower, 2)
+    assert leader.view("w1").record.status is AgentStatus.DRAINING
+    assert follower.view("w1").record.status is AgentStatus.DRAINING
+    assert leader.stored("w1").status is AgentStatus.DRAINING
+    follower.membership.deregister("w1")
+    both(leader, follower, 2)
+    assert leader.membership.views() == []
+    assert leader.stored("w1") is None
+
+
+def test_a_dead_leaders_place_and_work_are_taken_over(pair: tuple[Fleet, Fleet]) -> None:
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    follower.round(16)  # the leader says nothing any more
+    assert follower.leadership.leads
+    assert ("adopt", "s1") in follower.executions.calls
+    follower.round()
+    assert follower.executions.calls.count(("adopt", "s1")) == 1
+    machine.up = False
+    for _ in range(3):
+        follower.round()
+    assert follower.stored("w1").status is AgentStatus.OFFLINE
+
+
+def test_a_leader_that_was_frozen_writes_nothing_on_waking(pair: tuple[Fleet, Fleet]) -> None:
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    stale = leader.leadership.lease
+    assert stale is not None
+    follower.round(16)
+    assert follower.leadership.leads
+    before = leader.stored("w1")
+    machine.up = False
+    for _ in range(5):
+        leader.round(1, lead=False)
+    assert leader.stored("w1") == before
+    assert not leader.leadership.leads
+    # Even one whose clock stood still is stopped by the store.
+    leader.leadership._lease = stale
+    leader.leadership._clock = lambda: stale.expires_at - 1
+    for _ in range(5):
+        leader.time[0] += 10
+        leader.health.tick(leader.now)
+        leader.health.tick(leader.now)
+    assert leader.stored("w1") == before
+    assert leader.leadership.lease is None

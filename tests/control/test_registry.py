@@ -1,0 +1,216 @@
+"""The registry: its order and its counts hold after any sequence of what can happen to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from fluxlib.control.registry import AgentState, Registry, Reservation, free_share
+from fluxlib.model import AgentRecord, AgentStatus, NodeFigures
+
+AGENTS = [f"w{number}" for number in range(5)]
+FUNCTIONS = ["f", "g", "h"]
+SLOTS = {"f": 2, "g": 3, "h": 0}
+
+agents = st.sampled_from(AGENTS)
+functions = st.sampled_from(FUNCTIONS)
+
+
+def state(agent_id: str, max_tasks: int = 0) -> AgentState:
+    made = AgentState(
+        AgentRecord(agent_id, f"{agent_id}:1", status=AgentStatus.ONLINE, max_tasks=max_tasks),
+        SimpleNamespace(agent_id=agent_id),  # type: ignore[arg-type]
+    )
+    made.in_step = True
+    return made
+
+
+def first(candidates: Iterator[AgentState]) -> AgentState | None:
+    return next(candidates, None)
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Anything in any order; afterwards the order and the counts are what a fresh look would say."""
+
+    taken: Bundle[Reservation] = Bundle("taken")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = Registry()
+
+    @rule(agent_id=agents, max_tasks=st.sampled_from([0, 1, 4]))
+    def add(self, agent_id: str, max_tasks: int) -> None:
+        self.registry.add(state(agent_id, max_tasks))
+
+    @rule(agent_id=agents)
+    def remove(self, agent_id: str) -> None:
+        self.registry.remove(agent_id)
+
+    @rule(agent_id=agents, in_step=st.booleans(), reachable=st.booleans())
+    def change(self, agent_id: str, in_step: bool, reachable: bool) -> None:
+        self.registry.update(agent_id, in_step=in_step, reachable=reachable)
+
+    @rule(agent_id=agents, names=st.sets(functions))
+    def lack(self, agent_id: str, names: set[str]) -> None:
+        self.registry.update(agent_id, lacking=dict.fromkeys(names, "refused"))
+
+    @rule(
+        agent_id=agents,
+        cpu=st.one_of(st.floats(0, 100), st.just(float("nan")), st.just(float("inf"))),
+        active=st.integers(0, 6),
+        max_tasks=st.sampled_from([0, 1, 4]),
+    )
+    def report(self, agent_id: str, cpu: float, active: int, max_tasks: int) -> None:
+        figures = NodeFigures(cpu_percent=cpu, active_tasks=active, max_tasks=max_tasks)
+        self.registry.report(agent_id, figures, at=1.0)
+
+    @rule(target=taken, name=functions)
+    def place(self, name: str) -> Any:
+        shown: list[str] = []
+
+        def choose(candidates: Iterator[AgentState]) -> AgentState | None:
+            for agent in candidates:
+                shown.append(agent.agent_id)
+                return agent
+            return None
+
+        slots = SLOTS[name]
+        reservation = self.registry.place(name, choose, slots=slots)
+        able = [one for one in self.registry.agents() if one.takes_work and name not in one.lacking]
+        if reservation is None:
+            # Nobody is passed over who has room by our own count, was not marked full and lacks nothing.
+            assert all({name, ""} & one.full for one in able)
+            return multiple()
+        agent = reservation.agent
+        assert agent in able
+        assert not slots or agent.in_flight[name] <= slots
+        return reservation
+
+    @rule(target=taken, agent_id=agents, name=functions)
+    def reserve(self, agent_id: str, name: str) -> Any:
+        reservation = self.registry.reserve(agent_id, name, slots=SLOTS[name])
+        return multiple() if reservation is None else reservation
+
+    @rule(reservation=consumes(taken), twice=st.booleans())
+    def release(self, reservation: Reservation, twice: bool) -> None:
+        self.registry.release(reservation)
+        if twice:
+            self.registry.release(reservation)
+
+    @rule(agent_id=agents, name=functions)
+    def refuse(self, agent_id: str, name: str) -> None:
+        self.registry.mark_full(agent_id, name)
+
+    @rule(agent_id=agents, name=st.one_of(functions, st.just("")))
+    def free(self, agent_id: str, name: str) -> None:
+        self.registry.freed(agent_id, name)
+
+    @rule(name=functions)
+    def changed(self, name: str) -> None:
+        self.registry.function_changed(name)
+
+    @invariant()
+    def order_is_sorted_and_complete(self) -> None:
+        order = self.registry._order
+        assert order == sorted(order)
+        expected = {one.agent_id for one in self.registry.agents() if one.takes_work}
+        assert [agent_id for _, _, agent_id in order] == list(dict.fromkeys(agent_id for _, _, agent_id in order))
+        assert {agent_id for _, _, agent_id in order} == expected
+        assert self.registry.placeable() == len(expected)
+
+    @invariant()
+    def full_counts_are_what_a_count_says(self) -> None:
+        counts: dict[str, int] = {}
+        for one in self.registry.agents():
+            if one.takes_work:
+                for name in ("",) if "" in one.full else one.full:
+                    counts[name] = counts.get(name, 0) + 1
+        assert self.registry._full == counts
+        for name in FUNCTIONS:
+            able = [one for one in self.registry.agents() if one.takes_work]
+            expected = bool(able) and all({name, ""} & one.full for one in able)
+            assert self.registry.full_everywhere(name) == expected
+
+    @invariant()
+    def nothing_is_counted_below_zero(self) -> None:
+        for one in self.registry.agents():
+            assert one.total == sum(one.in_flight.values())
+            assert one.total >= 0
+            assert all(count > 0 for count in one.in_flight.values())
+
+
+TestRegistry = RegistryMachine.TestCase
+TestRegistry.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_burst_spreads_over_equal_agents() -> None:
+    registry = Registry()
+    for agent_id in AGENTS:
+        registry.add(state(agent_id))
+    chosen = [registry.place("h", first) for _ in range(50)]
+    per_agent = [sum(1 for one in chosen if one is not None and one.agent_id == agent_id) for agent_id in AGENTS]
+    assert per_agent == [10] * 5
+
+
+def test_a_report_does_not_reopen_slots_this_flux_knows_are_taken() -> None:
+    registry = Registry()
+    registry.add(state("w1"))
+    assert registry.place("f", first, slots=1) is not None
+    registry.report("w1", NodeFigures(active_tasks=1), at=1.0)
+    assert registry.place("f", first, slots=1) is None
+    registry.mark_full("w1", "g")
+    assert registry.place("g", first) is None
+    registry.report("w1", NodeFigures(active_tasks=1), at=2.0)
+    assert registry.place("g", first) is not None  # the agent's refusal may be over
+
+
+def test_listeners_hear_of_room_where_there_was_none() -> None:
+    registry = Registry()
+    registry.add(state("w1"))
+    heard: list[tuple[str, str | None]] = []
+    registry.on_capacity(lambda agent_id, name: heard.append((agent_id, name)))
+    reservation = registry.place("f", first, slots=1)
+    assert reservation is not None
+    registry.release(reservation)
+    registry.freed("w1", "g")
+    registry.freed("w1", "")
+    registry.function_changed("f")
+    assert heard == [("w1", "f"), ("w1", "g"), ("w1", None), ("", "f")]
+
+
+def test_choosing_among_ten_thousand_agents_looks_at_few() -> None:
+    """By the work done, not by a clock: a busy machine must not fail this."""
+    ranked = 0
+
+    def headroom(agent: AgentState) -> float:
+        nonlocal ranked
+        ranked += 1
+        return free_share(agent)
+
+    registry = Registry(headroom)
+    for number in range(10_000):
+        registry.add(state(f"w{number:05}", 8))
+    ranked = 0
+    looked = 0
+
+    def choose(candidates: Iterator[AgentState]) -> AgentState | None:
+        nonlocal looked
+        for agent in candidates:
+            looked += 1
+            return agent
+        return None
+
+    begun = time.perf_counter()
+    reservations = [registry.place("f", choose, slots=4) for _ in range(2000)]
+    for reservation in reservations:
+        assert reservation is not None
+        registry.release(reservation)
+    each = (time.perf_counter() - begun) / 4000
+    assert (looked, ranked) == (2000, 4000)
+    assert each < 0.005, f"{each * 1e6:.0f} µs for one step"
