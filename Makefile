@@ -51,7 +51,7 @@ bench:
 
 test-faults:
 	@scripts/setup dev $(TEST_PACKAGES)
-	@$(PY) -m pytest -m faults tests $(ARGS)
+	@$(PY) -m pytest -n 3 -m faults tests $(ARGS)
 
 test-soak:
 	@scripts/setup dev $(TEST_PACKAGES)
