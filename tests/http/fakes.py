@@ -252,6 +252,9 @@ class FakeStatus:
     def figures(self) -> NodeFigures:
         return FIGURES
 
+    def leads(self) -> bool:
+        return True
+
     def stopping(self) -> bool:
         return self.is_stopping
 
