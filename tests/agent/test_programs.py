@@ -1,0 +1,195 @@
+"""Real programs under a real agent, profile ``off``: what they get, how they end, what is left of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fluxlib.model import ErrorKind
+from fluxlib.rpc import codec
+from tests.agent.running import Running, running
+from tests.support.need import need_root
+from tests.support.programs import make_zip, wait_until
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    settings = {"network": "{node_private_ip: 10.0.0.7}", "max_output_mb": 2}
+    with running(tmp_path_factory.mktemp("agent"), **settings) as made:
+        assert made.deploy().success
+        assert made.deploy("brief", timeout_seconds=1).success
+        yield made
+
+
+def ended(response: Any) -> Any:
+    return codec.record_from_json(response.record)
+
+
+def test_arguments_reach_it_as_they_are(agent: Running) -> None:
+    words = ["two words", "$HOME", "*", "'", '"', "ünï", "", "--help", ";ls"]
+    answer = agent.run("say", *words)
+    assert answer.output.decode() == " ".join(words) + "\n"
+
+
+def test_its_environment_is_clean(agent: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_THE_AGENT", "x")
+    agent.deploy("greeter", env={"GREETING": "hi", "FLUX_EXECUTION_ID": "forged"})
+    answer = agent.run("env", name="greeter", execution_id="env-1")
+    variables = dict(line.split("=", 1) for line in answer.output.decode().splitlines())
+    expected = {"GREETING": "hi", "FLUX_EXECUTION_ID": "env-1", "FLUX_FUNCTION_NAME": "greeter", "LANG": "C.UTF-8"}
+    assert expected.items() <= variables.items()
+    assert variables["FLUX_NODE_PRIVATE_IP"] == "10.0.0.7"
+    assert "/usr/bin" in variables["PATH"]
+    assert set(variables) <= {
+        *expected,
+        "FLUX_NODE_PRIVATE_IP",
+        "PATH",
+        "HOME",
+        "TMPDIR",
+        "PWD",
+        "_",
+        "SHLVL",
+        "OLDPWD",
+    }
+
+
+def test_standard_input_and_none(agent: Running) -> None:
+    data = bytes(range(256)) * 4096
+    assert agent.run("cat", stdin=data).output == data
+    assert agent.run("cat").output == b""
+
+
+def test_both_outputs_in_the_order_written(agent: Running) -> None:
+    assert agent.run("both").output == b"one\ntwo\nthree\nfour\n"
+
+
+def test_its_directories(agent: Running) -> None:
+    code, home = agent.run("pwd").output.decode().splitlines()
+    assert Path(code, "main.sh").is_file()
+    assert not os.path.exists(home), "the work directory outlived its execution"
+    agent.deploy("worker", working_directory="work")
+    work, home = agent.run("pwd", name="worker").output.decode().splitlines()
+    assert work == home != code
+
+
+def test_it_cannot_write_to_its_code_or_the_agents_state(agent: Running) -> None:
+    code = agent.run("pwd").output.decode().splitlines()[0]
+    for target in (f"{code}/main.sh", f"{code}/new", f"{Path(code).parent}/spec.json", f"{agent.directory}/x"):
+        assert agent.run("touch", target).error != "", target
+        assert not target.endswith("new") or not os.path.exists(target)
+
+
+def test_as_root_it_runs_as_somebody_else(agent: Running) -> None:
+    need_root()
+    uid, gid = agent.run("id").output.decode().split()
+    assert int(uid) > 0
+    assert int(gid) > 0
+
+
+def test_the_output_cap(agent: Running) -> None:
+    answer = agent.run("spam", str(3 * 1024 * 1024))
+    record = ended(answer)
+    assert len(answer.output) == record.output_bytes == 2 * 1024 * 1024
+    assert record.truncated
+    assert record.exit_code == 0, "it must not be stopped for saying too much"
+
+
+@pytest.mark.parametrize(
+    ("handler", "words"),
+    [
+        ("#!/no/such/interpreter\n", "interpreter"),
+        ("plain text\n", "neither a program"),
+        ("\x7fELF garbage", "neither a program"),
+    ],
+)
+def test_what_cannot_be_started_says_why(agent: Running, handler: str, words: str) -> None:
+    assert agent.deploy("broken", make_zip({"main.sh": handler})).success
+    answer = agent.run(name="broken")
+    assert answer.error_kind == ErrorKind.CANNOT_START
+    assert answer.error.startswith("cannot start: exec: ")
+    assert words in answer.error
+
+
+def test_a_timeout_lets_it_say_goodbye(agent: Running) -> None:
+    began = time.monotonic()
+    answer = agent.run("polite", name="brief", execution_id="polite-1")
+    assert answer.error == "execution timed out after 1s"
+    assert answer.output.startswith(b"started\n")
+    assert answer.output.endswith(b"bye\n")
+    assert ended(answer).exit_code == 7
+    assert time.monotonic() - began < 5
+
+
+def test_a_stubborn_one_is_killed_after_the_grace(agent: Running) -> None:
+    agent.run("stubborn", execution_id="stubborn-1", asynchronous=True)
+    wait_until(lambda: agent.record("stubborn-1").output, "it to run")
+    began = time.monotonic()
+    answer = agent.cancel("stubborn-1")
+    took = time.monotonic() - began
+    assert answer.success
+    assert answer.status == "cancelled"
+    assert 0.3 <= took < 3
+    assert agent.record("stubborn-1").signal == 9
+
+
+@pytest.mark.parametrize("how", ["cancel", "end", "timeout"])
+def test_a_daemonised_grandchild_dies_with_it(agent: Running, how: str) -> None:
+    name = "brief" if how == "timeout" else "hello"
+    execution_id = f"daemon-{how}"
+    agent.run("daemon", "0" if how == "end" else "60", name=name, execution_id=execution_id, asynchronous=True)
+    pid = int(wait_until(lambda: agent.record(execution_id).output, "the grandchild's number"))
+    if how == "cancel":
+        assert psutil.pid_exists(pid)
+        assert agent.cancel(execution_id).success
+    wait_until(lambda: agent.record(execution_id).status.ended, "its end")
+    # Told ended means that nothing of it is alive.
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_caller_that_hangs_up_cancels(agent: Running) -> None:
+    from fluxlib.rpc.gen import flux_pb2 as pb
+
+    call = agent.stub.ExecuteFunction.future(
+        pb.ExecutionRequest(function_name="hello", args=["sleep", "60"], execution_id="hung-up")
+    )
+    wait_until(lambda: (one := agent.record("hung-up")) and one.output, "it to run")
+    call.cancel()
+    record = wait_until(lambda: (one := agent.record("hung-up")).status.ended and one, "it to be cancelled", 5)
+    assert (record.status, record.error) == ("cancelled", "cancelled: the caller is gone")
+
+
+def test_cancels_of_the_unknown_and_the_ended(agent: Running) -> None:
+    assert agent.cancel("nobody").message == "execution not found"
+    agent.run("say", "x", execution_id="over")
+    answer = agent.cancel("over")
+    assert (answer.success, answer.message, answer.status) == (False, "execution already ended: success", "success")
+
+
+def test_output_while_it_runs_and_after(agent: Running) -> None:
+    agent.run("sleep", "0.3", execution_id="live", asynchronous=True)
+    pieces = list(agent.read("live", follow=True))
+    assert b"".join(piece.data for piece in pieces) == b"started\n"
+    assert pieces[-1].ended
+    assert [(one.data, one.offset, one.ended) for one in agent.read("live", 3, max_bytes=2)] == [(b"rt", 3, False)]
+    assert [(one.data, one.ended) for one in agent.read("live", 8, follow=True)] == [(b"", True)]
+    assert [one.found for one in agent.read("nobody")] == [False]
+
+
+def test_a_large_binary_output_fits_into_every_answer(tmp_path: Path) -> None:
+    with running(tmp_path, max_output_mb=60) as agent:
+        agent.deploy()
+        # NUL is six bytes in JSON.
+        answer = agent.run("spam", str(55 * 1024 * 1024), execution_id="zeros")
+        assert 45 * 1024 * 1024 < len(answer.output) < 50 * 1024 * 1024
+        record = agent.record("zeros")
+        assert record.truncated
+        assert 0 < len(record.output) < 50 * 1024 * 1024
+        assert record.output_bytes == 55 * 1024 * 1024
+        pieces = agent.read("zeros", 54 * 1024 * 1024)
+        assert sum(len(piece.data) for piece in pieces) == 1024 * 1024

@@ -1,0 +1,102 @@
+"""What one Flux is owed: frames of bearable size, nothing lost, memory bounded when it does not fetch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fluxlib.agent.session import _OWED_BYTES, Owed, Session
+from fluxlib.model import ExecutionRecord, ExecutionStatus
+from fluxlib.rpc.gen import flux_pb2 as pb
+
+Fetch = Callable[[ExecutionRecord], ExecutionRecord]
+
+
+def final(name: str, output: bytes | None = b"x", size: int | None = None) -> Owed:
+    record = ExecutionRecord(name, "hello", status=ExecutionStatus.SUCCESS, output=output, exit_code=0)
+    return Owed(replace(record, output_bytes=len(output or b"") if size is None else size), True, with_output=True)
+
+
+def session(fetch: Fetch = lambda record: record) -> Session:
+    made = Session("s", fetch)
+    made.generation = 1
+    return made
+
+
+def frame(one: Session) -> pb.AgentFrame:
+    made = one.next_frame(1)
+    assert made is not None
+    return made
+
+
+def test_frames_batch_and_large_outputs_travel_alone() -> None:
+    one = session()
+    for number in range(100):
+        one.answer(final(f"small-{number}"))
+    one.answer(final("large", b"y" * 3_000_000))
+    one.answer(final("after"))
+    sizes = [[answer.execution_id for answer in frame(one).executed] for _ in range(4)]
+    assert [len(names) for names in sizes] == [64, 36, 1, 1]
+    assert sizes[2:] == [["large"], ["after"]]
+
+
+def test_an_output_in_a_file_is_fetched_only_for_its_frame() -> None:
+    fetched: list[str] = []
+
+    def fetch(record: ExecutionRecord) -> ExecutionRecord:
+        fetched.append(record.execution_id)
+        return replace(record, output=b"z" * record.output_bytes)
+
+    one = session(fetch)
+    for number in range(3):
+        one.answer(final(str(number), None, size=2_000_000))
+    assert fetched == []
+    assert not one.overdue
+    assert len(frame(one).executed[0].response.output) == 2_000_000
+    assert fetched == ["0"]
+
+
+def test_what_is_not_fetched_is_bounded() -> None:
+    one = session()
+    number = 0
+    while not one.overdue:
+        one.answer(final(str(number), b"x" * 60_000))
+        number += 1
+    assert number <= _OWED_BYTES // 60_000 + 1
+    one.acknowledge([str(known) for known in range(number)])
+    assert not one.overdue
+    assert one._owed_bytes == 0
+
+
+def test_resuming_sends_again_what_was_not_acknowledged_and_nothing_twice() -> None:
+    one = session()
+    for name in ("sent", "acknowledged"):
+        one.answer(final(name))
+    frame(one)
+    one.acknowledge(["acknowledged", "unheard of"])
+    one.answer(final("waiting"))
+    with one.condition:
+        assert sorted(one.resume()) == ["sent", "waiting"]
+    assert sorted(answer.execution_id for answer in frame(one).executed) == ["sent", "waiting"]
+
+
+def test_a_stream_whose_time_is_over_gets_none() -> None:
+    one = session()
+    with one.condition:
+        one.end_streams()
+    one.answer(final("x"))
+    assert one.next_frame(1) is None
+    assert one.next_frame(2) is not None
+
+
+def test_freed_and_stopping_ride_along_once() -> None:
+    one = session()
+    one.refused = {"a", "b"}
+    one.freed(["a"])
+    one.say_stopping()
+    first = frame(one)
+    assert (list(first.freed), first.stopping) == (["a"], True)
+    assert one.refused == {"b"}
+    one.answer(final("x"))
+    second = frame(one)
+    assert (list(second.freed), second.stopping, len(second.executed)) == ([], False, 1)
