@@ -18,6 +18,10 @@ from tests.support.need import need_root
 from tests.support.programs import make_zip, wait_until
 
 
+# One agent for the whole module: its pool of threads grows while a test runs.
+pytestmark = pytest.mark.leaks("threads of the module's agent")
+
+
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     settings = {"network": "{node_private_ip: 10.0.0.7}", "max_output_mb": 2}

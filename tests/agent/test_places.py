@@ -1,0 +1,93 @@
+"""Code lies where functions' users can walk to, and what is there for others' state is left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fluxlib.agent.places import closed_parent, programs_dir
+from fluxlib.errors import FluxError
+from tests.support.need import need_root
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    need_root()
+    return tmp_path / "outside"
+
+
+def state(parent: Path, name: str = "state") -> Path:
+    made = parent / name
+    made.mkdir(mode=0o711)
+    return made
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    made = tmp_path / "private"
+    made.mkdir(mode=0o700)
+    return made
+
+
+def test_a_directory_all_can_reach_is_used_itself(outside: Path) -> None:
+    open_to_all = Path("/var/lib")
+    assert closed_parent(open_to_all) is None
+    assert programs_dir(open_to_all, outside) == open_to_all
+    assert not outside.exists()
+
+
+def test_under_a_private_parent_it_is_outside_and_stays_the_same(outside: Path, private: Path) -> None:
+    home = state(private)
+    first = programs_dir(home, outside)
+    assert first.parent == outside
+    assert first.stat().st_mode & 0o777 == 0o711
+    assert (first / "owner").stat().st_mode & 0o777 == 0o600
+    assert programs_dir(home, outside) == first
+    assert programs_dir(state(private, "second"), outside) != first
+
+
+def test_what_belongs_to_state_that_is_gone_is_removed(outside: Path, private: Path) -> None:
+    gone, kept, made_anew = state(private, "gone"), state(private, "kept"), state(private, "anew")
+    first, second, third = (programs_dir(one, outside) for one in (gone, kept, made_anew))
+    for one in (first, second, third):
+        (one / "functions").mkdir()
+    just_begun = outside / ("0" * 16)
+    just_begun.mkdir()
+    (outside / "somebody's").mkdir()
+    shutil.rmtree(gone)
+    shutil.rmtree(made_anew)
+    fresh = programs_dir(state(private, "anew"), outside)
+    assert not first.exists()
+    assert not third.exists()
+    assert fresh not in (first, third)
+    assert (second / "functions").is_dir()
+    assert just_begun.is_dir()
+    assert (outside / "somebody's").is_dir()
+
+
+@pytest.mark.parametrize("trap", ["link", "writable", "not root's", "file"])
+def test_what_somebody_else_put_there_is_not_used(outside: Path, private: Path, tmp_path: Path, trap: str) -> None:
+    target = tmp_path / "target"
+    target.mkdir(mode=0o711)
+    if trap == "link":
+        outside.symlink_to(target)
+    elif trap == "file":
+        outside.write_text("")
+    else:
+        outside.mkdir()
+        os.chmod(outside, 0o777 if trap == "writable" else 0o711)
+        if trap == "not root's":
+            os.chown(outside, 65534, 65534)
+    with pytest.raises(FluxError, match="state_dir"):
+        programs_dir(state(private), outside)
+    assert list(target.iterdir()) == []
+
+
+def test_a_broken_note_is_replaced(outside: Path, private: Path) -> None:
+    home = state(private)
+    (home / "programs").write_text("../../etc")
+    made = programs_dir(home, outside)
+    assert made.parent == outside
