@@ -17,7 +17,6 @@ from tests.agent.running import Running, running
 from tests.support.need import need_root
 from tests.support.programs import make_zip, wait_until
 
-
 # One agent for the whole module: its pool of threads grows while a test runs.
 pytestmark = pytest.mark.leaks("threads of the module's agent")
 
