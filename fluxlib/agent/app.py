@@ -18,7 +18,7 @@ from fluxlib.agent.places import programs_dir
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.config.agent import AgentConfig
-from fluxlib.config.environment import prepare_grpc
+from fluxlib.config.environment import function_basics, prepare_grpc
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
 from fluxlib.store import open_record_store
@@ -157,7 +157,7 @@ def _certificates(config: AgentConfig) -> Certificates | None:
 
 
 def _settings(config: AgentConfig) -> Settings:
-    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+    environment = function_basics()
     if config.node_private_ip:
         environment["FLUX_NODE_PRIVATE_IP"] = config.node_private_ip
     if config.node_public_ip:

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import queue
-import shutil
 import stat
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxlib import archive as archives
+from fluxlib.agent.removal import discard
 from fluxlib.config.function import handler_problem, name_problem
 from fluxlib.errors import InvalidInput, NotFound
 from fluxlib.lifecycle import Deadline
@@ -189,7 +189,7 @@ class Packages:
 
     def _remove_doomed(self) -> None:
         while (doomed := self._doomed.get()) is not None:
-            shutil.rmtree(doomed, ignore_errors=True)
+            discard(doomed)
             with self._lock:
                 self._remove_home(doomed.parent)
 
@@ -203,9 +203,9 @@ class Packages:
                     os.rename(fresh, target)
                     return
         except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
+            discard(fresh)
             raise
-        shutil.rmtree(fresh, ignore_errors=True)
+        discard(fresh)
 
     def _make_home(self, home: Path) -> None:
         if not home.is_dir():
@@ -242,13 +242,13 @@ class Packages:
             installed = _read(home)
             if installed is None:
                 log.warning("%s holds no readable function: removed", home)
-                shutil.rmtree(home, ignore_errors=True)
+                discard(home)
                 continue
             self._installed[home.name] = installed
             for entry in list(home.iterdir()):
                 # What an interrupted deploy or removal left.
                 if entry.name not in (_SPEC, installed.code_digest):
-                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+                    discard(entry) if entry.is_dir() else entry.unlink()
 
     def _give_away(self, directory: Path) -> None:
         """Code belongs to a user no function runs as, so that none can give itself write access."""

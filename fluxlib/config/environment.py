@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -44,14 +45,19 @@ def program_data() -> Path:
 
 
 def windows_basics() -> dict[str, str]:
-    """What Windows programs cannot start without, from this machine."""
+    """What Windows programs cannot start without, from this machine; of PATH only the system's own part."""
     names = (
-        "SystemRoot",
-        "SystemDrive",
-        "windir",
-        "ComSpec",
-        "PATHEXT",
-        "NUMBER_OF_PROCESSORS",
-        "PROCESSOR_ARCHITECTURE",
+        *("SystemRoot", "SystemDrive", "windir", "ComSpec", "PATHEXT", "NUMBER_OF_PROCESSORS"),
+        *("PROCESSOR_ARCHITECTURE", "ProgramData", "ProgramFiles", "ProgramFiles(x86)", "ProgramW6432"),
     )
-    return {name: os.environ[name] for name in names if name in os.environ}
+    basics = {name: os.environ[name] for name in names if name in os.environ}
+    root = basics.setdefault("SystemRoot", r"C:\Windows")
+    path = (r"\system32", "", r"\System32\Wbem", r"\System32\WindowsPowerShell\v1.0")
+    return basics | {"PATH": ";".join(root + part for part in path)}
+
+
+def function_basics() -> dict[str, str]:
+    """What every function's environment begins with."""
+    if sys.platform == "win32":
+        return windows_basics()
+    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}

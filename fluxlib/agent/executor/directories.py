@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from fluxlib.agent.removal import discard, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class WorkDirectories:
         self._root = root
         self._queue: queue.SimpleQueue[tuple[str, Callable[[], None] | None] | None] = queue.SimpleQueue()
         if root.exists():
-            shutil.rmtree(root, ignore_errors=True)
+            discard(root)
         root.mkdir(mode=0o711, parents=True, exist_ok=True)
         os.chmod(root, 0o711)
         self._thread = threading.Thread(target=self._run, name="work-directories", daemon=True)
@@ -58,22 +59,9 @@ class WorkDirectories:
         while (task := self._queue.get()) is not None:
             path, then = task
             try:
-                shutil.rmtree(path, onerror=_make_writable_and_retry)
+                remove_tree(path)
             except OSError as error:
                 log.error("the work directory %s cannot be removed: %s", path, error)
                 continue  # its user is not used again
             if then is not None:
                 then()
-
-
-def _make_writable_and_retry(function: Callable[..., object], path: str, _info: object) -> None:
-    """A function may have taken the write bit from its own directories; a parent's counts for removing."""
-    if not os.path.lexists(path):
-        return
-    for target in (os.path.dirname(path), path):
-        if not os.path.islink(target):
-            os.chmod(target, 0o700)
-    if function in (os.open, os.scandir, os.listdir):
-        shutil.rmtree(path)
-    else:
-        function(path)

@@ -7,15 +7,17 @@ leaves nothing running.
 
 from __future__ import annotations
 
+import os
 import sys
 from ctypes import Structure, byref, sizeof
 from ctypes.wintypes import DWORD
 from dataclasses import dataclass
 
-from fluxlib.agent.executor import winapi
 from fluxlib.agent.executor.base import Limits
 
 assert sys.platform == "win32"
+
+from fluxlib.agent.executor import winapi
 
 KILLED_EXIT_CODE = 1
 
@@ -32,17 +34,18 @@ class Usage:
 class JobObject:
     """One job with its limits set. Raises OSError when the system says no.
 
-    ``port`` and ``key`` say where its notices go; ``cpus`` is how many processors the rate is a share of.
+    ``port`` and ``key`` say where its notices go, None to nobody.
     """
 
-    def __init__(self, limits: Limits, port: int, key: int, cpus: int) -> None:
+    def __init__(self, limits: Limits, port: int | None, key: int) -> None:
         self.handle: int | None = winapi.CreateJobObject(None, None)
         try:
             self._limit(limits)
             if limits.cpu_millicores is not None:
-                self._limit_cpu(limits.cpu_millicores, cpus)
-            where = winapi.JOBOBJECT_ASSOCIATE_COMPLETION_PORT(key, port)
-            self._set(winapi.JobObjectAssociateCompletionPortInformation, where)
+                self._limit_cpu(limits.cpu_millicores)
+            if port is not None:
+                where = winapi.JOBOBJECT_ASSOCIATE_COMPLETION_PORT(key, port)
+                self._set(winapi.JobObjectAssociateCompletionPortInformation, where)
         except BaseException:
             self.close()
             raise
@@ -82,9 +85,9 @@ class JobObject:
         basic.LimitFlags = flags
         self._set(winapi.JobObjectExtendedLimitInformation, extended)
 
-    def _limit_cpu(self, millicores: int, cpus: int) -> None:
+    def _limit_cpu(self, millicores: int) -> None:
         # In hundredths of a per cent of the whole machine, at least one and at most all of it.
-        rate = max(1, min(10_000, millicores * 10_000 // (1000 * cpus)))
+        rate = max(1, min(10_000, millicores * 10 // (os.cpu_count() or 1)))
         flags = winapi.JOB_OBJECT_CPU_RATE_CONTROL_ENABLE | winapi.JOB_OBJECT_CPU_RATE_CONTROL_HARD_CAP
         self._set(winapi.JobObjectCpuRateControlInformation, winapi.JOBOBJECT_CPU_RATE_CONTROL_INFORMATION(flags, rate))
 

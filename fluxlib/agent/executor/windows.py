@@ -19,26 +19,28 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from fluxlib.agent.executor import winapi
 from fluxlib.agent.executor import windows_commands as commands
 from fluxlib.agent.executor.base import Exit, Isolation, Job, Limits
 from fluxlib.agent.executor.directories import WorkDirectories
+from fluxlib.config.agent import AgentConfig
+from fluxlib.config.environment import windows_basics
+from fluxlib.errors import CannotStart, Stopping
+from fluxlib.model import FunctionSpec, WorkingDirectory
+
+assert sys.platform == "win32"
+
+from fluxlib.agent.executor import winapi
 from fluxlib.agent.executor.jobobject import JobObject, exit_code
+from fluxlib.agent.executor.windows_job import WindowsJob
 from fluxlib.agent.executor.windows_process import (
     CompletionPort,
     NotStarted,
     OutputPipe,
-    Process,
     create_suspended,
     inheritable_copy,
     open_nul,
 )
-from fluxlib.config.agent import AgentConfig
-from fluxlib.config.environment import windows_basics
-from fluxlib.errors import CannotStart, Stopping, Unenforceable
-from fluxlib.model import Enforcement, FunctionSpec, Network, WorkingDirectory
-
-assert sys.platform == "win32"
+from fluxlib.agent.executor.windows_profile import check_limits, probe
 
 log = logging.getLogger(__name__)
 
@@ -51,65 +53,18 @@ _CONSOLE_GOODBYE = 1.0
 _PIPE_NOTICE = 1  # the lowest bit of a key: from the pipe, not from the job
 
 
-class WindowsJob:
-    """A job that runs; the RunningJob of the contract. Handles are closed under ``lock`` only."""
-
-    def __init__(self, owner: WindowsExecutor, identifier: int, job: Job, directory: str) -> None:
-        self._owner = owner
-        self.identifier = identifier
-        self.job = job
-        self.directory = directory
-        self.lock = threading.Lock()
-        self.object: JobObject | None = None
-        self.process: Process | None = None
-        self.pipe: OutputPipe | None = None
-        self.pid: int | None = None
-        self.on_exit: Callable[[Exit], None] = lambda ended: None
-        self.start_error = ""
-        self.asked_to_stop = False
-        self.leader_ended = False
-        self.memory_refused = False
-        self.dead_at: float | None = None  # time.monotonic, when nothing of the tree was left
-        self.hold_until = 0.0
-
-    def terminate(self) -> None:
-        self._owner.ask_to_stop(self)
-
-    def kill(self) -> None:
-        self.asked_to_stop = True
-        self.end_tree()
-
-    def end_tree(self) -> None:
-        with self.lock, contextlib.suppress(OSError):
-            if self.object is not None:
-                self.object.terminate()
-
-    def close(self) -> None:
-        with self.lock:
-            if self.object is not None:
-                self.object.close()
-            if self.process is not None:
-                self.process.close()
-            self.object = self.process = None
-
-
 class WindowsExecutor:
     """See the module. Profiles: ``default``, and ``off`` (the jobs without their limits)."""
 
     def __init__(self, config: AgentConfig, state_dir: Path) -> None:
-        if config.isolation in ("strict", "minimal"):
-            raise Unenforceable(
-                f"isolation: {config.isolation} is Linux's; on Windows choose default (or leave it out) or off"
-            )
+        self._isolation = probe(config.isolation)
         # Inherited by every program: a missing DLL is an exit code, not a dialog on nobody's screen.
         winapi.SetErrorMode(winapi.SEM_FAILCRITICALERRORS | winapi.SEM_NOGPFAULTERRORBOX)
-        self._cpus = os.cpu_count() or 1
-        self._wine = winapi.is_wine()  # it accepts limits and holds nothing to them, and keeps no figures
+        self._wine = winapi.is_wine()  # it keeps no figures of jobs
         self._port = CompletionPort()
-        self._isolation = self._probe(config.isolation == "off")
         # With a console programs share it and CTRL_BREAK asks their group to stop; a service has none to share.
-        self._console = winapi.has_console()
-        self._flags = winapi.CREATE_NEW_PROCESS_GROUP | (0 if self._console else winapi.CREATE_NO_WINDOW)
+        self.console = winapi.has_console()
+        self._flags = winapi.CREATE_NEW_PROCESS_GROUP | (0 if self.console else winapi.CREATE_NO_WINDOW)
         self._state_dir = state_dir
         self._basics = windows_basics()
         self._directories = WorkDirectories(state_dir / "work")
@@ -130,22 +85,7 @@ class WindowsExecutor:
 
     def check(self, spec: FunctionSpec) -> tuple[str, ...]:
         commands.check_handler(spec.handler)
-        asked = {
-            Enforcement.MEMORY: ("resources.memory", spec.memory_mb),
-            Enforcement.CPU: ("resources.cpu", spec.cpu_millicores),
-            Enforcement.PROCESSES: ("limits.processes", spec.max_processes),
-            Enforcement.OPEN_FILES: ("limits.open_files", spec.max_open_files),
-            Enforcement.FILE_SIZE: ("limits.file_size", spec.max_file_size_mb),
-            Enforcement.TMP_SIZE: ("limits.tmp_size", spec.tmp_size_mb),
-            Enforcement.NETWORK_NONE: ("network: none", spec.network is Network.NONE),
-        }
-        missing = [name for what, (name, value) in asked.items() if value and what not in self._isolation.enforces]
-        if missing and self._isolation.profile != "off":
-            raise Unenforceable(
-                f"this Windows agent cannot enforce {', '.join(missing)} of {spec.name}: leave it out, "
-                "run the function on Linux, or set isolation: off in agent.yaml to run it without"
-            )
-        return tuple(f"{name} is not enforced: isolation is off on this agent" for name in missing)
+        return check_limits(self._isolation, spec)
 
     def check_args(self, handler: str, args: tuple[str, ...]) -> None:
         commands.check_arguments(handler, args)
@@ -157,7 +97,7 @@ class WindowsExecutor:
         on_exit: Callable[[Exit], None],
         on_started: Callable[[int], None] | None = None,
     ) -> WindowsJob:
-        program, line = commands.command_line(job.argv, self._basics.get("SystemRoot", r"C:\Windows"))
+        program, line = commands.command_line(job.argv, self._basics["SystemRoot"])
         with self._lock:
             if self._stopping:
                 raise Stopping("the agent is stopping")
@@ -186,7 +126,7 @@ class WindowsExecutor:
     def ask_to_stop(self, run: WindowsJob) -> None:
         """CTRL_BREAK to its process group; without a console there is nothing to ask with, so it is ended."""
         run.asked_to_stop = True
-        if self._console:
+        if self.console:
             with run.lock:
                 if run.process is None or run.leader_ended:
                     return
@@ -217,27 +157,12 @@ class WindowsExecutor:
 
     # -- starting one --------------------------------------------------------------------
 
-    def _probe(self, off: bool) -> Isolation:
-        if off:
-            note = "isolation is off: agent.yaml says so; functions run without limits, as this agent's user"
-            return Isolation("off", frozenset(), (note,))
-        notes = ["functions run as this agent's user, each in a job object; their files are not kept apart"]
-        if self._wine:
-            return Isolation("default", frozenset(), (*notes, "Wine holds no program to a limit: they are refused"))
-        enforces = {Enforcement.MEMORY, Enforcement.PROCESSES}
-        try:
-            JobObject(Limits(cpu_millicores=1000), self._port.handle, 0, self._cpus).close()
-            enforces.add(Enforcement.CPU)
-        except OSError as error:
-            notes.append(f"this Windows has no CPU rate for jobs ({error})")
-        return Isolation("default", frozenset(enforces), tuple(notes))
-
     def _create(self, run: WindowsJob, program: str, line: str, on_output: Callable[[bytes], None]) -> None:
         """The job, the pipe and the suspended process inside it. Raises OSError; the caller abandons then."""
         job = run.job
         limits = Limits() if self._isolation.profile == "off" else job.limits
         key = run.identifier << 1
-        run.object = JobObject(limits, self._port.handle, key, self._cpus)
+        run.object = JobObject(limits, self._port.handle, key)
         run.pipe = OutputPipe(self._port.handle, key | _PIPE_NOTICE, on_output)
         stdin = self._standard_input(job)
         try:
@@ -365,7 +290,7 @@ class WindowsExecutor:
             return
         if not run.hold_until:
             code = exit_code(run.process.handle) if run.process.ended(5.0) else None
-            by_console = self._console and code == winapi.STATUS_CONTROL_C_EXIT and not run.asked_to_stop
+            by_console = self.console and code == winapi.STATUS_CONTROL_C_EXIT and not run.asked_to_stop
             run.hold_until = now + _CONSOLE_GOODBYE if by_console else now
         if run.asked_to_stop or now >= run.hold_until:
             self._finish(run)

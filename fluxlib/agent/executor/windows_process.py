@@ -13,9 +13,9 @@ from ctypes import byref, c_size_t, c_void_p, sizeof
 from ctypes.wintypes import DWORD, HANDLE
 from dataclasses import dataclass
 
-from fluxlib.agent.executor import winapi
-
 assert sys.platform == "win32"
+
+from fluxlib.agent.executor import winapi
 
 _READ_SIZE = 64 * 1024
 _pipe_numbers = itertools.count(1)
