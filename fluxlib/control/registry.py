@@ -13,7 +13,7 @@ import bisect
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,17 +81,19 @@ class Registry:
 
     # -- slots ---------------------------------------------------------------------
 
-    def place(self, function_name: str, choose: Choose, *, slots: int = 0, memory_mb: int = 0) -> Reservation | None:
+    def place(
+        self, function_name: str, choose: Choose, *, slots: int = 0, memory_mb: int = 0, only: str = ""
+    ) -> Reservation | None:
         """Let ``choose`` pick from the agents that take work, most headroom first, and reserve there.
 
         Agents without a slot for the function are not shown, nor those that lack it. ``slots`` is the
         function's ``max_concurrency`` per agent (0 = not limited). ``choose`` runs under the lock: it must be
-        quick and call nothing here. None when it picks none.
+        quick and call nothing here. ``only``: the one agent that may take it. None when it picks none.
         """
         with self._lock:
             if self._all_full(function_name):
                 return None
-            agent = choose(self._candidates(function_name))
+            agent = choose(self._candidates(function_name, only))
             return None if agent is None else self._reserve(agent, function_name, slots, memory_mb)
 
     def reserve(self, agent_id: str, function_name: str, *, slots: int = 0, memory_mb: int = 0) -> Reservation | None:
@@ -228,8 +230,13 @@ class Registry:
 
     # -- under the lock ------------------------------------------------------------------
 
-    def _candidates(self, function_name: str) -> Iterator[AgentState]:
-        for _, _, agent_id in reversed(self._order):
+    def _candidates(self, function_name: str, only: str) -> Iterator[AgentState]:
+        if only:
+            found = self._agents.get(only)
+            ids: Iterable[str] = (only,) if found is not None and found._key is not None else ()
+        else:
+            ids = (agent_id for _, _, agent_id in reversed(self._order))
+        for agent_id in ids:
             agent = self._agents[agent_id]
             if function_name not in agent.full and "" not in agent.full and function_name not in agent.lacking:
                 yield agent

@@ -8,7 +8,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fluxlib.control.connection import ConnectionEvents, Introduction, OnAnswer, OnReport
+from fluxlib.control.connection import (
+    AgentConnection,
+    ConnectionEvents,
+    Connector,
+    Introduction,
+    OnAnswer,
+    OnReport,
+)
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.health import HealthPoller
 from fluxlib.control.joining import Joiner
@@ -252,7 +259,7 @@ class Fleet:
     def __init__(
         self,
         store: ControlStore | None = None,
-        wire: Wire | None = None,
+        wire: Connector | None = None,
         *,
         session: str = "s1",
         shared: bool = False,
@@ -260,10 +267,12 @@ class Fleet:
         tls: bool = True,
         max_archive_bytes: int = 10**6,
         clock: list[float] | None = None,
+        interval: float = 10,
+        lost_after: float = 300,
     ) -> None:
         self.time = clock if clock is not None else [now]
         self.store = store if store is not None else MemoryControlStore()
-        self.wire = wire if wire is not None else Wire()
+        self.wire: Any = wire if wire is not None else Wire()
         self.executions = Executions()
         self.registry = Registry()
         self.leadership = Leadership(self.store, session, shared=shared, clock=self.clock)
@@ -306,8 +315,8 @@ class Fleet:
             self.pusher,
             self.leadership,
             self.sharing,
-            interval=10,
-            lost_after=300,
+            interval=interval,
+            lost_after=lost_after,
         )
 
     @property
@@ -344,8 +353,13 @@ class Fleet:
         assert state is not None
         return state
 
-    def connection(self, agent_id: str) -> Connection:
+    def connection_of(self, agent_id: str) -> AgentConnection:
         connection = self.state(agent_id).connection
+        assert connection is not None
+        return connection
+
+    def connection(self, agent_id: str) -> Connection:
+        connection = self.connection_of(agent_id)
         assert isinstance(connection, Connection)
         return connection
 

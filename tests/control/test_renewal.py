@@ -1,0 +1,131 @@
+"""Renewal's judgement under invented times; over real agents it is tested with the membership."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fluxlib.control.renewal import OwnIdentity, Renewal
+from fluxlib.errors import AgentRefused
+from fluxlib.pki import Authority
+from fluxlib.pki import certificates as certs
+from tests.support.fleet import Fleet, Machine
+
+DAY = 86400.0
+
+
+@dataclass
+class Place:
+    fleet: Fleet
+    machine: Machine
+    authority: Authority
+    own: OwnIdentity
+    renewal: Renewal
+    directory: Path
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    authority = Authority.open(tmp_path)
+    own = OwnIdentity(authority)
+    start = certs.utc_now().timestamp()
+    fleet = Fleet(now=start)
+    machine = fleet.wire.add("w1", not_after=start + 100 * DAY)
+    fleet.membership.register("w1:50052", legacy=False)
+    renewal = Renewal(authority, own, fleet.registry, fleet.leadership, clock=fleet.clock)
+    yield Place(fleet, machine, authority, own, renewal, tmp_path)
+    fleet.close()
+
+
+def able(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Let the agent take part; the certificates it was given."""
+    key = certs.new_key()
+    given: list[bytes] = []
+    connection = place.fleet.connection("w1")
+    monkeypatch.setattr(connection, "create_certificate_request", lambda: certs.make_csr(key, "anything"))
+    monkeypatch.setattr(connection, "install_certificate", lambda pem, ca: given.append(pem))
+    return given
+
+
+def later(place: Place, days: float) -> float:
+    place.fleet.time[0] += days * DAY
+    place.fleet.leadership.tick(place.fleet.now)
+    return place.fleet.now
+
+
+def test_it_renews_thirty_days_before_the_end_and_not_earlier(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = able(place, monkeypatch)
+    place.renewal.tick(later(place, 69))
+    assert given == []
+    assert place.renewal.warnings() == []
+    now = later(place, 2)
+    assert place.renewal.warnings() != []
+    place.renewal.tick(now)
+    assert len(given) == 1
+    assert place.renewal.warnings() == []
+    place.renewal.tick(later(place, 1))
+    assert len(given) == 1
+
+
+def test_a_failure_is_told_with_its_reason_and_tried_again_after_a_while(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    connection = place.fleet.connection("w1")
+
+    def refuse() -> bytes:
+        asked.append(place.fleet.now)
+        raise AgentRefused("the disk is full")
+
+    monkeypatch.setattr(connection, "create_certificate_request", refuse)
+    place.renewal.tick(later(place, 80))
+    (warning,) = place.renewal.warnings()
+    assert "w1" in warning
+    assert "the disk is full" in warning
+    place.renewal.tick(later(place, 1 / 1440))
+    assert len(asked) == 1
+    place.renewal.tick(later(place, 0.1))
+    assert len(asked) == 2
+    given = able(place, monkeypatch)
+    place.renewal.tick(later(place, 0.1))
+    assert len(given) == 1
+    assert place.renewal.warnings() == []
+
+
+def test_only_the_leader_renews_agents_and_nobody_renews_an_original(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = able(place, monkeypatch)
+    place.fleet.time[0] += 80 * DAY  # and the lease with it
+    place.renewal.tick(place.fleet.now)
+    assert given == []
+    place.fleet.leadership.tick(place.fleet.now)
+    place.renewal.tick(place.fleet.now)
+    assert len(given) == 1
+
+
+def test_every_connection_is_reopened_under_a_new_certificate_of_flux(place: Place) -> None:
+    place.renewal.tick(place.fleet.now)
+    assert place.fleet.connection("w1").reopened == 0
+    old = place.own.current()
+    key = certs.new_key()
+    authority = place.authority
+    short = certs.sign(
+        authority._ca, authority._ca_key, key.public_key(), "flux", ["flux"], timedelta(days=20), certs.utc_now()
+    )
+    (place.directory / "flux" / "flux-key.pem").write_bytes(certs.key_pem(key))
+    (place.directory / "flux" / "flux.pem").write_bytes(certs.cert_pem(short))
+    assert any("Flux's certificate" in warning for warning in place.renewal.warnings())
+    place.renewal.tick(place.fleet.now)
+    assert place.fleet.connection("w1").reopened == 1
+    assert place.own.current().cert_pem not in (old.cert_pem, certs.cert_pem(short))
+    assert place.renewal.warnings() == []
+
+
+def test_the_authoritys_own_end_is_told(place: Place) -> None:
+    place.fleet.time[0] += 3630 * DAY
+    assert any("CA's certificate" in warning for warning in place.renewal.warnings())

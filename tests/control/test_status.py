@@ -1,0 +1,71 @@
+"""What /health is told: the store as it is, the loops, and what to worry about."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from fluxlib.control.registry import Registry
+from fluxlib.control.status import StatusService
+from fluxlib.errors import StoreUnavailable
+from fluxlib.lifecycle import Deadline, Loop
+from fluxlib.store.memory import MemoryControlStore
+
+
+def service(store: MemoryControlStore, *, tls: bool = True) -> StatusService:
+    return StatusService(store, Registry(), tls=tls, stopping=lambda: False, leads=lambda: True)
+
+
+def test_a_store_that_is_away_is_said_and_asked_once_a_second_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryControlStore()
+    status = service(store)
+    asked = 0
+
+    def ping() -> None:
+        nonlocal asked
+        asked += 1
+        raise StoreUnavailable("redis refused the connection")
+
+    monkeypatch.setattr(store, "ping", ping)
+    for _ in range(50):
+        with pytest.raises(StoreUnavailable, match="refused"):
+            status.check_store()
+    assert 1 <= asked <= 2
+    monkeypatch.undo()
+    monkeypatch.setattr("fluxlib.control.status._STORE_SECONDS", 0.0)
+    status.check_store()
+
+
+def test_warnings_name_the_store_the_missing_tls_and_what_others_know() -> None:
+    status = service(MemoryControlStore(), tls=False)
+    status.warn(lambda: ["a stray node"])
+    warnings = list(status.warnings())
+    assert any("in memory" in warning for warning in warnings)
+    assert any("without TLS" in warning for warning in warnings)
+    assert "a stray node" in warnings
+    assert not any("TLS" in warning for warning in service(MemoryControlStore()).warnings())
+
+
+def test_a_loop_that_crashes_is_seen() -> None:
+    crashed = threading.Event()
+
+    def body(now: float) -> None:
+        crashed.set()
+        raise RuntimeError("broken")
+
+    status = service(MemoryControlStore())
+    loop = status.watch(Loop("shaky", body, 60)).start()
+    assert crashed.wait(5)
+    loop.stop(Deadline(5))
+    (report,) = status.loops()
+    assert (report.name, report.crashes, report.last_error) == ("shaky", 1, "RuntimeError: broken")
+
+
+def test_the_machines_figures_are_sampled() -> None:
+    status = service(MemoryControlStore())
+    status.tick(2_000_000_000.0)
+    figures = status.figures()
+    assert figures.collected_at == 2_000_000_000.0
+    assert 0 < figures.memory_used_mb < figures.memory_total_mb
+    assert 0 <= figures.cpu_percent <= 100
