@@ -63,6 +63,7 @@ class Pipeline:
             return answer
         finally:
             if not handed_on:
+                request.answered = True
                 leave()
 
     @staticmethod

@@ -22,15 +22,20 @@ class NobodyWaiting:
 
 
 class Channel:
-    """The Caller behind a connection: the server tells when it closes."""
+    """The Caller behind a connection: the server tells when it closes.
 
-    __slots__ = ("_on_gone",)
+    It does so until its own end of serving the request; a client may have its
+    answer and be gone before. ``answered`` is asked, so that this is no going away.
+    """
 
-    def __init__(self, on_gone: Callable[[Callable[[], None]], None]) -> None:
+    __slots__ = ("_answered", "_on_gone")
+
+    def __init__(self, on_gone: Callable[[Callable[[], None]], None], answered: Callable[[], bool]) -> None:
         self._on_gone = on_gone
+        self._answered = answered
 
     def on_gone(self, callback: Callable[[], None]) -> None:
-        self._on_gone(callback)
+        self._on_gone(lambda: None if self._answered() else callback())
 
 
 class Request:
@@ -39,7 +44,7 @@ class Request:
     ``subject`` is what the audit log names beside the path, set by a body's reader or a handler.
     """
 
-    __slots__ = ("data", "environ", "method", "params", "path", "principal", "query", "services", "subject")
+    __slots__ = ("answered", "data", "environ", "method", "params", "path", "principal", "query", "services", "subject")
 
     def __init__(self, environ: Mapping[str, Any], services: Services, params: Mapping[str, str]) -> None:
         self.environ = environ
@@ -51,6 +56,7 @@ class Request:
         self.data: Any = None
         self.principal: Principal | None = None
         self.subject = ""
+        self.answered = False  # the answer is made; only sending it is left
 
     def header(self, name: str) -> str:
         """A header by its WSGI name without HTTP_, empty when absent."""
@@ -63,7 +69,7 @@ class Request:
     @property
     def caller(self) -> Channel | NobodyWaiting:
         on_gone = self.environ.get("flux.on_gone")
-        return Channel(on_gone) if on_gone is not None else NobodyWaiting()
+        return Channel(on_gone, lambda: self.answered) if on_gone is not None else NobodyWaiting()
 
     @property
     def may_see_all(self) -> bool:

@@ -38,6 +38,22 @@ class _Listener(TcpWSGIServer):  # type: ignore[misc]
     channel_class = QuietChannel
     draining = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._trigger_lock = threading.Lock()
+        self._trigger_closed = False
+        super().__init__(*args, **kwargs)
+
+    def pull_trigger(self) -> None:
+        """Wakes the loop. After its end by no means: the descriptor's number may be another file's by then."""
+        with self._trigger_lock:
+            if not self._trigger_closed:
+                self.trigger.pull_trigger()
+
+    def close_trigger(self) -> None:
+        with self._trigger_lock:
+            self._trigger_closed = True
+            self.trigger.close()
+
     def set_reuse_addr(self) -> None:
         # On Windows SO_REUSEADDR lets a second program take the port of a living one.
         if sys.platform == "win32":
@@ -65,9 +81,10 @@ class WebServer:
                     _Listener(app, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address)
                 )
         except OSError as error:
-            wasyncore.close_all(self._map)
+            self._close_all()
             raise FluxError(_listen_problem(config, error)) from error
         self.port = int(self._listeners[0].effective_port)
+        self.turns = 0  # of the loop: it must stand still while all there is waits
         self._deadline: Deadline | None = None
         self._thread = threading.Thread(target=self._run, name="http-loop", daemon=True)
 
@@ -87,8 +104,8 @@ class WebServer:
             self._listeners[0].pull_trigger()
             # The loop ends by itself at the deadline; a little more, to see it end.
             self._thread.join(deadline.remaining() + 1.0)
-        else:
-            wasyncore.close_all(self._map)
+        elif self._deadline is None:  # never started
+            self._close_all()
         self._pool.stop(deadline)
 
     # -- the loop's thread -------------------------------------------------------------
@@ -99,6 +116,7 @@ class WebServer:
         try:
             while self._deadline is None:
                 poll(_LOOP_SECONDS, self._map)
+                self.turns += 1
             self._stop_listening()
             while self._open_channels() and self._deadline.remaining() > 0:
                 poll(min(_LOOP_SECONDS, self._deadline.remaining()), self._map)
@@ -106,9 +124,15 @@ class WebServer:
             left = self._open_channels()
             if left:
                 log.warning("closing %d connections with unfinished requests", left)
-            for channel in self._channels():
-                channel.handle_close()
-            wasyncore.close_all(self._map)
+            self._close_all()
+
+    def _close_all(self) -> None:
+        for channel in self._channels():
+            channel.handle_close()
+        for listener in self._listeners:
+            listener.close_trigger()
+        # What is left: a socket that could not be bound, listeners of a loop that never ran.
+        wasyncore.close_all(self._map)
 
     def _stop_listening(self) -> None:
         """Closes the sockets and keeps the triggers, by which workers wake the loop."""

@@ -1,0 +1,452 @@
+"""Over real sockets: what clients do to a server, good ones and bad ones."""
+
+from __future__ import annotations
+
+import json
+import resource
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+
+from fluxlib.control.http import create_app
+from fluxlib.control.services import Call, Caller
+from fluxlib.control.webserver import WebServer
+from fluxlib.errors import AgentLost, FluxError
+from fluxlib.lifecycle import Deadline
+from fluxlib.model import ExecutionRecord, ExecutionStatus
+from tests.http.conftest import Client
+from tests.http.fakes import FakeOutput, Fakes, config, ended
+from tests.http.sockets import Wire, head
+from tests.support.programs import wait_until
+
+Serve = Callable[..., WebServer]
+
+
+class Gate:
+    """Calls that wait until they are let go, as functions that run."""
+
+    def __init__(self, fakes: Fakes) -> None:
+        self.open = threading.Event()
+        self.waiting = threading.Semaphore(0)
+        self.count = 0
+        self.gone: list[str] = []
+        self.gone_event = threading.Event()
+        fakes.executions.run = self._run
+
+    def _run(self, call: Call, caller: Caller, number: int) -> ExecutionRecord:
+        cancelled = threading.Event()
+
+        def gone() -> None:
+            self.gone.append(call.function_name)
+            cancelled.set()
+            self.gone_event.set()
+
+        caller.on_gone(gone)
+        self.count += 1
+        self.waiting.release()
+        while not self.open.wait(0.01):
+            if cancelled.is_set():
+                return ended(call, number, status=ExecutionStatus.CANCELLED, error="cancelled")
+        return ended(call, number)
+
+    def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            assert self.waiting.acquire(timeout=20)
+
+
+@pytest.fixture
+def fakes() -> Fakes:
+    return Fakes()
+
+
+@pytest.fixture
+def gate(fakes: Fakes) -> Iterator[Gate]:
+    gate = Gate(fakes)
+    yield gate
+    gate.open.set()
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_a_call_and_its_answer(fakes: Fakes, serve: Serve, front: bool) -> None:
+    with Wire(serve(fakes, front=front).port) as wire:
+        for word in ("one", "two"):  # on one connection
+            wire.send("POST", "/execute/hello", json.dumps({"args": [word]}).encode())
+            status, headers, body = wire.answer()
+            assert (status, json.loads(body)["output"]) == (200, word)
+            assert headers["server"] == "Flux"
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_others_are_answered_while_every_place_is_taken(serve: Serve, front: bool) -> None:
+    fakes = Fakes(max_blocking=200)
+    gate = Gate(fakes)
+    server = serve(fakes, front=front)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.port)) for _ in range(200)]
+        for wire in wires:
+            wire.send("POST", "/execute/hello")
+        gate.wait_for(200)
+        begun = time.monotonic()
+        with Wire(server.port) as other:
+            status, headers, body = other.send("POST", "/execute/hello").answer()
+            assert status == 503
+            assert headers["retry-after"] == "1"
+            assert "200 requests are waiting" in json.loads(body)["error"]
+            for method, path, expected in [
+                ("GET", "/health", 200),
+                ("GET", "/agents", 200),
+                ("GET", "/executions", 200),
+                ("GET", "/executions/absent", 404),
+                ("DELETE", "/executions/absent", 404),
+                ("DELETE", "/functions/absent", 404),
+            ]:
+                assert other.send(method, path).answer()[0] == expected, path
+            body = b"name: greet\nhandler: x"
+            assert other.send("PUT", "/functions", body).answer()[0] == 201
+        assert time.monotonic() - begun < 5
+        gate.open.set()
+        assert all(wire.answer()[0] == 200 for wire in wires)
+    assert gate.count == 200
+
+
+def test_threads_are_made_as_they_are_needed(fakes: Fakes, serve: Serve, gate: Gate) -> None:
+    server = serve(fakes)
+    assert server.threads == 0
+    gate.open.set()
+    with Wire(server.port) as wire:
+        for _ in range(5):
+            wire.send("GET", "/health").answer()
+    # The next request may come before the thread of the last one is free again.
+    assert 1 <= server.threads <= 2
+
+
+class TestAbandoned:
+    @pytest.mark.parametrize("how", ["close", "reset", "half"])
+    def test_a_client_that_goes_away_is_noticed(self, fakes: Fakes, serve: Serve, gate: Gate, how: str) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.send("POST", "/execute/hello")
+            gate.wait_for(1)
+            if how == "reset":
+                linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+                wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            if how == "half":
+                wire.socket.shutdown(socket.SHUT_WR)
+            else:
+                wire.close()
+            assert gate.gone_event.wait(5)
+        assert gate.gone == ["hello"]
+
+    def test_one_that_stays_is_not_taken_for_gone(self, fakes: Fakes, serve: Serve, gate: Gate) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.send("POST", "/execute/hello")
+            gate.wait_for(1)
+            gate.open.set()
+            assert wire.answer()[0] == 200
+        assert gate.gone == []
+
+    def test_going_away_after_the_answer_tells_nobody(self, fakes: Fakes, serve: Serve, gate: Gate) -> None:
+        gate.open.set()
+        server = serve(fakes)
+        with Wire(server.port) as wire:
+            assert wire.send("POST", "/execute/hello").answer()[0] == 200
+        with Wire(server.port) as other:  # the loop has seen the first one close by now
+            assert other.send("GET", "/health").answer()[0] == 200
+        assert gate.gone == []
+
+    def test_one_who_is_gone_already_is_told_at_once(self, fakes: Fakes, serve: Serve) -> None:
+        entered, go_on, told = threading.Event(), threading.Event(), threading.Event()
+
+        def run(call: Call, caller: Caller, number: int) -> ExecutionRecord:
+            entered.set()
+            assert go_on.wait(10)
+            caller.on_gone(told.set)
+            return ended(call, number)
+
+        fakes.executions.run = run
+        server = serve(fakes)
+        with Wire(server.port) as wire:
+            wire.send("POST", "/execute/hello")
+            assert entered.wait(5)
+        # The close has been read once a later connection is served.
+        wait_until(lambda: _no_channel(server), "the server to see the client go")
+        go_on.set()
+        assert told.wait(5)
+
+
+def _no_channel(server: WebServer) -> bool:
+    return not server._channels()
+
+
+class TestFollowing:
+    def test_shows_output_as_it_is_written(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            stream = self._stream(fakes)
+            stream.feed(b"first")
+            wire.send("GET", "/executions/execution-1/output?follow=1")
+            assert b"chunked" in wire.read_until(b"\r\n\r\n")
+            assert wire.chunk() == b"first"
+            stream.feed(b"\xff\x00second")
+            assert wire.chunk() == b"\xff\x00second"
+            stream.finish()
+            assert wire.chunk() == b""
+        assert stream.closed.wait(5)
+
+    def test_ends_when_the_follower_goes_away_though_nothing_is_written(self, fakes: Fakes, serve: Serve) -> None:
+        server = serve(fakes)
+        stream = self._stream(fakes)
+        with Wire(server.port) as wire:
+            wire.send("GET", "/executions/execution-1/output?follow=1")
+            wait_until(lambda: server.threads == 1, "the follower to be served")
+        assert stream.closed.wait(5)
+
+    def test_that_breaks_is_seen_to_be_broken(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            stream = self._stream(fakes)
+            stream.feed(b"some")
+            wire.send("GET", "/executions/execution-1/output?follow=1")
+            wire.read_until(b"\r\n\r\n")
+            assert wire.chunk() == b"some"
+            stream.finish(AgentLost("worker-1 was lost"))
+            with pytest.raises(ConnectionError):
+                wire.chunk()
+        assert stream.closed.is_set()
+
+    def test_takes_a_quarter_of_the_places_at_most(self, serve: Serve) -> None:
+        fakes = Fakes(max_blocking=8)
+        server = serve(fakes)
+        with ExitStack() as stack:
+            for number in range(2):
+                stream = self._stream(fakes, f"execution-{number}")
+                stream.feed(b"x")
+                wire = stack.enter_context(Wire(server.port))
+                wire.send("GET", f"/executions/execution-{number}/output?follow=1")
+                wire.read_until(b"\r\n\r\n")
+            self._stream(fakes, "execution-9")
+            with Wire(server.port) as third:
+                status, data = third.send("GET", "/executions/execution-9/output?follow=1").json()
+                assert status == 503
+                assert "followed" in data["error"]
+                assert third.send("POST", "/execute/hello").answer()[0] == 200
+        # Their places come back as they go away.
+        self._stream(fakes, "execution-9").finish()
+        wait_until(lambda: _follow(server, "execution-9") == 200, "a place")
+
+    @staticmethod
+    def _stream(fakes: Fakes, execution_id: str = "execution-1") -> FakeOutput:
+        fakes.executions.records[execution_id] = replace(ended(Call("hello"), 1), execution_id=execution_id)
+        stream = FakeOutput(complete=False)
+        fakes.executions.outputs[execution_id] = stream
+        return stream
+
+
+def _follow(server: WebServer, execution_id: str) -> int:
+    with Wire(server.port) as wire:
+        return wire.send("GET", f"/executions/{execution_id}/output?follow=1").answer()[0]
+
+
+class TestProtocol:
+    def test_pipelined_requests_are_answered_in_order(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            requests = b""
+            for number in range(20):
+                body = json.dumps({"args": [str(number)]}).encode()
+                requests += head("POST", "/execute/hello", len(body)) + body
+            wire.raw(requests)
+            assert [wire.json()[1]["output"] for _ in range(20)] == [str(number) for number in range(20)]
+
+    def test_100_continue(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(head("POST", "/execute/hello", 5, Expect="100-continue", Content_Type="text/plain"))
+            assert wire.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+            wire.raw(b"input")
+            assert wire.json()[1]["output"] == "input"
+
+    def test_chunked_bodies(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            request = head("GET", "/execute/hello", Transfer_Encoding="chunked", Content_Type="text/plain")
+            wire.raw(request.replace(b"GET", b"POST", 1) + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
+            assert wire.json()[1]["output"] == "abcde"
+
+    def test_a_large_body_in_small_pieces(self, fakes: Fakes, serve: Serve) -> None:
+        archive = bytes(range(256)) * 8192
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(head("PUT", "/deploy/hello", len(archive)))
+            for start in range(0, len(archive), 50_000):
+                wire.raw(archive[start : start + 50_000])
+            assert wire.answer()[0] == 201
+        assert fakes.functions.archives["hello"] == archive
+
+    def test_large_output_to_a_slow_reader_holds_no_thread(self, fakes: Fakes, serve: Serve) -> None:
+        output = b"0123456789" * 2_000_000
+        fakes.executions.run = lambda call, caller, number: ended(call, number, output=output)
+        server = serve(fakes)
+        with Wire(server.port, timeout=20) as slow, Wire(server.port) as other:
+            slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            slow.send("POST", "/execute/hello")
+            slow.read_until(b"\r\n\r\n")
+            # One thread serves the others while most of it is still unread.
+            for _ in range(3):
+                assert other.send("GET", "/health").answer()[0] == 200
+            wait_until(lambda: len(server._pool._idle) == server.threads, "the thread to be free")
+            received = 0
+            while received < len(output):
+                received += len(slow.socket.recv(1_000_000))
+        assert received >= len(output)
+
+    @pytest.mark.parametrize(
+        ("request_bytes", "status"),
+        [
+            (b"nonsense\r\n\r\n", 400),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\nBad Header: x\r\n\r\n", 400),
+            (b"POST /execute/hello HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+            (b"POST /execute/hello HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+            (b"POST /execute/hello HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+            (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+            (b"GET /functions/%00 HTTP/1.1\r\n\r\n", 400),
+            (b"GET /functions/%2e%2e/health HTTP/1.1\r\n\r\n", 400),
+            (b"GET http://evil.example/nothing HTTP/1.1\r\n\r\n", 404),
+            (b"GET //health HTTP/1.1\r\n\r\n", 400),
+            (b"GET /\xff\xfe HTTP/1.1\r\n\r\n", 400),
+            (b"BREW /health HTTP/1.1\r\n\r\n", 405),
+        ],
+        ids=range(12),
+    )
+    def test_what_is_no_request_is_refused_in_json(
+        self, fakes: Fakes, serve: Serve, request_bytes: bytes, status: int
+    ) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(request_bytes)
+            seen, headers, body = wire.answer()
+            assert seen == status
+            assert headers["content-type"] == "application/json"
+            assert json.loads(body)["error"]
+
+    def test_an_archive_that_is_too_large_is_refused_before_it_is_sent(self, serve: Serve) -> None:
+        with Wire(serve(Fakes(max_archive_mb=1)).port) as wire:
+            wire.raw(head("PUT", "/deploy/hello", 5 * 2**20))
+            status, data = wire.json()
+            assert status == 413
+            assert data["error"]
+
+
+def test_the_loop_does_not_spin_while_calls_wait(fakes: Fakes, serve: Serve, gate: Gate) -> None:
+    server = serve(fakes)
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(Wire(server.port)).send("POST", "/execute/hello")
+        gate.wait_for(20)
+        turns = _turns(server)
+        # A writable socket with nothing to write must not wake the loop.
+        select.select([], [], [], 0.3)
+        assert _turns(server) - turns <= 2
+
+
+def _turns(server: WebServer) -> int:
+    return server.turns
+
+
+class TestStopping:
+    def test_lets_running_calls_finish_and_takes_nothing_new(self, fakes: Fakes, serve: Serve, gate: Gate) -> None:
+        server = serve(fakes)
+        with Wire(server.port) as busy, Wire(server.port) as idle:
+            idle.send("GET", "/health").answer()
+            busy.send("POST", "/execute/hello")
+            gate.wait_for(1)
+            stopping = threading.Thread(target=server.stop, args=(Deadline(20),), name="test-stop")
+            stopping.start()
+            assert idle.closed()
+            wait_until(lambda: _refused(server.port), "the port to be closed")
+            gate.open.set()
+            status, headers, _ = busy.answer()
+            assert (status, headers["connection"]) == (200, "close")
+            assert busy.closed()
+            stopping.join(10)
+            assert not stopping.is_alive()
+        assert server.threads == 0
+        assert gate.gone == []
+
+    def test_ends_at_the_deadline_whatever_runs(self, fakes: Fakes, serve: Serve, gate: Gate) -> None:
+        server = serve(fakes)
+        with Wire(server.port) as wire:
+            wire.send("POST", "/execute/hello")
+            gate.wait_for(1)
+            begun = time.monotonic()
+            server.stop(Deadline(0.3))
+            assert time.monotonic() - begun < 5
+            assert wire.closed()
+        assert gate.gone == ["hello"]
+
+    def test_may_be_told_twice_and_before_the_start(self, fakes: Fakes, serve: Serve) -> None:
+        server = serve(fakes)
+        server.stop(Deadline(1))
+        server.stop(Deadline(1))
+        unstarted = WebServer(lambda environ, start: [], replace(config(), port=0))
+        unstarted.stop(Deadline(1))
+        assert _refused(unstarted.port)
+
+
+def _refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+class TestListening:
+    def test_a_taken_port_says_what_to_do(self, fakes: Fakes, serve: Serve) -> None:
+        port = serve(fakes).port
+        with pytest.raises(FluxError, match=r"another program does.*set `port` in flux\.yaml"):
+            WebServer(lambda environ, start: [], replace(config(), port=port))
+
+    def test_an_address_of_another_machine_too(self) -> None:
+        with pytest.raises(FluxError, match="listen_host"):
+            WebServer(lambda environ, start: [], config(listen_host="192.0.2.1", port=0))
+
+    @pytest.mark.parametrize("host", ["::1", "localhost"])
+    def test_other_addresses_of_this_machine(self, host: str) -> None:
+        if host == "::1" and not _has_ipv6():
+            pytest.skip("no IPv6 here")
+        server = WebServer(lambda environ, start: [], config(listen_host=host, port=0))
+        server.stop(Deadline(1))
+
+    def test_open_files_are_not_what_limits_it(self, fakes: Fakes, serve: Serve) -> None:
+        serve(fakes)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert soft == hard or soft >= 4000
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def test_more_descriptors_than_select_takes(serve: Serve) -> None:
+    """Past descriptor 1023 a server on select ends."""
+    fakes = Fakes()
+    server = serve(fakes)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.port)) for _ in range(600)]
+        wait_until(lambda: len(server._channels()) == 600, "all to be accepted")
+        # Client and server ends share this process: the later ones lie beyond 1024.
+        assert max(channel.socket.fileno() for channel in server._channels()) > 1024
+        assert wires[-1].send("GET", "/health").answer()[0] == 200
+        assert wires[0].send("POST", "/execute/hello").answer()[0] == 200
+
+
+def test_the_client_of_the_other_tests_sees_the_same(fakes: Fakes, serve: Serve) -> None:
+    """What the in-process client takes for granted: the document holds over the wire too."""
+    with Wire(serve(fakes).port) as wire:
+        status, document = wire.send("GET", "/openapi.json").json()
+    assert status == 200
+    assert document == Client(create_app(fakes.services())).document.document
