@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from fluxlib.control.execution import Execution, Withdrawn, worth_keeping
+from fluxlib.control.execution import AlreadyKnown, Execution, Outcome, Withdrawn, worth_keeping
 from fluxlib.control.ledger import Ledger
 from fluxlib.control.placement import Need
 from fluxlib.control.registry import Registry, Reservation
@@ -100,8 +100,8 @@ class Dispatcher:
         else:
             execution.deliver(error)
 
-    def _place_waiting(self, function_name: str) -> Reservation | None:
-        return None if self._stopping else self.slots.place(self.slots.last_need(function_name))
+    def _place_waiting(self, function_name: str, agent_id: str) -> Reservation | None:
+        return None if self._stopping else self.slots.place(self.slots.last_need(function_name), agent_id)
 
     def _on_slot(self, execution: Execution, reservation: Reservation) -> None:
         if execution.detached:
@@ -111,29 +111,33 @@ class Dispatcher:
 
     # -- driving -----------------------------------------------------------------------
 
-    def drive(self, execution: Execution, reservation: Reservation | None) -> ExecutionRecord | None:
+    def drive(
+        self, execution: Execution, reservation: Reservation | None, turned_down: Outcome | None = None
+    ) -> ExecutionRecord | None:
         """Take it to its end (synchronous) or to an agent that accepts it (asynchronous).
 
-        Answers the record; None for an asynchronous one that waits, detached from its caller, or whose answer
-        comes later. Raises what its caller is to be told: it was not accepted then, except with AgentLost.
-        AlreadyKnown: its idempotency key was used before.
+        ``turned_down`` is the answer of an agent that was asked before. Answers the record; None for an
+        asynchronous one that waits, detached from its caller, or whose answer comes later. Raises what its caller
+        is to be told: it was not accepted then, except with AgentLost. AlreadyKnown: its idempotency key was
+        used before.
         """
         try:
             while True:
+                if turned_down is not None:
+                    self._raise_unless_another_may_be_asked(execution, turned_down)
+                    reservation = self.slots.place(self.slots.need(execution.function_name))
                 if reservation is None:
                     reservation = self._wait_for_slot(execution)
                     if reservation is None:
                         return None
                 self._assign(execution, reservation)
-                if execution.detached:
-                    self._send(execution, reservation)
-                    return None
                 self._send(execution, reservation)
+                if execution.detached:
+                    return None
                 answer = execution.wait()
                 if isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started:
                     return self.finish(execution, answer) if answer.status.ended else answer
-                self._raise_unless_another_may_be_asked(execution, answer)
-                reservation = self.slots.place(self.slots.need(execution.function_name))
+                turned_down = answer
         except Withdrawn as reason:
             return self.give_up(execution, reason)
         except Conflict:
@@ -147,6 +151,11 @@ class Dispatcher:
             if not (execution.detached and isinstance(error, StoreUnavailable)):
                 self.give_up(execution, error)
             raise
+        except AlreadyKnown:
+            raise
+        except Exception as error:
+            self.give_up(execution, Internal(f"{type(error).__name__}: {error}"))
+            raise
 
     def _ended_elsewhere(self, execution: Execution) -> ExecutionRecord | None:
         """Another Flux cancelled it, or gave its agent up, before an agent had it."""
@@ -154,18 +163,19 @@ class Dispatcher:
         entry = self._ledger.entry(execution.execution_id)
         return entry.record if entry is not None else None
 
-    def drive_detached(self, execution: Execution, reservation: Reservation | None) -> None:
+    def drive_detached(
+        self, execution: Execution, reservation: Reservation | None, turned_down: Outcome | None = None
+    ) -> None:
         """``drive`` for one that was accepted before: whatever happens is written, and told to nobody."""
         try:
-            self.drive(execution, reservation)
+            self.drive(execution, reservation, turned_down)
         except StoreUnavailable as error:
             log.warning("execution %s goes on waiting: %s", execution.execution_id, error.message)
             self._timers.after(_STORE_PAUSE, lambda: self._resume(execution))
         except FluxError as error:
             log.info("execution %s: %s", execution.execution_id, error.message)
-        except Exception as error:
+        except Exception:
             log.exception("execution %s cannot be dispatched", execution.execution_id)
-            self.give_up(execution, Internal(f"{type(error).__name__}: {error}"))
 
     def _resume(self, execution: Execution) -> None:
         if not self._stopping:
@@ -272,29 +282,12 @@ class Dispatcher:
                 self.finish(execution, answer)
             else:
                 self._ledger.changed(execution.execution_id)
-        elif not self._stopping:
-            self._pool.submit(self._drive_on, execution, answer)
-
-    def _drive_on(self, execution: Execution, answer: ExecutionRecord | FluxError) -> None:
-        """An accepted one was turned down: it goes on to another agent, or back to where it waited."""
-        try:
-            self._raise_unless_another_may_be_asked(execution, answer)
-            reservation = self.slots.place(self.slots.need(execution.function_name))
-        except Withdrawn as reason:
-            self.give_up(execution, reason)
-        except Conflict:
-            self._ledger.drop(execution.execution_id)
-        except AgentLost as error:
-            log.warning("execution %s may have been lost: %s", execution.execution_id, error.message)
-            self._ledger.drop(execution.execution_id)
-        except StoreUnavailable:
-            self._timers.after(_STORE_PAUSE, lambda: self._resume(execution))
-        except FluxError as error:
-            self.give_up(execution, error)
+        elif self._stopping:
+            self._ledger.put_back(execution)
         else:
-            self.drive_detached(execution, reservation)
+            self._pool.submit(self.drive_detached, execution, None, answer)
 
-    def _raise_unless_another_may_be_asked(self, execution: Execution, answer: object) -> None:
+    def _raise_unless_another_may_be_asked(self, execution: Execution, answer: Outcome) -> None:
         if isinstance(answer, ExecutionRecord):
             if answer.error_kind is ErrorKind.INVALID:
                 raise InvalidInput(answer.error or "the agent cannot take these arguments")
@@ -319,6 +312,7 @@ class Dispatcher:
 
     def give_up(self, execution: Execution, error: FluxError) -> ExecutionRecord:
         """Write an end that no agent had a part in. Unaccepted ones are forgotten soon: nobody knows their ID."""
+        execution.over = True
         self._ledger.drop(execution.execution_id)
         record = execution.given_up(error)
         if execution.created:
@@ -330,7 +324,7 @@ class Dispatcher:
 
         ``at_agent=False``: the caller asks the agent itself.
         """
-        if self._ledger.get(execution.execution_id) is not execution:
+        if execution.over:
             return False
         execution.stop_reason = reason
         if self.room.leave(execution):

@@ -52,6 +52,7 @@ class Execution:
         "function_name",
         "idempotency_key",
         "outcome",
+        "over",
         "pending",
         "pressed",
         "request",
@@ -76,6 +77,7 @@ class Execution:
         self.pending = False  # the agent has not answered yet
         self.pressed = False  # it waits for resources, not for a slot
         self.sequence = 0  # its place in the queue
+        self.over = False  # ended, or no longer ours
         self.stop_reason = ""  # cancelled, or its caller gone
         self.reservation: Reservation | None = None
         self.outcome: Outcome | None = None

@@ -70,8 +70,11 @@ class ExecutionService:
         """See services.Executions. The slot is given back before this returns."""
         execution = self._execution(call, asynchronous=False)
         caller.on_gone(lambda: _discard(self._dispatcher.withdraw(execution, "cancelled: the client has gone away")))
-        reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
-        record = self._dispatcher.drive(execution, reservation)
+        try:
+            reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
+            record = self._dispatcher.drive(execution, reservation)
+        finally:
+            execution.over = True  # a client that leaves from now on has its answer
         if record is None:
             raise NotFound(f"execution {execution.execution_id} is gone from the store")
         return record
@@ -174,9 +177,8 @@ class ExecutionService:
         if held is not None:
             waiting = self._dispatcher.withdraw(held, "cancelled", at_agent=False)
             if waiting or not held.sent:
-                if waiting and held.detached:
-                    return self._written(record.execution_id)
-                return None
+                # The end of one nobody waits for is on its way: this one comes behind it.
+                return self._end(record, "cancelled") if waiting and held.detached else None
             record = replace(record, agent_id=held.agent_id)
         elif not record.agent_id:
             # Another Flux's queue: it finds it ended when its turn comes.
@@ -209,10 +211,6 @@ class ExecutionService:
         if final.status is not ExecutionStatus.CANCELLED:
             raise _already_ended(final)
         return final
-
-    def _written(self, execution_id: str) -> ExecutionRecord:
-        self._ledger.settle(time.time())
-        return self._outputs.entry(execution_id).record
 
     # -- for membership, the leader and the application --------------------------------
 

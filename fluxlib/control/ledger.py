@@ -54,6 +54,8 @@ class Ledger:
     def drop(self, execution_id: str) -> Execution | None:
         """Out of hand; whoever gets it back (once) gives its slot back, if an agent had accepted it."""
         execution = self._in_hand.pop(execution_id, None)
+        if execution is not None:
+            execution.over = True
         if self._draining:
             with self._idle:
                 self._idle.notify_all()
@@ -105,6 +107,13 @@ class Ledger:
     def requeue(self, execution: Execution) -> None:
         """Write that nobody has it. Raises Conflict when it has ended meanwhile."""
         self.store.requeue_execution(execution.execution_id, self.session).wait(_COMMIT_PATIENCE)
+
+    def put_back(self, execution: Execution) -> None:
+        """Back into the queue that the next life finds; nobody waits for the write."""
+        try:
+            self.store.requeue_execution(execution.execution_id, self.session)
+        except StoreUnavailable as error:
+            log.warning("execution %s cannot be put back: %s", execution.execution_id, error.message)
 
     def end(self, record: ExecutionRecord, *, keep: bool = True) -> Commit | None:
         """Write an end. Nobody has to wait: a write that fails is made again by ``tick``.

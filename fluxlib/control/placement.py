@@ -138,9 +138,10 @@ def refusal(need: Need, agents: Iterable[AgentState], shunned: Mapping[tuple[str
     for agent in agents:
         reason = misfit(need, agent, shunned)
         if reason is None or reason is Misfit.FULL:
-            # None: it has become free since; its slot is announced like any other.
             error = AtCapacity(f"function {need.function_name} at capacity", retry_after=_RETRY_SLOT)
-            return Refusal(error, need.when_full is Behavior.WAIT, pressed=False)
+            # None: it has become free since, or others wait for it already.
+            wait = need.when_full is Behavior.WAIT or (reason is None and need.when_pressed is Behavior.WAIT)
+            return Refusal(error, wait, pressed=False)
         found.setdefault(reason, []).append(agent)
     wait = need.when_pressed is Behavior.WAIT
     if Misfit.SHUNNED in found:

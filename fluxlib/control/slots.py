@@ -58,10 +58,11 @@ class Slots:
         """The same as it was looked up last, without looking again."""
         return self._needs[function_name][1]
 
-    def place(self, need: Need) -> Reservation | None:
+    def place(self, need: Need, only: str = "") -> Reservation | None:
+        """A slot at the fitting agent with most headroom; ``only``: at this one or nowhere."""
         name = need.function_name
         reservation = self._registry.place(
-            name, chooser(need, self._shunned), slots=need.slots, memory_mb=need.memory_mb
+            name, chooser(need, self._shunned), slots=need.slots, memory_mb=need.memory_mb, only=only
         )
         if reservation is not None:
             self._last_used[name] = reservation.agent

@@ -19,15 +19,16 @@ from fluxlib.control.execution import Execution
 from fluxlib.control.registry import Reservation
 from fluxlib.errors import AtCapacity
 
-Place = Callable[[str], Reservation | None]
+Place = Callable[[str, str], Reservation | None]
 OnSlot = Callable[[Execution, Reservation], None]
 
 
 class WaitingRoom:
     """Every queue of this process.
 
-    ``place(function_name)`` reserves a slot or answers None, ``on_slot(execution, reservation)`` is told who
-    got it. Both are called under the room's lock: quick, and nothing here.
+    ``place(function_name, agent_id)`` reserves a slot at this agent ("" = at any) or answers None,
+    ``on_slot(execution, reservation)`` is told who got it. Both are called under the room's lock: they must be
+    quick, and call nothing here.
     """
 
     def __init__(self, place: Place, on_slot: OnSlot, max_waiting: int) -> None:
@@ -62,7 +63,7 @@ class WaitingRoom:
                 execution.sequence = next(self._order) + 1
             if pressed:
                 self._pressed.add(name)
-            self._serve_in_turn([name])
+            self._serve_in_turn([name], "")
 
     def refuse_if_full(self, function_name: str) -> None:
         """Raises AtCapacity when too many wait. Needs no lock: a first look before anything is written."""
@@ -99,7 +100,8 @@ class WaitingRoom:
                 names = list(self._queues)
             else:
                 names = [name for name in self._queues if name == function_name or name in self._pressed]
-            self._serve_in_turn(names)
+            # Only where something changed: elsewhere there was no room before either.
+            self._serve_in_turn(names, agent_id)
 
     def has(self, function_name: str) -> bool:
         """Whether somebody waits for this function: a newcomer must not overtake."""
@@ -112,18 +114,18 @@ class WaitingRoom:
 
     # -- under the lock ----------------------------------------------------------------
 
-    def _serve_in_turn(self, names: list[str]) -> None:
+    def _serve_in_turn(self, names: list[str], agent_id: str) -> None:
         """What frees belongs to no function in particular: whoever has waited longest comes first."""
         while names:
             name = min(names, key=self._first_sequence) if len(names) > 1 else names[0]
-            if not self._serve_one(name) or name not in self._queues:
+            if not self._serve_one(name, agent_id) or name not in self._queues:
                 names.remove(name)
 
     def _first_sequence(self, name: str) -> int:
         return next(iter(self._queues[name].values())).sequence
 
-    def _serve_one(self, name: str) -> bool:
-        reservation = self._place(name)
+    def _serve_one(self, name: str, agent_id: str) -> bool:
+        reservation = self._place(name, agent_id)
         if reservation is None:
             return False
         queue = self._queues[name]

@@ -1,0 +1,222 @@
+"""Who gets an execution, and what is said when nobody does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from time import perf_counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxlib.control.placement import BUSY_CPU_PERCENT, Need, chooser, fits, misfit, need_of, refusal
+from fluxlib.control.registry import AgentState, Registry, free_share
+from fluxlib.errors import AgentUnreachable, AtCapacity, NoAgentFits
+from fluxlib.model import AgentStatus, Behavior, Function, FunctionSpec, Network, NodeFigures, Platform
+from tests.support.fake_agents import join
+
+LINUX, WINDOWS = Platform("linux", "amd64"), Platform("windows", "amd64")
+NEED = need_of(Function(FunctionSpec("f", "run.sh"), "d", "c"))
+
+
+def agents(registry: Registry, count: int, **figures: object) -> list[AgentState]:
+    values: dict[str, object] = {"memory_total_mb": 4096, "memory_used_mb": 1024, "max_tasks": 1000, **figures}
+    return [join(registry, f"a{n:05}", figures=NodeFigures(**values)) for n in range(count)]  # type: ignore[arg-type]
+
+
+def place(registry: Registry, need: Need = NEED) -> str | None:
+    taken = registry.place(need.function_name, chooser(need, {}), slots=need.slots, memory_mb=need.memory_mb)
+    return taken.agent_id if taken is not None else None
+
+
+def test_a_burst_between_two_reports_spreads_evenly() -> None:
+    registry = Registry()
+    agents(registry, 4)
+    need = replace(NEED, slots=0)
+    taken = [place(registry, need) for _ in range(400)]
+    assert {taken.count(f"a{n:05}") for n in range(4)} == {100}
+
+
+def test_the_freest_comes_first_until_it_is_no_longer() -> None:
+    registry = Registry()
+    join(registry, "busy", figures=NodeFigures(80, 80, 4096, 3000, 0, 100))
+    join(registry, "idle", figures=NodeFigures(0, 0, 4096, 100, 0, 100))
+    need = replace(NEED, slots=0)
+    taken = [place(registry, need) for _ in range(60)]
+    assert taken[:10] == ["idle"] * 10
+    assert "busy" in taken
+
+
+def test_memory_promised_since_the_report_counts() -> None:
+    registry = Registry()
+    (agent,) = agents(registry, 1)
+    need = replace(NEED, memory_mb=1000, slots=0)
+    assert [place(registry, need) for _ in range(4)] == ["a00000"] * 3 + [None]
+    assert agent.expected_memory_free_mb == 72
+    refused = refusal(need, registry.agents(), {})
+    assert isinstance(refused.error, NoAgentFits)
+    assert "1000 MB" in refused.error.message
+    assert "72 MB" in refused.error.message
+    assert refused.pressed
+
+
+def test_cpu_matters_only_to_those_that_ask_for_it() -> None:
+    registry = Registry()
+    agents(registry, 1, cpu_percent=BUSY_CPU_PERCENT)
+    assert place(registry) == "a00000"
+    assert place(registry, replace(NEED, cpu_millicores=100)) is None
+    agents(registry, 1, cpu_percent=BUSY_CPU_PERCENT - 1)
+    assert place(registry, replace(NEED, cpu_millicores=100)) == "a00000"
+
+
+def test_unknown_figures_and_platforms_fit_all() -> None:
+    registry = Registry()
+    state = join(registry, "original", platform=Platform())
+    registry.update("original", figures=None)
+    assert fits(replace(NEED, memory_mb=10**6, cpu_millicores=1, platforms=(WINDOWS,)), state)
+
+
+@pytest.mark.parametrize(
+    ("isolation", "enforces", "takes"),
+    [("default", ("memory", "network_none"), True), ("minimal", ("memory",), False), ("off", (), True), ("", (), True)],
+)
+def test_what_is_asked_must_be_enforced_unless_nothing_is(
+    isolation: str, enforces: tuple[str, ...], takes: bool
+) -> None:
+    registry = Registry()
+    spec = FunctionSpec("f", "run.sh", memory_mb=10, network=Network.NONE)
+    join(registry, "a", isolation=isolation, enforces=enforces)
+    need = need_of(Function(spec, "d", "c"))
+    assert (place(registry, need) == "a") is takes
+    if not takes:
+        error = refusal(need, registry.agents(), {}).error
+        assert "network_none" in error.message
+        assert "memory" not in error.message.replace("memory_mb", "")
+
+
+def test_the_owners_platforms_win_over_what_was_read() -> None:
+    spec = FunctionSpec("f", "run.sh", platforms=(WINDOWS,))
+    assert need_of(Function(spec, "d", "c", detected_platforms=(LINUX,))).platforms == (WINDOWS,)
+    assert need_of(Function(replace(spec, platforms=()), "d", "c", detected_platforms=(LINUX,))).platforms == (LINUX,)
+
+
+class TestRefusals:
+    def test_a_missing_platform_is_final_and_names_both_sides(self) -> None:
+        registry = Registry()
+        agents(registry, 5)
+        need = replace(NEED, platforms=(WINDOWS,), when_full=Behavior.WAIT, when_pressed=Behavior.WAIT)
+        refused = refusal(need, registry.agents(), {})
+        assert isinstance(refused.error, NoAgentFits)
+        assert "windows/amd64" in refused.error.message
+        assert "linux/amd64" in refused.error.message
+        assert "2 more" in refused.error.message
+        assert not refused.wait
+
+    def test_one_full_agent_that_fits_means_at_capacity(self) -> None:
+        registry = Registry()
+        agents(registry, 3)
+        registry.update("a00000", record=replace(registry.agents()[0].record, platform=WINDOWS))
+        registry.mark_full("a00002", "f")
+        registry.update("a00001", in_step=False)
+        for behavior in Behavior:
+            refused = refusal(replace(NEED, when_full=behavior, platforms=(LINUX,)), registry.agents(), {})
+            assert isinstance(refused.error, AtCapacity)
+            assert refused.error.retry_after
+            assert refused.wait is (behavior is Behavior.WAIT)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"in_step": False}, "being brought in step"),
+            ({"reachable": False}, "not reachable"),
+            ({"lacking": {"f": "the disk is full"}}, "the disk is full"),
+        ],
+    )
+    def test_lasting_and_passing_reasons_are_told(self, change: dict[str, object], words: str) -> None:
+        registry = Registry()
+        agents(registry, 1)
+        registry.update("a00000", **change)
+        refused = refusal(replace(NEED, when_pressed=Behavior.WAIT), registry.agents(), {})
+        assert words in refused.error.message
+        assert refused.wait
+
+    def test_an_offline_fleet_and_an_empty_one(self) -> None:
+        registry = Registry()
+        assert "none is registered" in refusal(NEED, registry.agents(), {}).error.message
+        agents(registry, 1)
+        record = replace(registry.agents()[0].record, status=AgentStatus.OFFLINE)
+        registry.update("a00000", record=record)
+        assert "offline" in refusal(NEED, registry.agents(), {}).error.message
+
+    def test_an_agent_nobody_reaches_is_an_error_of_its_own(self) -> None:
+        registry = Registry()
+        agents(registry, 1)
+        error = refusal(NEED, registry.agents(), {("a00000", "f"): AgentUnreachable("no route")}).error
+        assert isinstance(error, AgentUnreachable)
+        assert error.retry_after
+
+
+figures = st.builds(
+    NodeFigures,
+    cpu_percent=st.floats(0, 100),
+    memory_percent=st.floats(0, 100),
+    memory_total_mb=st.integers(0, 8192),
+    memory_used_mb=st.integers(0, 8192),
+    active_tasks=st.integers(0, 8),
+    max_tasks=st.integers(0, 8),
+)
+platforms = st.sampled_from([LINUX, WINDOWS, Platform("linux", "arm64"), Platform("linux"), Platform()])
+fleets = st.lists(st.tuples(figures, platforms, st.booleans(), st.booleans()), max_size=8)
+needs = st.builds(
+    replace,
+    st.just(NEED),
+    slots=st.integers(0, 3),
+    memory_mb=st.sampled_from([0, 100, 4000]),
+    cpu_millicores=st.sampled_from([0, 500]),
+    platforms=st.lists(platforms, max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(fleet=fleets, need=needs, calls=st.integers(1, 30))
+def test_what_is_placed_fits_and_a_refusal_is_true(
+    fleet: list[tuple[NodeFigures, Platform, bool, bool]], need: Need, calls: int
+) -> None:
+    registry = Registry()
+    for number, (seen, platform, in_step, lacks) in enumerate(fleet):
+        state = join(registry, f"a{number}", figures=seen, platform=platform)
+        registry.update(state.agent_id, in_step=in_step, lacking={"f": "no"} if lacks else {})
+    taken: list[str] = []
+    for _ in range(calls):
+        before = {agent.agent_id: misfit(need, agent, {}) for agent in registry.agents()}
+        free = [agent_id for agent_id, reason in before.items() if reason is None]
+        headroom = {agent.agent_id: free_share(agent) for agent in registry.agents()}
+        chosen = place(registry, need)
+        if chosen is None:
+            assert not free
+            refused = refusal(need, registry.agents(), {})
+            full = any(reason is not None and reason.value == "full" for reason in before.values())
+            assert isinstance(refused.error, AtCapacity if full else NoAgentFits)
+        else:
+            assert chosen in free
+            assert headroom[chosen] == max(headroom[one] for one in free)
+            taken.append(chosen)
+    for agent in registry.agents():
+        assert not need.slots or taken.count(agent.agent_id) <= need.slots
+        assert not agent.max_tasks or agent.total <= agent.max_tasks
+
+
+def test_ten_thousand_agents_cost_no_more_than_a_hundred() -> None:
+    def cost(count: int) -> float:
+        registry = Registry()
+        agents(registry, count)
+        need = replace(NEED, slots=0)
+        rounds = []
+        for _ in range(5):
+            began = perf_counter()
+            for _ in range(200):
+                place(registry, need)
+            rounds.append(perf_counter() - began)
+        return min(rounds)
+
+    assert cost(10_000) < 8 * cost(100)
