@@ -165,7 +165,9 @@ def test_the_units_score_as_the_documentation_says(host: Host, top: Path, unit: 
     said = host.run(f"systemd-analyze security --no-pager {unit}.service")
     (score,) = re.findall(r"exposure level for \S+: ([\d.]+)", said)
     assert float(score) <= most
-    documented = re.findall(rf"^\| `{unit}\.service` \|.*\| ([\d.]+) \|$", (top / "docs/packaging.md").read_text(), re.M)
+    documented = re.findall(
+        rf"^\| `{unit}\.service` \|.*\| ([\d.]+) \|$", (top / "docs/packaging.md").read_text(), re.M
+    )
     assert documented == [score]
 
 
@@ -214,7 +216,12 @@ def test_removing_leaves_what_was_made(host: Host) -> None:
     assert not host.active("flux-agent")
     assert host.run("pgrep -fl 'flux' || true") == ""
     assert host.machine.status("test -e /usr/bin/flux -o -e /usr/lib/flux -o -e /usr/lib/flux-agent") != 0
-    for kept in ("/etc/flux/flux.yaml", "/etc/flux/certs/ca/ca.pem", "/var/lib/flux/flux.db", "/etc/flux-agent/agent.yaml"):
+    for kept in (
+        "/etc/flux/flux.yaml",
+        "/etc/flux/certs/ca/ca.pem",
+        "/var/lib/flux/flux.db",
+        "/etc/flux-agent/agent.yaml",
+    ):
         assert host.machine.status(f"test -e {kept}") == 0, kept
 
 
