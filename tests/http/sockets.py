@@ -34,6 +34,11 @@ class Wire:
         self.socket.sendall(data)
         return self
 
+    @property
+    def rest(self) -> bytes:
+        """What came beyond what was asked for so far."""
+        return self._data
+
     def read_until(self, end: bytes) -> bytes:
         while end not in self._data:
             self._more()

@@ -118,7 +118,7 @@ class TestACall:
         assert client("POST", "/execute/hello/async", headers=headers).status == 202
         assert fakes.executions.calls[-1].idempotency_key == "order-17"
         assert client("POST", "/execute/hello", headers=headers).status == 400
-        for bad in ("x" * 256, "\xe4"):
+        for bad in ("x" * 256, "\xe4", "", "a b"):
             assert client("POST", "/execute/hello/async", headers={"Idempotency-Key": bad}).status == 400
 
 
@@ -190,7 +190,7 @@ class TestQueries:
             ("/executions?function=a/b", "letters"),
             ("/executions?functoin=hello", "did you mean function?"),
             ("/executions?limit=1&limit=2", "twice"),
-            ("/executions?cursor=%0a", "control characters"),
+            ("/executions?cursor=%0a", "`next` of a page"),
             ("/executions?cursor=" + "x" * 513, "512"),
             ("/executions?%ff=1", "cannot be read"),
             ("/executions?" + "&".join(f"a{n}=" for n in range(60)), "cannot be read"),

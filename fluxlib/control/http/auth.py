@@ -133,28 +133,28 @@ class Door:
 
         A wrong key counts as everywhere, or these routes would be the place to guess.
         """
-        presented = _presented(environ)
-        if presented is None:
+        key = presented(environ)
+        if key is None:
             return None
         try:
-            return self._identify(presented, environ)
+            return self._identify(key, environ)
         except (Unauthenticated, Refused):
             return None
 
     def admit(self, environ: Mapping[str, Any], role: str) -> Principal:
         """Raises Unauthenticated, Refused (too many wrong keys from there) or Forbidden (names the role)."""
-        presented = _presented(environ)
-        if presented is None:
+        key = presented(environ)
+        if key is None:
             raise Unauthenticated("send an API key as `X-API-Key: KEY` or `Authorization: Bearer KEY`")
-        principal = self._identify(presented, environ)
+        principal = self._identify(key, environ)
         if not principal.may(role):
             raise Forbidden(f"the key {principal.name} has the role {principal.role}; this needs {role}")
         return principal
 
-    def _identify(self, presented: bytes, environ: Mapping[str, Any]) -> Principal:
+    def _identify(self, key: bytes, environ: Mapping[str, Any]) -> Principal:
         address = address_of(environ)
         wait = self._attempts.wait_seconds(address)
-        principal = self._keys.identify(presented)
+        principal = self._keys.identify(key)
         if wait and not (principal and self._attempts.is_trusted(address, principal.name)):
             raise Refused("too many wrong API keys came from your address; try again later", retry_after=wait)
         if principal is None:
@@ -164,7 +164,8 @@ class Door:
         return principal
 
 
-def _presented(environ: Mapping[str, Any]) -> bytes | None:
+def presented(environ: Mapping[str, Any]) -> bytes | None:
+    """The key a request shows, right or wrong."""
     # WSGI hands header bytes over as latin-1 text.
     key = environ.get("HTTP_X_API_KEY")
     if key:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fluxlib.config.document import MAX_BYTES as MAX_YAML_BYTES
 from fluxlib.config.function import read_function
-from fluxlib.control.http.fields import Field, Schema, anything, boolean, seconds, take, text
+from fluxlib.control.http.fields import Field, Schema, anything, boolean, matching, pattern_schema, seconds, take
 from fluxlib.control.http.request import Request
 from fluxlib.control.services import Call
 from fluxlib.errors import InvalidInput, UnsupportedMedia
@@ -23,7 +24,7 @@ _MAX_ARGS_BYTES = 2**20
 _MAX_ARGS = 10_000
 _MAX_DEPTH = 32
 _LONGEST_TIMEOUT = 7 * 86400.0
-_MAX_KEY = 255
+_KEY = re.compile("[!-~]{1,255}")
 _JSON_TYPES = ("", "application/json", "application/x-www-form-urlencoded")
 
 
@@ -155,7 +156,11 @@ def _input(value: Any) -> bytes:
         raise ValueError("must not contain half a surrogate pair") from error
 
 
-_ARGS_SCHEMA = {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": _MAX_ARGS}
+_ARGS_SCHEMA = {
+    "type": ["array", "null"],
+    "items": {"type": "string", "pattern": "^[^\\u0000]*$"},
+    "maxItems": _MAX_ARGS,
+}
 _TIMEOUT_SCHEMA = {"type": "number", "minimum": 0, "maximum": _LONGEST_TIMEOUT}
 CALL_FIELDS = (
     Field("args", "the program's arguments; null = none", _ARGS_SCHEMA, _args, ()),
@@ -195,33 +200,31 @@ CALL_BODY = Body(
 
 def idempotency_key(request: Request) -> str:
     """The header's key, for submissions; a synchronous call must not be thought repeatable."""
-    key = request.header("IDEMPOTENCY_KEY").strip()
-    if not key:
+    if not request.has_header("IDEMPOTENCY_KEY"):
         return ""
+    key = request.header("IDEMPOTENCY_KEY").strip()
     if not request.path.endswith("/async"):
         raise InvalidInput("Idempotency-Key works for asynchronous calls only: POST /execute/NAME/async")
-    if len(key) > _MAX_KEY or not key.isascii() or not key.isprintable():
-        raise InvalidInput(f"Idempotency-Key must be 1 to {_MAX_KEY} printable ASCII characters")
+    if not _KEY.fullmatch(key):
+        raise InvalidInput("Idempotency-Key must be 1 to 255 visible ASCII characters")
     return key
 
 
 # ---- the others --------------------------------------------------------------------
 
 
-def _address(value: Any) -> str:
-    address: str = text(300)(value)
-    host, colon, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host.strip("[]") or any(char in host for char in " /@?#") or (":" in host and not bracketed):
-        raise ValueError("must be host:port, an IPv6 address in brackets")
-    if not port.isascii() or not port.isdigit() or len(port) > 5 or not 1 <= int(port) <= 65535:
-        raise ValueError("must end with a port between 1 and 65535")
-    return address
-
+_PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_ADDRESS = re.compile(rf"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{{0,252}})|\[[0-9A-Fa-f:.]{{2,45}}\]):(?:{_PORT})")
 
 REGISTER_BODY = json_body(
     (
-        Field("address", "host:port of the agent", {"type": "string", "maxLength": 300}, _address, required=True),
+        Field(
+            "address",
+            "host:port of the agent",
+            pattern_schema(_ADDRESS),
+            matching(_ADDRESS, "must be host:port, an IPv6 address in brackets, the port between 1 and 65535"),
+            required=True,
+        ),
         Field("legacy", "accept a certificate without an ID", {"type": "boolean"}, boolean, False),
         Field("tls", "the original's; accepted and ignored", {}, anything),
     ),

@@ -7,6 +7,7 @@ from them. A ``read`` takes a raw value and raises ValueError with what is wrong
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,14 +61,12 @@ def take(fields: Sequence[Field], values: Mapping[str, Any], what: str) -> dict[
 # ---- readers -------------------------------------------------------------------
 
 
-def text(longest: int) -> Read:
+def matching(pattern: re.Pattern[str], otherwise: str) -> Read:
+    """``otherwise`` says what it must be."""
+
     def read(value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError("must be a string")
-        if len(value) > longest:
-            raise ValueError(f"must not be longer than {longest} characters")
-        if not value.isprintable():
-            raise ValueError("must not contain control characters")
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise ValueError(otherwise)
         return value
 
     return read
@@ -78,18 +77,6 @@ def function_name(value: Any) -> str:
     if problem:
         raise ValueError(problem)
     return str(value)
-
-
-def agent_id(value: str) -> str:
-    if not AGENT_ID.fullmatch(value):
-        raise ValueError("must be 1 to 63 lower-case letters, digits and hyphens, no hyphen at either end")
-    return value
-
-
-def execution_id(value: str) -> str:
-    if not EXECUTION_ID.fullmatch(value):
-        raise ValueError("must be 1 to 64 letters, digits and hyphens, no hyphen first")
-    return value
 
 
 def flag(value: Any) -> bool:
@@ -143,14 +130,24 @@ def anything(value: Any) -> Any:
 # ---- what paths hold -----------------------------------------------------------
 
 
-def _pattern(expression: str) -> Schema:
-    return {"type": "string", "pattern": f"^{expression}$"}
+def pattern_schema(pattern: re.Pattern[str]) -> Schema:
+    return {"type": "string", "pattern": f"^({pattern.pattern})$"}
 
 
-NAME = Field("name", "a function's name", {**_pattern(FUNCTION_NAME.pattern), "maxLength": 64}, function_name)
+NAME = Field("name", "a function's name", {**pattern_schema(FUNCTION_NAME), "maxLength": 64}, function_name)
 FUNCTION = Field("function", "only those of this function", NAME.schema, function_name)
-AGENT = Field("agent_id", "an agent's ID", _pattern(AGENT_ID.pattern), agent_id)
-EXECUTION = Field("execution_id", "an execution's ID", _pattern(EXECUTION_ID.pattern), execution_id)
+AGENT = Field(
+    "agent_id",
+    "an agent's ID",
+    pattern_schema(AGENT_ID),
+    matching(AGENT_ID, "must be 1 to 63 lower-case letters, digits and hyphens, no hyphen at either end"),
+)
+EXECUTION = Field(
+    "execution_id",
+    "an execution's ID",
+    pattern_schema(EXECUTION_ID),
+    matching(EXECUTION_ID, "must be 1 to 64 letters, digits and hyphens, no hyphen first"),
+)
 PARAMS = {field.name: field for field in (NAME, AGENT, EXECUTION)}
 
 
@@ -161,7 +158,14 @@ FORCE = Field("force", "1: although executions run or wait", _FLAG, flag, False)
 TERMINATE = Field("terminate", "1: end the machine too, of a node Flux made", _FLAG, flag, False)
 FOLLOW = Field("follow", "1: as it is written, until the execution ends", _FLAG, flag, False)
 OFFSET = Field("offset", "bytes to skip", {"type": "integer", "minimum": 0, "maximum": 2**53}, integer(0, 2**53), 0)
-CURSOR = Field("cursor", "`next` of the page before", {"type": "string", "maxLength": 512}, text(512), "")
+_CURSOR = re.compile(r"[!-~]{0,512}")
+CURSOR = Field(
+    "cursor",
+    "`next` of the page before",
+    pattern_schema(_CURSOR),
+    matching(_CURSOR, "must be the `next` of a page, at most 512 characters"),
+    "",
+)
 LIMIT = Field("limit", "items on a page", {"type": "integer", "minimum": 1, "maximum": 1000}, integer(1, 1000), 100)
 _STATUSES = ("queued", "running", "success", "failed", "cancelled")
 STATUS = Field(

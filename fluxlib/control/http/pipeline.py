@@ -7,7 +7,7 @@ from typing import Any
 
 from fluxlib.control.http import audit
 from fluxlib.control.http.answers import Answer, Chunks
-from fluxlib.control.http.auth import Door, FailedAttempts, Keys
+from fluxlib.control.http.auth import Door, FailedAttempts, Keys, presented
 from fluxlib.control.http.bodies import read_body
 from fluxlib.control.http.budget import Budget, Waits, blocking_limit
 from fluxlib.control.http.cors import Cors
@@ -16,7 +16,7 @@ from fluxlib.control.http.problems import problem
 from fluxlib.control.http.request import Request
 from fluxlib.control.http.route import Route
 from fluxlib.control.services import Services
-from fluxlib.errors import FluxError, Forbidden, InvalidInput, Refused, Unauthenticated
+from fluxlib.errors import FluxError, Forbidden, InvalidInput, Unauthenticated
 from fluxlib.log import one_line
 
 
@@ -36,7 +36,9 @@ class Pipeline:
             answer = self._admitted(route, request)
         except Exception as error:
             answer = problem(error, f"{request.method} {request.path}")
-            if isinstance(error, Unauthenticated | Forbidden | Refused) and request.principal is None:
+            # Not who shows no key or guesses on while refused: strangers must not fill the log.
+            wrong_key = isinstance(error, Unauthenticated) and presented(environ) is not None
+            if wrong_key or isinstance(error, Forbidden):
                 audit.refused(request, answer.status, str(error))
         if route.changes and request.principal is not None:
             audit.changed(request, answer.status)

@@ -62,6 +62,9 @@ class Request:
         """A header by its WSGI name without HTTP_, empty when absent."""
         return str(self.environ.get(f"HTTP_{name}", ""))
 
+    def has_header(self, name: str) -> bool:
+        return f"HTTP_{name}" in self.environ
+
     @property
     def media_type(self) -> str:
         return str(self.environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower()

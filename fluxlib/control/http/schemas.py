@@ -6,6 +6,7 @@ from typing import Any
 
 from fluxlib.config.function import FunctionFile
 from fluxlib.config.reader import Between, OneOf, Setting, settings_of
+from fluxlib.control.http.fields import NAME
 
 Schema = dict[str, Any]
 
@@ -220,6 +221,7 @@ def function_schema() -> Schema:
             properties[outer] = _setting_schema(declared)
         if declared.required:
             required.append(declared.key)
+    properties["name"] |= NAME.schema
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
@@ -237,4 +239,6 @@ def _setting_schema(declared: Setting) -> Schema:
         schema |= {"minimum": int(declared.check.low), "maximum": int(declared.check.high)}
     elif isinstance(declared.check, OneOf):
         schema["enum"] = list(declared.check.allowed)
+    elif declared.required:
+        schema["minLength"] = 1
     return schema
