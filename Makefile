@@ -70,5 +70,11 @@ test-vm:
 deb:
 	@scripts/deb
 
+# Windows programs under Wine; flux.exe is built there too (windows/build-wine.sh).
+WINDOWS_PACKAGES = wine=wine wineserver=wine64 x86_64-w64-mingw32-gcc=gcc-mingw-w64-x86-64
+test-windows:
+	@scripts/setup dev $(TEST_PACKAGES) $(WINDOWS_PACKAGES)
+	@$(PY) -m pytest -m windows tests/windows $(ARGS)
+
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -6,5 +6,5 @@ top=$(cd "$(dirname "$0")/.." && pwd)
 cd "$top"
 python=${PYTHON:-${FLUX_VENV:-.venv}/bin/python}
 "$python" windows/resources.py build/windows
-exec "$python" windows/lab.py -m PyInstaller --noconfirm --log-level WARN \
+exec "$python" windows/lab.py -m PyInstaller --noconfirm --log-level ERROR \
     --distpath dist/windows --workpath build/windows/work flux.spec

@@ -68,7 +68,6 @@ class Lab:
         try:
             _unpack_python(fresh)
             _install_packages(fresh)
-            compile_c(_BCRYPTPRIMITIVES, fresh / "bcryptprimitives.dll", "-shared", "-ladvapi32")
             shutil.rmtree(self.home / "python", ignore_errors=True)
             os.replace(fresh, self.home / "python")
         finally:
@@ -76,6 +75,9 @@ class Lab:
         shutil.rmtree(self.prefix, ignore_errors=True)
         subprocess.run(["wine", "wineboot", "--init"], env=self.environment(), stdin=subprocess.DEVNULL, check=True)
         self.wait_idle()
+        # Among Wine's own, not beside Python: PyInstaller would take it for a part of the program.
+        system = self.prefix / "drive_c" / "windows" / "system32"
+        compile_c(_BCRYPTPRIMITIVES, system / "bcryptprimitives.dll", "-shared", "-ladvapi32")
         stamp.write_text(want)
 
     def environment(self, **changes: str) -> dict[str, str]:

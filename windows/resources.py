@@ -1,8 +1,8 @@
 """What Windows shows of the programs, made from code: `python windows/resources.py DIRECTORY`.
 
-    flux.ico                 the icon, in the sizes Explorer asks for
-    flux-version.txt         PyInstaller's source of the version resource (right click, Properties, Details)
-    flux-agent-version.txt
+flux.ico                 the icon, in the sizes Explorer asks for
+flux-version.txt         PyInstaller's source of the version resource (right click, Properties, Details)
+flux-agent-version.txt
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fluxlib.control.placement import Need, Refusal, chooser, need_of, refusal
 from fluxlib.control.registry import AgentState, Registry, Reservation
-from fluxlib.errors import AtCapacity, FluxError, Internal, InvalidInput, Unenforceable
+from fluxlib.errors import AtCapacity, FluxError, Internal, Unenforceable
 from fluxlib.lifecycle import Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, Function
 
@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 _SHUN = 2.0
 
 _REFUSALS: dict[ErrorKind, type[FluxError]] = {
-    ErrorKind.INVALID: InvalidInput,
     ErrorKind.UNENFORCEABLE: Unenforceable,
 }
 
@@ -62,7 +61,12 @@ class Slots:
         """A slot at the fitting agent with most headroom; ``only``: at this one or nowhere."""
         name = need.function_name
         reservation = self._registry.place(
-            name, chooser(need, self._shunned), slots=need.slots, memory_mb=need.memory_mb, only=only
+            name,
+            chooser(need, self._shunned),
+            slots=need.slots,
+            memory_mb=need.memory_mb,
+            platforms=need.platforms,
+            only=only,
         )
         if reservation is not None:
             self._last_used[name] = reservation.agent
@@ -86,6 +90,10 @@ class Slots:
 
     def refused(self, reservation: Reservation, answer: ExecutionRecord) -> None:
         """The agent started nothing: give the slot back, and ask others for a while."""
+        if answer.error_kind is ErrorKind.INVALID:
+            # This call's arguments; the next call may well bring others.
+            self._registry.release(reservation)
+            return
         if answer.error_kind is not ErrorKind.AT_CAPACITY:
             error = _REFUSALS.get(answer.error_kind, Internal)
             self.unusable(reservation, error(f"{reservation.agent_id}: {answer.error}"))

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import yaml
 
@@ -123,20 +123,12 @@ class Program:
     def __init__(self, directory: Path, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         self.directory, self.name = directory, name
         self.log = directory / f"{name}.log"
-        self._command, self._environment = command, environment
+        self.command, self.environment = command, environment
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
-        environment = {**os.environ, **self._environment, "PYTHONPATH": str(TOP)}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "flux", *self._command],
-                cwd=self.directory,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            self.process = self.spawn(log)
         try:
             wait_until(self.ready, f"{self.name} to be ready")
         except BaseException:
@@ -144,6 +136,17 @@ class Program:
             print(self.log.read_text(errors="replace")[-4000:])
             raise
         return self
+
+    def spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Its process, saying everything to ``log``."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "flux", *self.command],
+            cwd=self.directory,
+            env={**os.environ, **self.environment, "PYTHONPATH": str(TOP)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
 
     def ready(self) -> bool:
         """Whether it answers; raises when it has ended."""

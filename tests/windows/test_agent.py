@@ -1,0 +1,150 @@
+"""Flux on Linux with an agent on Windows, over mutual TLS: what a fleet of both kinds sees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.programs import Flux, wait_until
+from tests.support.wine import WineAgent, the_lab
+from windows.lab import Lab, compile_c
+
+pytestmark = pytest.mark.windows
+
+# Says what it was given; with "tree" it starts itself again and both go on until they are killed,
+# each writing the time into a file of its own.
+PROGRAM = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <windows.h>
+
+static void beat(const char *file)
+{
+    for (int n = 0;; n++) {
+        FILE *out = fopen(file, "w");
+        if (out) { fprintf(out, "%d", n); fclose(out); }
+        Sleep(50);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 2 && !strcmp(argv[1], "beat")) beat(argv[2]);
+    if (argc > 2 && !strcmp(argv[1], "tree")) {
+        char line[2048], file[1024];
+        STARTUPINFOA startup = {sizeof startup};
+        PROCESS_INFORMATION made;
+        snprintf(line, sizeof line, "\"%s\" beat \"%s.child\"", argv[0], argv[2]);
+        if (!CreateProcessA(NULL, line, NULL, NULL, FALSE, DETACHED_PROCESS | CREATE_NEW_PROCESS_GROUP, NULL, NULL,
+                            &startup, &made)) return 99;
+        snprintf(file, sizeof file, "%s.parent", argv[2]);
+        beat(file);
+    }
+    for (int n = 1; n < argc; n++) printf("[%s]", argv[n]);
+    return argc > 1 ? atoi(argv[1]) : 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    made = the_lab()
+    yield made
+    made.shut_down()
+
+
+@pytest.fixture(scope="module")
+def program(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("c") / "main.exe"
+    compile_c(PROGRAM, path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def flux(lab: Lab, program: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flux]:
+    """Flux with one Windows agent and two functions on it."""
+    directory = tmp_path_factory.mktemp("fleet")
+    with Flux(directory) as flux, WineAgent(lab, directory, flux, "windows-1", kill_grace_sec=0.2) as agent:
+        flux.register(agent)
+        flux.api.deploy({"name": "exe", "handler": "bin/main.exe", "max_concurrency": 10}, {"bin/main.exe": program})
+        batch = "@echo off\r\necho hello %~1, %GREETING%\r\nexit /b %2\r\n"
+        flux.api.deploy({"name": "batch", "handler": "hello.bat", "env": {"GREETING": "moin"}}, {"hello.bat": batch})
+        yield flux
+
+
+def test_the_agent_says_that_it_is_windows(flux: Flux) -> None:
+    _, agents = flux.api.call("GET", "/agents")
+    assert agents[0]["platform"] == "windows/amd64"
+    assert agents[0]["status"] == "online"
+
+
+def test_an_exe_runs_with_its_arguments_and_exit_code(flux: Flux) -> None:
+    status, answer = flux.api.execute("exe", "0", "two words", 'a "quote"', "%PATH%", "")
+    assert status == 200, answer
+    assert answer["output"] == '[0][two words][a "quote"][%PATH%][]'
+    status, answer = flux.api.execute("exe", "7")
+    assert (status, answer["error"]) == (500, "exit code 7")
+
+
+def test_a_batch_file_runs(flux: Flux) -> None:
+    status, answer = flux.api.execute("batch", "big world", "0")
+    assert (status, answer["output"].strip()) == (200, "hello big world, moin")
+    assert flux.api.execute("batch", "x", "3")[1]["error"] == "exit code 3"
+
+
+@pytest.mark.parametrize("arg", ["%PATH%", "a&b", 'quo"te', "a\nb", "!x!", "^", "|", "<", ">"])
+def test_arguments_cmd_would_parse_are_400(flux: Flux, arg: str) -> None:
+    status, answer = flux.api.execute("batch", arg, "0")
+    assert status == 400, answer
+    assert "cmd.exe" in answer["error"]
+
+
+def test_cancel_kills_the_tree(flux: Flux, tmp_path: Path) -> None:
+    status, accepted = flux.api.call("POST", "/execute/exe/async", {"args": ["tree", f"Z:{tmp_path}/beat"]})
+    assert status == 202, accepted
+    files = [tmp_path / "beat.parent", tmp_path / "beat.child"]
+    wait_until(lambda: all(file.exists() for file in files), "both to beat")
+    status, answer = flux.api.call("DELETE", f"/executions/{accepted['execution_id']}")
+    assert (status, answer["status"]) == (200, "cancelled")
+    assert flux.api.ended(accepted["execution_id"])["status"] == "cancelled"
+    assert_still(files)
+
+
+def test_timeout_kills_the_tree(flux: Flux, program: bytes, tmp_path: Path) -> None:
+    flux.api.deploy({"name": "brief", "handler": "main.exe", "timeout": 2}, {"main.exe": program})
+    status, answer = flux.api.execute("brief", "tree", f"Z:{tmp_path}/beat")
+    assert (status, answer["error"]) == (500, "execution timed out after 2s")
+    assert_still([tmp_path / "beat.parent", tmp_path / "beat.child"])
+
+
+def test_what_wine_cannot_hold_a_function_to_is_refused(flux: Flux, program: bytes) -> None:
+    flux.api.deploy({"name": "limited", "handler": "main.exe", "resources": {"memory": 64}}, {"main.exe": program})
+    status, answer = flux.api.execute("limited", "0")
+    assert status == 429, answer
+    assert "cannot enforce memory" in answer["error"]
+
+
+def test_a_program_of_linux_is_not_placed_there(flux: Flux) -> None:
+    flux.api.call("PUT", "/functions", b"name: shell\nhandler: run.sh\n")
+    status, answer = flux.api.execute("shell")
+    assert status in (404, 409, 429, 503), answer
+
+
+def assert_still(files: list[Path]) -> None:
+    """Nobody writes into them any more."""
+    before = [file.read_text() for file in files]
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert [file.read_text() for file in files] == before
+
+
+def test_the_suite_of_the_executor_passes_under_wine(lab: Lab) -> None:
+    """tests/windows/inside, run by the Windows Python; on Windows itself pytest collects it directly."""
+    ran = lab.run(["-m", "pytest", "tests/windows/inside", r"--basetemp=C:\tests"])
+    text = ran.stdout.decode(errors="replace")
+    assert ran.returncode == 0, text
+    assert " passed" in text
