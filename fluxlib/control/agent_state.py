@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fluxlib.control.connection import AgentConnection
+from fluxlib.control.ranking import Key, Ranking
 from fluxlib.model import AgentRecord, FunctionState, NodeFigures, Platform
 from fluxlib.model.agents import AgentStatus
 
@@ -17,6 +18,7 @@ class AgentState:
     __slots__ = (
         "_key",
         "_memory_at_report",
+        "_ranking",
         "_total_at_report",
         "certificate_not_after",
         "connection",
@@ -59,7 +61,8 @@ class AgentState:
         self.reserved_memory_mb = 0
         self._total_at_report = 0
         self._memory_at_report = 0
-        self._key: tuple[float, int, str] | None = None  # its place in the order
+        self._ranking: Ranking | None = None  # where it is ranked; None = it takes no work
+        self._key: Key = (0.0, 0, "")  # its place there
 
     @property
     def agent_id(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from fluxlib import archive as archives
 from fluxlib.control.pushes import Pusher
-from fluxlib.control.registry import Registry
+from fluxlib.control.registry import AgentState, Registry
 from fluxlib.control.services import PushResult
 from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
 from fluxlib.model import AgentStatus, Function, FunctionSpec
@@ -151,16 +151,18 @@ class FunctionService:
             self._store.delete_function(name)
             self._functions = {one: function for one, function in self._functions.items() if one != name}
             self._revision += 1
-        agents = self._registry.agents()
+        agents = self._agents()
         results = tuple(one.result for one in self._pusher.remove_all(agents, name))
         keeping = [agent.agent_id for agent in agents if agent.record.original]
         shown = ", ".join(keeping[:20]) + (" and others" if len(keeping) > 20 else "")
         warnings = (f"original agents keep the code, which Flux asks them to run no more: {shown}",) if keeping else ()
         return PushResult(known, results, len(results), warnings)
 
+    def _agents(self) -> Sequence[AgentState]:
+        return [agent for agent in self._registry.agents() if agent.record.status is not AgentStatus.PROVISIONING]
+
     def _push(self, function: Function) -> PushResult:
-        agents = [agent for agent in self._registry.agents() if agent.record.status is not AgentStatus.PROVISIONING]
-        pushed = self._pusher.push_all(agents, function)
+        pushed = self._pusher.push_all(self._agents(), function)
         warnings = dict.fromkeys(warning for one in pushed for warning in one.warnings)
         result = PushResult(function, tuple(one.result for one in pushed), len(pushed), tuple(warnings))
         if result.done:

@@ -27,7 +27,7 @@ from fluxlib.store.base import ControlStore, Lease
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY = 2.0
-_LONGEST_RETRY = 60.0
+_LONGEST_RETRY = 30.0
 # A connection that was replaced is closed by itself once its last calls have ended.
 _CLOSE_SECONDS = 5.0
 ATTACH = "attach"

@@ -1,7 +1,7 @@
 """Which Flux leads: one at a time polls the agents, expires executions and scales.
 
-Two leases per process in the store they share: ``leader``, which one holds, and
-``flux/<session>``, which says that this process lives. A leader's writes carry
+Two leases in the store that several processes share: ``leader``, which one of them holds, and
+each one's ``flux/<session>``, which says that it lives. A leader's writes carry
 its lease, so that one that was frozen and wakes up cannot write as a leader any more.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from fluxlib.errors import LeaseLost
 from fluxlib.store.base import ControlStore, Lease
@@ -28,8 +28,8 @@ OnChange = Callable[[bool], object]
 class Leadership:
     """This process's two leases. ``tick`` every :data:`RENEW_EVERY` seconds, once before anything else starts.
 
-    ``shared`` False: the store is a file of this process alone, so that whoever holds
-    something in it is a former life, and is not waited for.
+    ``shared`` False: the store is a file of this process alone, so that whoever leads
+    there is a former life of it, and is not waited for.
     """
 
     def __init__(
@@ -75,15 +75,14 @@ class Leadership:
         if before is not None and before.expires_at <= now:
             log.warning("held no lease for %.0f s: another process may have led meanwhile", now - before.expires_at)
             self._set(None)
-        self._store.acquire_lease(SESSIONS + self.session, self.session, LEASE_SECONDS, now)
-        leases = self._store.leases(SESSIONS)
-        others = {lease.owner: lease for lease in leases if lease.owner != self.session}
-        if not self._shared:
-            self._bury(others.values(), now)
-            self._living, self._gone = frozenset(), frozenset(others)
-        else:
+        if self._shared:
+            self._store.acquire_lease(SESSIONS + self.session, self.session, LEASE_SECONDS, now)
+            leases = self._store.leases(SESSIONS)
+            others = {lease.owner: lease for lease in leases if lease.owner != self.session}
             self._living = frozenset(owner for owner, lease in others.items() if lease.expires_at > now)
             self._gone = frozenset(others) - self._living
+        else:
+            self._bury(now)
         self._set(self._store.acquire_lease(LEADER, self.session, LEASE_SECONDS, now))
 
     def lost(self, error: LeaseLost) -> None:
@@ -100,10 +99,10 @@ class Leadership:
             if held is not None:
                 self._store.release_lease(held)
 
-    def _bury(self, sessions: Iterable[Lease], now: float) -> None:
-        for lease in (*sessions, self._store.lease(LEADER)):
-            if lease is not None and lease.owner != self.session and lease.expires_at > now:
-                self._store.release_lease(lease)
+    def _bury(self, now: float) -> None:
+        held = self._store.lease(LEADER)
+        if held is not None and held.owner != self.session and held.expires_at > now:
+            self._store.release_lease(held)
 
     def _set(self, lease: Lease | None) -> None:
         with self._lock:

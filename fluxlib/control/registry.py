@@ -9,16 +9,17 @@ cannot both take the last slot.
 
 from __future__ import annotations
 
-import bisect
+import heapq
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fluxlib.control.agent_state import AgentState, free_share
-from fluxlib.model import NodeFigures
+from fluxlib.control.ranking import Key, Ranking
+from fluxlib.model import NodeFigures, Platform
 
 __all__ = ["AgentState", "Choose", "Headroom", "Registry", "Reservation", "free_share"]
 
@@ -54,9 +55,9 @@ class Registry:
         self._headroom = headroom
         self._lock = threading.Lock()
         self._agents: dict[str, AgentState] = {}
-        self._order: list[tuple[float, int, str]] = []  # rising; only agents that take work
+        self._by_id: tuple[AgentState, ...] | None = ()  # None = to be sorted anew
+        self._rankings: dict[Platform, Ranking] = {}  # only agents that take work
         self._turn = itertools.count()
-        self._full: dict[str, int] = {}  # function → agents in the order that are full for it
         self._on_capacity: list[OnCapacity] = []
         self._on_change: list[OnChange] = []
 
@@ -65,35 +66,52 @@ class Registry:
     def get(self, agent_id: str) -> AgentState | None:
         return self._agents.get(agent_id)
 
-    def agents(self) -> list[AgentState]:
+    def agents(self) -> Sequence[AgentState]:
         """Every agent, by ID."""
         with self._lock:
-            return [self._agents[agent_id] for agent_id in sorted(self._agents)]
+            if self._by_id is None:
+                self._by_id = tuple(self._agents[agent_id] for agent_id in sorted(self._agents))
+            return self._by_id
 
     def placeable(self) -> int:
         """How many agents take work now."""
-        return len(self._order)
-
-    def full_everywhere(self, function_name: str) -> bool:
-        """Whether every agent that takes work has no slot left for this function: known without a walk."""
         with self._lock:
-            return self._all_full(function_name)
+            return sum(map(len, self._rankings.values()))
+
+    def full_everywhere(self, function_name: str, platforms: Sequence[Platform] = ()) -> bool:
+        """Whether agents of these platforms take work, and none has a slot left for this function.
+
+        Known without a walk.
+        """
+        with self._lock:
+            rankings = self._rankings_for(platforms)
+            return bool(rankings) and all(ranking.all_full(function_name) for ranking in rankings)
 
     # -- slots ---------------------------------------------------------------------
 
     def place(
-        self, function_name: str, choose: Choose, *, slots: int = 0, memory_mb: int = 0, only: str = ""
+        self,
+        function_name: str,
+        choose: Choose,
+        *,
+        slots: int = 0,
+        memory_mb: int = 0,
+        platforms: Sequence[Platform] = (),
+        only: str = "",
     ) -> Reservation | None:
         """Let ``choose`` pick from the agents that take work, most headroom first, and reserve there.
 
-        Agents without a slot for the function are not shown, nor those that lack it. ``slots`` is the
-        function's ``max_concurrency`` per agent (0 = not limited). ``choose`` runs under the lock: it must be
-        quick and call nothing here. ``only``: the one agent that may take it. None when it picks none.
+        Agents without a slot for the function are not shown, nor those that lack it or are of another platform
+        than ``platforms`` (empty = any): idle ones of the wrong kind would be walked over by every call.
+        ``slots`` is the function's ``max_concurrency`` per agent (0 = not limited). ``choose`` runs under the
+        lock: it must be quick and call nothing here. ``only``: the one agent that may take it. None when it
+        picks none.
         """
         with self._lock:
-            if self._all_full(function_name):
+            rankings = [one for one in self._rankings_for(platforms) if not one.all_full(function_name)]
+            if not rankings:
                 return None
-            agent = choose(self._candidates(function_name, only))
+            agent = choose(self._candidates(function_name, rankings, only))
             return None if agent is None else self._reserve(agent, function_name, slots, memory_mb)
 
     def reserve(self, agent_id: str, function_name: str, *, slots: int = 0, memory_mb: int = 0) -> Reservation | None:
@@ -161,6 +179,7 @@ class Registry:
                 self._set_full(former, set())
                 self._unrank(former)
             self._agents[state.agent_id] = state
+            self._by_id = None
             self._rank(state)
         self._tell_change(state)
 
@@ -172,6 +191,7 @@ class Registry:
             self._set_full(state, set())
             self._unrank(state)
             del self._agents[agent_id]
+            self._by_id = None
         for listener in self._on_change:
             listener(agent_id)
         return state
@@ -230,19 +250,24 @@ class Registry:
 
     # -- under the lock ------------------------------------------------------------------
 
-    def _candidates(self, function_name: str, only: str) -> Iterator[AgentState]:
+    def _rankings_for(self, platforms: Sequence[Platform]) -> list[Ranking]:
+        return [
+            ranking
+            for platform, ranking in self._rankings.items()
+            if len(ranking) and (not platforms or any(platform.matches(wanted) for wanted in platforms))
+        ]
+
+    def _candidates(self, function_name: str, rankings: list[Ranking], only: str) -> Iterator[AgentState]:
         if only:
             found = self._agents.get(only)
-            ids: Iterable[str] = (only,) if found is not None and found._key is not None else ()
+            keys: Iterable[Key] = (found._key,) if found is not None and found._ranking in rankings else ()
         else:
-            ids = (agent_id for _, _, agent_id in reversed(self._order))
-        for agent_id in ids:
+            walks = [ranking.falling() for ranking in rankings]
+            keys = walks[0] if len(walks) == 1 else heapq.merge(*walks, reverse=True)
+        for _, _, agent_id in keys:
             agent = self._agents[agent_id]
             if function_name not in agent.full and "" not in agent.full and function_name not in agent.lacking:
                 yield agent
-
-    def _all_full(self, function_name: str) -> bool:
-        return bool(self._order) and self._full.get(function_name, 0) + self._full.get("", 0) >= len(self._order)
 
     def _reserve(self, agent: AgentState, function_name: str, slots: int, memory_mb: int) -> Reservation:
         running = agent.in_flight.get(function_name, 0) + 1
@@ -260,35 +285,25 @@ class Registry:
         return Reservation(agent, function_name, memory_mb)
 
     def _set_full(self, agent: AgentState, full: set[str]) -> None:
-        if agent._key is not None:
-            self._count_full(agent.full, -1)
-            self._count_full(full, 1)
+        if agent._ranking is not None:
+            agent._ranking.count(agent.full, -1)
+            agent._ranking.count(full, 1)
         agent.full = full
-
-    def _count_full(self, names: set[str], by: int) -> None:
-        # An agent that is full as a whole counts once, under "": the sum in _all_full must not count it twice.
-        for name in ("",) if "" in names else names:
-            count = self._full.get(name, 0) + by
-            if count:
-                self._full[name] = count
-            else:
-                self._full.pop(name, None)
 
     def _rank(self, agent: AgentState) -> None:
         self._unrank(agent)
-        if agent.takes_work:
-            # Among equals the one that changed longest ago comes first: light load goes round.
-            headroom = self._headroom(agent)
-            # A figure that is no number compares with nothing and would break the order for everybody.
-            if headroom != headroom:
-                headroom = -math.inf
-            agent._key = (headroom, -next(self._turn), agent.agent_id)
-            bisect.insort(self._order, agent._key)
-            self._count_full(agent.full, 1)
+        if not agent.takes_work:
+            return
+        headroom = self._headroom(agent)
+        # A figure that is no number compares with nothing and would break the order for everybody.
+        if math.isnan(headroom):
+            headroom = -math.inf
+        # Among equals the one that changed longest ago comes first: light load goes round.
+        agent._key = (headroom, -next(self._turn), agent.agent_id)
+        agent._ranking = self._rankings.setdefault(agent.platform, Ranking())
+        agent._ranking.insert(agent._key, agent.full)
 
     def _unrank(self, agent: AgentState) -> None:
-        if agent._key is not None:
-            index = bisect.bisect_left(self._order, agent._key)
-            del self._order[index]
-            agent._key = None
-            self._count_full(agent.full, -1)
+        if agent._ranking is not None:
+            agent._ranking.remove(agent._key, agent.full)
+            agent._ranking = None

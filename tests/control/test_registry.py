@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from fluxlib.control.registry import AgentState, Registry, Reservation, free_share
-from fluxlib.model import AgentRecord, AgentStatus, NodeFigures
+from fluxlib.model import AgentRecord, AgentStatus, NodeFigures, Platform
 
 AGENTS = [f"w{number}" for number in range(5)]
 FUNCTIONS = ["f", "g", "h"]
@@ -22,9 +23,18 @@ agents = st.sampled_from(AGENTS)
 functions = st.sampled_from(FUNCTIONS)
 
 
-def state(agent_id: str, max_tasks: int = 0) -> AgentState:
+LINUX, WINDOWS, UNKNOWN = Platform("linux", "amd64"), Platform("windows", "amd64"), Platform()
+PLATFORMS = [LINUX, WINDOWS, UNKNOWN]
+WANTED: list[tuple[Platform, ...]] = [(), (LINUX,), (WINDOWS,), (LINUX, WINDOWS), (Platform("unix"),)]
+
+
+def on(agent: AgentState, wanted: tuple[Platform, ...]) -> bool:
+    return not wanted or any(agent.platform.matches(one) for one in wanted)
+
+
+def state(agent_id: str, max_tasks: int = 0, platform: Platform = LINUX) -> AgentState:
     made = AgentState(
-        AgentRecord(agent_id, f"{agent_id}:1", status=AgentStatus.ONLINE, max_tasks=max_tasks),
+        AgentRecord(agent_id, f"{agent_id}:1", status=AgentStatus.ONLINE, max_tasks=max_tasks, platform=platform),
         SimpleNamespace(agent_id=agent_id),  # type: ignore[arg-type]
     )
     made.in_step = True
@@ -44,9 +54,15 @@ class RegistryMachine(RuleBasedStateMachine):
         super().__init__()
         self.registry = Registry()
 
-    @rule(agent_id=agents, max_tasks=st.sampled_from([0, 1, 4]))
-    def add(self, agent_id: str, max_tasks: int) -> None:
-        self.registry.add(state(agent_id, max_tasks))
+    @rule(agent_id=agents, max_tasks=st.sampled_from([0, 1, 4]), platform=st.sampled_from(PLATFORMS))
+    def add(self, agent_id: str, max_tasks: int, platform: Platform) -> None:
+        self.registry.add(state(agent_id, max_tasks, platform))
+
+    @rule(agent_id=agents, platform=st.sampled_from(PLATFORMS))
+    def reinstall(self, agent_id: str, platform: Platform) -> None:
+        known = self.registry.get(agent_id)
+        if known is not None:
+            self.registry.update(agent_id, record=replace(known.record, platform=platform))
 
     @rule(agent_id=agents)
     def remove(self, agent_id: str) -> None:
@@ -70,25 +86,24 @@ class RegistryMachine(RuleBasedStateMachine):
         figures = NodeFigures(cpu_percent=cpu, active_tasks=active, max_tasks=max_tasks)
         self.registry.report(agent_id, figures, at=1.0)
 
-    @rule(target=taken, name=functions)
-    def place(self, name: str) -> Any:
-        shown: list[str] = []
+    def able(self) -> list[AgentState]:
+        return [one for one in self.registry.agents() if one.takes_work]
 
-        def choose(candidates: Iterator[AgentState]) -> AgentState | None:
-            for agent in candidates:
-                shown.append(agent.agent_id)
-                return agent
-            return None
-
+    @rule(target=taken, name=functions, wanted=st.sampled_from(WANTED), only=st.one_of(st.just(""), agents))
+    def place(self, name: str, wanted: tuple[Platform, ...], only: str) -> Any:
         slots = SLOTS[name]
-        reservation = self.registry.place(name, choose, slots=slots)
-        able = [one for one in self.registry.agents() if one.takes_work and name not in one.lacking]
+        able = [
+            one for one in self.able() if on(one, wanted) and name not in one.lacking and only in ("", one.agent_id)
+        ]
+        roomy = [one for one in able if not {name, ""} & one.full]
+        best = max(roomy, key=lambda one: one._key, default=None)
+        reservation = self.registry.place(name, first, slots=slots, platforms=wanted, only=only)
         if reservation is None:
             # Nobody is passed over who has room by our own count, was not marked full and lacks nothing.
-            assert all({name, ""} & one.full for one in able)
+            assert best is None
             return multiple()
         agent = reservation.agent
-        assert agent in able
+        assert agent is best  # the freest, of all platforms that are asked for
         assert not slots or agent.in_flight[name] <= slots
         return reservation
 
@@ -117,25 +132,27 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def order_is_sorted_and_complete(self) -> None:
-        order = self.registry._order
-        assert order == sorted(order)
-        expected = {one.agent_id for one in self.registry.agents() if one.takes_work}
-        assert [agent_id for _, _, agent_id in order] == list(dict.fromkeys(agent_id for _, _, agent_id in order))
-        assert {agent_id for _, _, agent_id in order} == expected
-        assert self.registry.placeable() == len(expected)
+        for platform, ranking in self.registry._rankings.items():
+            assert ranking.order == sorted(ranking.order)
+            ranked = [agent_id for _, _, agent_id in ranking.order]
+            assert sorted(ranked) == [one.agent_id for one in self.able() if one.platform == platform]
+        assert self.registry.placeable() == len(self.able())
+        assert [one.agent_id for one in self.registry.agents()] == sorted(self.registry._agents)
 
     @invariant()
     def full_counts_are_what_a_count_says(self) -> None:
-        counts: dict[str, int] = {}
-        for one in self.registry.agents():
-            if one.takes_work:
-                for name in ("",) if "" in one.full else one.full:
-                    counts[name] = counts.get(name, 0) + 1
-        assert self.registry._full == counts
+        for platform, ranking in self.registry._rankings.items():
+            counts: dict[str, int] = {}
+            for one in self.able():
+                if one.platform == platform:
+                    for name in ("",) if "" in one.full else one.full:
+                        counts[name] = counts.get(name, 0) + 1
+            assert ranking.full == counts
         for name in FUNCTIONS:
-            able = [one for one in self.registry.agents() if one.takes_work]
-            expected = bool(able) and all({name, ""} & one.full for one in able)
-            assert self.registry.full_everywhere(name) == expected
+            for wanted in WANTED:
+                able = [one for one in self.able() if on(one, wanted)]
+                expected = bool(able) and all({name, ""} & one.full for one in able)
+                assert self.registry.full_everywhere(name, wanted) == expected
 
     @invariant()
     def nothing_is_counted_below_zero(self) -> None:
@@ -214,3 +231,23 @@ def test_choosing_among_ten_thousand_agents_looks_at_few() -> None:
     each = (time.perf_counter() - begun) / 4000
     assert (looked, ranked) == (2000, 4000)
     assert each < 0.005, f"{each * 1e6:.0f} µs for one step"
+
+
+def test_idle_agents_of_another_platform_are_not_walked_over() -> None:
+    registry = Registry()
+    for number in range(500):
+        registry.add(state(f"windows-{number:03}", platform=WINDOWS))
+        registry.add(state(f"linux-{number:03}"))
+        registry.report(f"linux-{number:03}", NodeFigures(cpu_percent=60), at=1.0)
+    looked = 0
+
+    def choose(candidates: Iterator[AgentState]) -> AgentState | None:
+        nonlocal looked
+        for agent in candidates:
+            looked += 1
+            if agent.platform == LINUX:
+                return agent
+        return None
+
+    assert registry.place("f", choose, platforms=(LINUX,)) is not None
+    assert looked == 1
