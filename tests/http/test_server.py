@@ -21,7 +21,7 @@ from fluxlib.errors import AgentLost, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from tests.http.conftest import Client
-from tests.http.fakes import FakeOutput, Fakes, config, ended
+from tests.http.fakes import ADMIN, FakeOutput, Fakes, config, ended
 from tests.http.sockets import Wire, head
 from tests.support.programs import wait_until
 
@@ -306,7 +306,7 @@ class TestProtocol:
             (b"GET /health HTTP/1.1\r\nHost: x\r\nBad Header: x\r\n\r\n", 400),
             (b"POST /execute/hello HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
             (b"POST /execute/hello HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
-            (b"POST /execute/hello HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+            (head("GET", "/execute/hello", Transfer_Encoding="chunked").replace(b"GET", b"POST") + b"zz\r\n", 400),
             (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
             (b"GET /functions/%00 HTTP/1.1\r\n\r\n", 400),
             (b"GET /functions/%2e%2e/health HTTP/1.1\r\n\r\n", 400),
@@ -327,12 +327,63 @@ class TestProtocol:
             assert headers["content-type"] == "application/json"
             assert json.loads(body)["error"]
 
-    def test_an_archive_that_is_too_large_is_refused_before_it_is_sent(self, serve: Serve) -> None:
-        with Wire(serve(Fakes(max_archive_mb=1)).port) as wire:
-            wire.raw(head("PUT", "/deploy/hello", 5 * 2**20))
-            status, data = wire.json()
-            assert status == 413
-            assert data["error"]
+
+class TestLargeBodies:
+    """Whether one is taken is settled before it is sent."""
+
+    SIZE = 5 * 2**20
+
+    @pytest.mark.parametrize(
+        ("method", "path", "key", "status"),
+        [
+            ("PUT", "/deploy/hello", ADMIN, 413),
+            ("PUT", "/deploy/hello", "wrong", 401),
+            ("PUT", "/functions", ADMIN, 413),
+            ("POST", "/initialize", ADMIN, 413),
+            ("POST", "/nothing", ADMIN, 404),
+            ("GET", "/health", ADMIN, 413),
+        ],
+    )
+    @pytest.mark.parametrize("how", ["waits", "sends"])
+    def test_is_refused(self, serve: Serve, method: str, path: str, key: str, status: int, how: str) -> None:
+        server = serve(Fakes(max_archive_mb=1))
+        with Wire(server.port) as wire:
+            request = head(method, path, self.SIZE).replace(ADMIN.encode(), key.encode())
+            if how == "waits":
+                wire.raw(request.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+            else:
+                wire.raw(request + bytes(self.SIZE))  # all of it, before reading a byte
+            seen, headers, body = wire.answer()
+            assert seen == status
+            assert headers["connection"] == "close"
+            assert json.loads(body)["error"]
+            assert wire.closed()
+
+    def test_without_a_length_needs_a_key_too(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            request = head("GET", "/deploy/hello", Transfer_Encoding="chunked").replace(b"GET", b"PUT", 1)
+            wire.raw(request.replace(ADMIN.encode(), b"wrong"))
+            assert wire.answer()[0] == 401
+        assert fakes.functions.archives == {}
+
+    def test_what_follows_a_refusal_is_never_served(self, fakes: Fakes, serve: Serve) -> None:
+        """A body that was not read must not be taken for a request."""
+        with Wire(serve(fakes).port) as wire:
+            hidden = head("POST", "/execute/hello")
+            wire.raw(head("PUT", "/functions", self.SIZE) + hidden)
+            assert wire.answer()[0] == 413
+            wire.raw(hidden)
+            wire.socket.shutdown(socket.SHUT_WR)
+            assert wire.closed()
+        assert fakes.executions.calls == []
+
+    def test_that_is_wanted_is_taken(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(head("PUT", "/deploy/hello", self.SIZE, Expect="100-continue"))
+            assert wire.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+            wire.raw(bytes(self.SIZE))
+            assert wire.answer()[0] == 201
+        assert len(fakes.functions.archives["hello"]) == self.SIZE
 
 
 def test_the_loop_does_not_spin_while_calls_wait(fakes: Fakes, serve: Serve, gate: Gate) -> None:

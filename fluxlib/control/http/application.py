@@ -9,6 +9,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.auth import FailedAttempts
+from fluxlib.control.http.early import EarlyCheck
 from fluxlib.control.http.front import Front
 from fluxlib.control.http.pipeline import Pipeline
 from fluxlib.control.http.problems import problem, simple
@@ -19,13 +20,19 @@ from fluxlib.control.services import Services
 from fluxlib.errors import FluxError
 
 
-def create_app(services: Services, *, front: bool = True, attempts: FailedAttempts | None = None) -> Flask:
+class Api(Flask):
+    """The application, and what a server may ask it about a request whose body is still to come."""
+
+    early_check: EarlyCheck
+
+
+def create_app(services: Services, *, front: bool = True, attempts: FailedAttempts | None = None) -> Api:
     """Every route of the table, refused by default.
 
     ``front`` answers the hot routes before Flask; without it Flask answers all,
     by the same pipeline. ``attempts`` remembers wrong keys (tests bring a clock).
     """
-    app = Flask("fluxlib.control.http", static_folder=None)
+    app = Api("fluxlib.control.http", static_folder=None)
     # One way to write each path: no redirects, no merged slashes.
     app.url_map.strict_slashes = True
     app.url_map.merge_slashes = False
@@ -36,6 +43,7 @@ def create_app(services: Services, *, front: bool = True, attempts: FailedAttemp
         _add(app, route, pipeline)
     app.before_request(lambda: _before(app, pipeline))
     app.register_error_handler(Exception, lambda error: _failed(error, pipeline))
+    app.early_check = EarlyCheck(pipeline, routes)
     app.extensions["flux"] = {"routes": routes, "pipeline": pipeline}
     if front:
         app.wsgi_app = Front(app.wsgi_app, pipeline, routes)  # type: ignore[method-assign]

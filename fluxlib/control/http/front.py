@@ -6,17 +6,15 @@ if there were no front.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from fluxlib.control.http.matcher import Matcher
 from fluxlib.control.http.pipeline import Pipeline
 from fluxlib.control.http.route import Route
 
 StartResponse = Callable[..., Any]
 Wsgi = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
-# What needs no unquoting and no second thought.
-_PLAIN = "([A-Za-z0-9._-]+)"
 
 
 class Front:
@@ -26,23 +24,16 @@ class Front:
         self._behind = behind
         self._pipeline = pipeline
         self.routes = tuple(route for route in routes if route.hot)
-        self._by_method: dict[str, list[tuple[re.Pattern[str], Route]]] = {}
-        for route in self.routes:
-            pattern = re.compile(re.sub(r"\\\{[a-z_]+\\\}", _PLAIN, re.escape(route.path)))
-            self._by_method.setdefault(route.method, []).append((pattern, route))
+        self._matcher = Matcher(self.routes)
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        for pattern, route in self._by_method.get(environ["REQUEST_METHOD"], ()):
-            match = pattern.fullmatch(path)
-            if match is None or not _plainly(path, environ):
-                continue
-            answer = self._pipeline.answer(
-                route, environ, dict(zip(route.parameter_names, match.groups(), strict=True))
-            )
-            start_response(answer.status_line, answer.wsgi_headers())
-            return answer.chunks if answer.chunks is not None else (answer.body,)
-        return self._behind(environ, start_response)
+        found = self._matcher.find(environ["REQUEST_METHOD"], path)
+        if found is None or not _plainly(path, environ):
+            return self._behind(environ, start_response)
+        answer = self._pipeline.answer(found[0], environ, found[1])
+        start_response(answer.status_line, answer.wsgi_headers())
+        return answer.chunks if answer.chunks is not None else (answer.body,)
 
 
 def _plainly(path: str, environ: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fluxlib.control.http import audit
@@ -33,36 +34,59 @@ class Pipeline:
         """Never raises: whatever happens is an answer."""
         request = Request(environ, self._services, params)
         try:
-            answer = self._admitted(route, request)
+            self._admit(route, request)
+            answer = self._served(route, request)
         except Exception as error:
             answer = problem(error, f"{request.method} {request.path}")
-            # Not who shows no key or guesses on while refused: strangers must not fill the log.
-            wrong_key = isinstance(error, Unauthenticated) and presented(environ) is not None
-            if wrong_key or isinstance(error, Forbidden):
-                audit.refused(request, answer.status, str(error))
+            self._note(request, error, answer)
         if route.changes and request.principal is not None:
             audit.changed(request, answer.status)
         return answer.with_headers(self.cors.headers(environ))
 
-    def _admitted(self, route: Route, request: Request) -> Answer:
+    def refusal(self, route: Route, environ: Mapping[str, Any], params: Mapping[str, str]) -> Answer | None:
+        """What ``answer`` would say for want of a right key; None when the request is let in."""
+        request = Request(environ, self._services, params)
+        try:
+            self._admit(route, request)
+        except FluxError as error:
+            answer = self.failed(error, environ)
+            self._note(request, error, answer)
+            return answer
+        return None
+
+    def failed(self, error: FluxError, environ: Mapping[str, Any]) -> Answer:
+        """The answer to what was found wrong before there was a whole request."""
+        return problem(error, "").with_headers(self.cors.headers(environ))
+
+    @staticmethod
+    def _note(request: Request, error: Exception, answer: Answer) -> None:
+        # Not who shows no key or guesses on while refused: strangers must not fill the log.
+        wrong_key = isinstance(error, Unauthenticated) and presented(request.environ) is not None
+        if wrong_key or isinstance(error, Forbidden):
+            audit.refused(request, answer.status, str(error))
+
+    def _admit(self, route: Route, request: Request) -> None:
         if route.public:
             request.principal = self._door.look(request.environ)
-        else:
-            request.principal = self._door.admit(request.environ, route.role)
+            return
+        principal = self._door.admit(request.environ, route.role)
+        if "name" in request.params:
+            principal.demand_function(request.params["name"])
+        request.principal = principal
+
+    def _served(self, route: Route, request: Request) -> Answer:
         self._check(route, request)
         leave = self.budget.enter(Waits.FOLLOW if request.query.get("follow") else route.waits)
         handed_on = False
         try:
             answer = route.handler(request)
-            if answer.chunks is not None and request.method != "HEAD":
-                handed_on = True
-                return Answer(
-                    answer.status, b"", answer.content_type, answer.headers, _Guarded(answer.chunks, leave, request)
-                )
-            if answer.chunks is not None:
+            if answer.chunks is None:
+                return answer
+            if request.method == "HEAD":
                 answer.chunks.close()
-                return Answer(answer.status, b"", answer.content_type, answer.headers)
-            return answer
+                return replace(answer, chunks=None)
+            handed_on = True
+            return replace(answer, chunks=_Guarded(answer.chunks, leave, request))
         finally:
             if not handed_on:
                 request.answered = True
@@ -82,8 +106,6 @@ class Pipeline:
             if len(values) != len(pairs):
                 raise InvalidInput("a name appears twice in the query string")
             request.query = take(route.query, values, "the query string")
-        if "name" in request.params and request.principal is not None:
-            request.principal.demand_function(request.params["name"])
         request.data = read_body(route.body, request)
 
 

@@ -90,7 +90,7 @@ class Request:
             data: bytes = self.environ["wsgi.input"].read(limit + 1)
             if len(data) <= limit:
                 return data
-        raise TooLarge(f"the body is larger than {_size(limit)}, the most this route takes")
+        raise too_large(limit)
 
     def query_pairs(self) -> list[tuple[str, str]]:
         """The query string as it stands. Raises InvalidInput for what is no such string."""
@@ -125,5 +125,7 @@ def check_path(environ: Mapping[str, Any]) -> None:
         raise InvalidInput("the path must not contain backslashes, empty parts, '.' or '..'")
 
 
-def _size(limit: int) -> str:
-    return f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit // 1024} KB"
+def too_large(limit: int) -> TooLarge:
+    """The refusal of a body of more than ``limit`` bytes."""
+    size = f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit // 1024} KB"
+    return TooLarge(f"the body is larger than {size}, the most this route takes")

@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from waitress import wasyncore
@@ -15,6 +15,7 @@ from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
 from fluxlib.config.control import ControlConfig
+from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.budget import RESERVED_THREADS, WINDOWS_CONNECTIONS
 from fluxlib.control.webserver.channel import QuietChannel
 from fluxlib.control.webserver.threads import LazyThreads
@@ -37,6 +38,7 @@ class _Listener(TcpWSGIServer):  # type: ignore[misc]
 
     channel_class = QuietChannel
     draining = False
+    early_check: Callable[[Mapping[str, Any], int | None], Answer | None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._trigger_lock = threading.Lock()
@@ -65,7 +67,8 @@ class _Listener(TcpWSGIServer):  # type: ignore[misc]
 class WebServer:
     """Listens from the moment it is made, serves from ``start``.
 
-    Raises FluxError when the address cannot be had.
+    ``app`` may have an ``early_check`` (http.Api has), asked before a large body is
+    read. Raises FluxError when the address cannot be had.
     """
 
     def __init__(self, app: Wsgi, config: ControlConfig) -> None:
@@ -83,6 +86,8 @@ class WebServer:
         except OSError as error:
             self._close_all()
             raise FluxError(_listen_problem(config, error)) from error
+        for listener in self._listeners:
+            listener.early_check = getattr(app, "early_check", None)
         self.port = int(self._listeners[0].effective_port)
         self.turns = 0  # of the loop: it must stand still while all there is waits
         self._deadline: Deadline | None = None

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import socket
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import RequestEntityTooLarge
+
+from fluxlib.control.http.answers import Answer
+from fluxlib.control.http.early import UNQUESTIONED
+from fluxlib.control.http.problems import simple
 
 log = logging.getLogger(__name__)
+
+# How long a client may go on sending what was refused.
+_DISCARD_SECONDS = 10.0
+_DISCARDED_AT_ONCE = 262_144
 
 
 class _Closing:
@@ -40,12 +52,58 @@ class ApiErrorTask(_Closing, ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error = self.request.error
-        body = json.dumps({"error": f"{error.reason.lower()}: {error.body}"}).encode() + b"\n"
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers.extend([("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")])
+        if isinstance(error, Refusal):
+            answer = error.answer
+        else:
+            answer = simple(error.code, f"{error.reason.lower()}: {error.body}")
+        self.status = answer.status_line
+        self.response_headers.extend(answer.wsgi_headers())
         self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
+        self.content_length = len(answer.body)
+        self.write(answer.body)
+
+
+class Refusal:
+    """An answer that needs no body: waitress treats it as it does its own errors."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+
+class ApiParser(HTTPRequestParser):  # type: ignore[misc]
+    """Asks about a large body once the head is there, and takes it only when it is wanted."""
+
+    def __init__(self, channel: QuietChannel, adj: Any) -> None:
+        super().__init__(adj)
+        self.error: Any
+        self._channel = channel
+        self._asked = False
+
+    def received(self, data: bytes) -> int:
+        consumed: int = super().received(data)
+        if self.headers_finished and not self._asked:
+            self._asked = True
+            # What waitress finds too large is asked about as well: it may have no key, or no such path.
+            fits = self.error is None or isinstance(self.error, RequestEntityTooLarge)
+            if fits and (self.chunked or self.content_length > UNQUESTIONED):
+                self._ask()
+        if self.error is not None:
+            # waitress would ask a client that waits for it to send all the same.
+            self.expect_continue = False
+        return consumed
+
+    def _ask(self) -> None:
+        check = self._channel.server.early_check
+        if check is None:
+            return
+        environ = {f"HTTP_{name}": value for name, value in self.headers.items()}
+        environ["REQUEST_METHOD"] = self.command
+        environ["PATH_INFO"] = self.path
+        environ["REMOTE_ADDR"] = self._channel.addr[0]
+        answer = check(environ, None if self.chunked else self.content_length)
+        if answer is not None:
+            self.error = Refusal(answer)
+            self.completed = True
 
 
 class QuietChannel(HTTPChannel):  # type: ignore[misc]
@@ -64,6 +122,9 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._gone_calls: list[Callable[[], None]] = []
         self._unsent = False  # changed under outbuf_lock
+        self._unread = False  # a body was refused that the client may be sending
+        self._discard_until = 0.0
+        self.parser_class = partial(ApiParser, self)
         super().__init__(*args, **kwargs)
 
     # -- output --------------------------------------------------------------------
@@ -84,6 +145,9 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
         return bool(super().writable())
 
     def handle_write(self) -> None:
+        if self._unread and self.close_when_flushed and not self.total_outbufs_len and not self.will_close:
+            self._close_later()
+            return
         super().handle_write()
         # Under the lock, or what a worker leaves just now would be forgotten;
         # without waiting for it, since the next turn comes anyway.
@@ -93,6 +157,36 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
                     self._unsent = False
             finally:
                 self.outbuf_lock.release()
+
+    # -- input ---------------------------------------------------------------------
+
+    def readable(self) -> bool:
+        return bool(self._discard_until) or bool(super().readable())
+
+    def handle_read(self) -> None:
+        if not self._discard_until:
+            super().handle_read()
+            return
+        try:
+            self.recv(_DISCARDED_AT_ONCE)  # closes by itself at the end
+        except OSError:
+            self.handle_close()
+            return
+        if time.monotonic() > self._discard_until:
+            self.handle_close()
+
+    def _close_later(self) -> None:
+        """The answer is sent, the body it refuses is still coming.
+
+        Closing now would reset the connection, and a client that sends all before
+        it reads would see that instead of the answer.
+        """
+        self.close_when_flushed = False
+        self._discard_until = time.monotonic() + _DISCARD_SECONDS
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.handle_close()
 
     # -- the client's going away -----------------------------------------------------
 
@@ -114,6 +208,7 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
         self._call_gone()
 
     def service(self) -> None:
+        self._unread = self.requests[0].error is not None
         try:
             super().service()
         finally:

@@ -1,0 +1,39 @@
+"""Refusing a large body before it is sent.
+
+The server reads a body to its end before the application sees the request:
+without this, strangers could fill the disk with uploads that are refused later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fluxlib.control.http.answers import Answer
+from fluxlib.control.http.matcher import Matcher
+from fluxlib.control.http.pipeline import Pipeline
+from fluxlib.control.http.problems import simple
+from fluxlib.control.http.request import too_large
+from fluxlib.control.http.route import Route
+
+# Bodies up to this are simply read: they are not worth the look.
+UNQUESTIONED = 64 * 1024
+
+
+class EarlyCheck:
+    """What the server asks when a head announces more than ``UNQUESTIONED`` bytes, or does not say how many."""
+
+    def __init__(self, pipeline: Pipeline, routes: Iterable[Route]) -> None:
+        self._pipeline = pipeline
+        self._matcher = Matcher(routes)
+
+    def __call__(self, environ: Mapping[str, Any], length: int | None) -> Answer | None:
+        """The refusal, or None to read on. ``environ`` has the method, the path, the address and the headers."""
+        found = self._matcher.find(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        if found is None:
+            return simple(404, "there is no such path that takes a body: GET /openapi.json lists them")
+        route, params = found
+        refusal = self._pipeline.refusal(route, environ, params)
+        if refusal is None and length is not None and length > route.body.limit:
+            refusal = self._pipeline.failed(too_large(route.body.limit), environ)
+        return refusal
