@@ -23,6 +23,9 @@ from typing import Protocol
 
 from fluxlib.model import AgentRecord, ExecutionRecord, ExecutionRequest, ExecutionStatus, Function
 
+# Seconds a lease that ran out is still listed. One whose owner has open executions stays until they are adopted.
+LEASE_MEMORY = 86400.0
+
 
 class Commit(Protocol):
     """A write on its way. ``wait`` returns when it holds, or raises what went wrong."""
@@ -39,7 +42,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Leadership of one task. ``token`` grows with every new holder: it fences a stale one."""
+    """Leadership of one task. ``token`` is larger than any given before it: it fences a stale holder."""
 
     name: str
     owner: str
@@ -76,7 +79,7 @@ class ExecutionFilter:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Newest first. ``next_cursor`` is opaque, empty on the last page."""
+    """Newest first, without their requests. ``next_cursor`` is opaque, empty on the last page."""
 
     entries: Sequence[ExecutionEntry] = field(default_factory=tuple)
     next_cursor: str = ""
@@ -122,7 +125,7 @@ class ControlStore(Protocol):
 
         Answers the ID under which it is known: the entry's own, or, when its
         idempotency key was used before (for the same function), that earlier one's,
-        and then nothing is written.
+        and then nothing is written. Nor is it for an ID that is known already.
         """
 
     def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:

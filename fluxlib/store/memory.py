@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
-from bisect import insort
 from collections import defaultdict
 from dataclasses import replace
 
 from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
 from fluxlib.model import AgentRecord, ExecutionRecord, ExecutionStatus, Function, Phase
-from fluxlib.store.base import Commit, Committed, ExecutionEntry, ExecutionFilter, Lease, Page
+from fluxlib.store.base import LEASE_MEMORY, Commit, Committed, ExecutionEntry, ExecutionFilter, Lease, Page
 
 _HOLDS = Committed()
 
@@ -33,12 +33,13 @@ class MemoryControlStore:
         self._archives: dict[str, bytes] = {}
         self._revision = 0
         self._agents: dict[str, AgentRecord] = {}
-        self._entries: dict[str, ExecutionEntry] = {}
-        self._by_sequence: list[tuple[int, str]] = []
+        self._entries: dict[str, ExecutionEntry] = {}  # by order of acceptance
+        self._expiring: list[tuple[float, str]] = []
         self._sequence = 0
         self._keys: dict[tuple[str, str], str] = {}
         self._open: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._leases: dict[str, Lease] = {}
+        self._tokens = 0
         self._facts: dict[str, str] = {}
         self._closed = False
 
@@ -46,6 +47,7 @@ class MemoryControlStore:
 
     def functions(self) -> list[Function]:
         with self._lock:
+            self.ping()
             return [self._functions[name] for name in sorted(self._functions)]
 
     def function(self, name: str) -> Function | None:
@@ -53,6 +55,7 @@ class MemoryControlStore:
         return self._functions.get(name)
 
     def functions_revision(self) -> int:
+        self.ping()
         return self._revision
 
     def save_function(self, function: Function, archive: bytes | None = None) -> None:
@@ -73,6 +76,7 @@ class MemoryControlStore:
             return found is not None
 
     def archive(self, code_digest: str) -> bytes | None:
+        self.ping()
         return self._archives.get(code_digest)
 
     def _drop_orphans(self) -> None:
@@ -83,6 +87,7 @@ class MemoryControlStore:
 
     def agents(self) -> list[AgentRecord]:
         with self._lock:
+            self.ping()
             return [self._agents[name] for name in sorted(self._agents)]
 
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
@@ -105,11 +110,13 @@ class MemoryControlStore:
                 known = self._keys.get(key)
                 if known is not None:
                     return known, _HOLDS
+            if entry.execution_id in self._entries:
+                return entry.execution_id, _HOLDS
+            if entry.idempotency_key:
                 self._keys[key] = entry.execution_id
             self._sequence += 1
             entry = replace(entry, sequence=self._sequence, record=replace(entry.record, output=None))
             self._entries[entry.execution_id] = entry
-            insort(self._by_sequence, (entry.sequence, entry.execution_id))
             self._open[entry.record.agent_id][entry.execution_id] = None
             return entry.execution_id, _HOLDS
 
@@ -140,6 +147,7 @@ class MemoryControlStore:
             self._open[entry.record.agent_id].pop(record.execution_id, None)
             kept = replace(record, output=None, phase=Phase.ENDED)
             self._entries[record.execution_id] = replace(entry, record=kept, request=None, keep_until=keep_until)
+            heapq.heappush(self._expiring, (keep_until, record.execution_id))
             return _HOLDS
 
     def execution(self, execution_id: str) -> ExecutionEntry | None:
@@ -148,12 +156,12 @@ class MemoryControlStore:
 
     def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         with self._lock:
+            self.ping()
             before = int(cursor) if cursor else self._sequence + 1
             found: list[ExecutionEntry] = []
-            for sequence, execution_id in reversed(self._by_sequence):
-                entry = self._entries[execution_id]
-                if sequence < before and _matches(entry, where):
-                    found.append(entry)
+            for entry in reversed(self._entries.values()):
+                if entry.sequence < before and _matches(entry, where):
+                    found.append(replace(entry, request=None))
                     if len(found) > limit:
                         break
             more = len(found) > limit
@@ -161,10 +169,12 @@ class MemoryControlStore:
 
     def open_executions(self, agent_id: str) -> list[ExecutionEntry]:
         with self._lock:
+            self.ping()
             return sorted((self._entries[one] for one in self._open[agent_id]), key=lambda entry: entry.sequence)
 
     def executions_of(self, owner: str) -> list[ExecutionEntry]:
         with self._lock:
+            self.ping()
             found = [self._entries[one] for ids in self._open.values() for one in ids]
             return sorted((entry for entry in found if entry.owner == owner), key=lambda entry: entry.sequence)
 
@@ -178,15 +188,17 @@ class MemoryControlStore:
 
     def expire_executions(self, now: float, limit: int = 1000) -> int:
         with self._lock:
-            over = [one for one in self._entries.values() if 0 < one.keep_until <= now][:limit]
-            for entry in over:
-                del self._entries[entry.execution_id]
-                self._by_sequence.remove((entry.sequence, entry.execution_id))
+            self.ping()
+            count = 0
+            while count < limit and self._expiring and self._expiring[0][0] <= now:
+                entry = self._entries.pop(heapq.heappop(self._expiring)[1])
                 self._keys.pop((entry.record.function_name, entry.idempotency_key), None)
-            return len(over)
+                count += 1
+            return count
 
     def count_open(self, function_name: str) -> int:
         with self._lock:
+            self.ping()
             ids = [one for ids in self._open.values() for one in ids]
             return sum(1 for one in ids if self._entries[one].record.function_name == function_name)
 
@@ -198,26 +210,39 @@ class MemoryControlStore:
             held = self._leases.get(name)
             if held is not None and held.owner != owner and held.expires_at > now:
                 return None
-            same = held is not None and held.owner == owner and held.expires_at > now
-            token = held.token if held is not None and same else (held.token if held else 0) + 1
+            live = held is not None and held.expires_at > now
+            if held is not None and live:
+                token = held.token
+            else:
+                self._tokens += 1
+                token = self._tokens
+                self._drop_old_leases(now)
             self._leases[name] = Lease(name, owner, token, now + seconds)
             return self._leases[name]
 
+    def _drop_old_leases(self, now: float) -> None:
+        for name, lease in list(self._leases.items()):
+            if lease.expires_at < now - LEASE_MEMORY and not self.executions_of(lease.owner):
+                del self._leases[name]
+
     def lease(self, name: str) -> Lease | None:
+        self.ping()
         return self._leases.get(name)
 
     def leases(self, prefix: str) -> list[Lease]:
         with self._lock:
+            self.ping()
             return [lease for name, lease in sorted(self._leases.items()) if name.startswith(prefix)]
 
     def release_lease(self, lease: Lease) -> None:
         with self._lock:
+            self.ping()
             held = self._leases.get(lease.name)
             if held is not None and held.token == lease.token:
-                # The token stays: the next holder's must be larger.
                 self._leases[lease.name] = replace(held, expires_at=0.0)
 
     def get_fact(self, key: str) -> str | None:
+        self.ping()
         return self._facts.get(key)
 
     def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import sqlite3
 import sys
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlib.errors import FluxError, StoreUnavailable
+from fluxlib.store.pending import Pending, WriteQueue
 
 log = logging.getLogger(__name__)
 
@@ -27,36 +27,6 @@ _MAX_BATCH = 500
 _BUSY_TIMEOUT = 5.0
 
 Write = Callable[[sqlite3.Connection], Any]
-
-
-class Pending:
-    """A write on its way to the file; ``wait`` returns when it holds. Cheap when nobody waits."""
-
-    __slots__ = ("_done", "durable", "error", "result", "write")
-
-    def __init__(self, write: Write, durable: bool) -> None:
-        self.write = write
-        self.durable = durable
-        self.result: Any = None
-        self.error: Exception | None = None
-        self._done = threading.Lock()
-        self._done.acquire()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Raises what the write raised, StoreUnavailable when it did not hold in time."""
-        if not self._done.acquire(timeout=-1 if timeout is None else timeout):
-            raise StoreUnavailable("the store is too slow: a write did not hold in time")
-        self._done.release()
-        if self.error is not None:
-            raise self.error
-
-    def value(self) -> Any:
-        """Wait, then what the write returned."""
-        self.wait()
-        return self.result
-
-    def settle(self) -> None:
-        self._done.release()
 
 
 class SqliteFile:
@@ -69,12 +39,9 @@ class SqliteFile:
     def __init__(self, path: Path, migrations: Sequence[str], name: str) -> None:
         self._path = path
         self._name = name
-        self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
-        self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._queue: WriteQueue[Write] = WriteQueue(_MAX_BATCH)
+        self._idle: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        self._closed = False
-        self._broken: StoreUnavailable | None = None
         try:
             _make_private(path)
             connection = self._connect()
@@ -84,108 +51,109 @@ class SqliteFile:
         self._thread = threading.Thread(target=self._run, args=(connection,), name=f"{name}-writer", daemon=True)
         self._thread.start()
 
-    def write(self, write: Write, *, durable: bool = False) -> Pending:
+    def write(self, write: Write, *, durable: bool = False) -> Pending[Write]:
         """Queue ``write``; it runs in the writer's transaction and must check before it changes anything."""
-        pending = Pending(write, durable)
-        with self._lock:
-            # Under the lock, so that nothing is queued behind the end of the queue.
-            if self._closed:
-                raise StoreUnavailable("the store is closed")
-            self._queue.put(pending)
-        return pending
+        return self._queue.put(write, durable=durable)
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Rows of a query on this thread's own connection. Raises StoreUnavailable."""
+        """Rows of a query. Raises StoreUnavailable."""
         try:
-            return self._reader().execute(sql, values).fetchall()
+            # As many connections as there are readers at once, whichever threads they are.
+            connection = self._borrow()
+            try:
+                return connection.execute(sql, values).fetchall()
+            finally:
+                self._give_back(connection)
         except sqlite3.Error as error:
             raise StoreUnavailable(f"the store {self._path} cannot be read: {error}") from error
 
     def close(self, timeout: float = 30.0) -> None:
         """Commits what is queued, then lets the file go."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._queue.put(None)
+        if not self._queue.close():
+            return
         self._thread.join(timeout)
         with self._lock:
-            for reader in self._readers:
+            for reader in self._idle:
                 reader.close()
-            self._readers.clear()
+            self._idle.clear()
 
     # -- the writer's thread -----------------------------------------------------
 
     def _run(self, connection: sqlite3.Connection) -> None:
         synced = False
         while True:
-            batch, ended = self._next_batch()
+            batch, ended = self._queue.next_batch()
             if batch:
                 durable = any(pending.durable for pending in batch)
                 try:
                     if durable != synced:
                         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                         synced = durable
-                    self._commit(connection, batch)
-                except Exception as error:
+                except sqlite3.Error as error:
                     self._fail(connection, batch, error)
+                else:
+                    self._commit_or_fail(connection, batch)
                 for pending in batch:
                     pending.settle()
             if ended:
                 connection.close()
                 return
 
-    def _next_batch(self) -> tuple[list[Pending], bool]:
-        """What waits now, at least one; and whether the queue ends here."""
-        first = self._queue.get()
-        if first is None:
-            return [], True
-        batch = [first]
-        while len(batch) < _MAX_BATCH:
-            try:
-                following = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if following is None:
-                return batch, True
-            batch.append(following)
-        return batch, False
+    def _commit_or_fail(self, connection: sqlite3.Connection, batch: list[Pending[Write]]) -> None:
+        try:
+            self._commit(connection, batch)
+        except Exception as error:
+            if len(batch) == 1 or isinstance(error, sqlite3.OperationalError):
+                self._fail(connection, batch, error)
+                return
+            # One of them is at fault, and the others only shared its transaction.
+            self._roll_back(connection)
+            for pending in batch:
+                pending.error = None
+                self._commit_or_fail(connection, [pending])
 
-    def _commit(self, connection: sqlite3.Connection, batch: list[Pending]) -> None:
+    def _commit(self, connection: sqlite3.Connection, batch: list[Pending[Write]]) -> None:
         connection.execute("BEGIN IMMEDIATE")
         for pending in batch:
             try:
-                pending.result = pending.write(connection)
+                pending.result = pending.work(connection)
             except FluxError as error:
                 # A condition that did not hold; such a write has changed nothing.
                 pending.error = error
         connection.execute("COMMIT")
 
-    def _fail(self, connection: sqlite3.Connection, batch: list[Pending], error: Exception) -> None:
-        try:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-        except sqlite3.Error:
-            log.exception("%s: the failed transaction could not be rolled back", self._name)
+    def _fail(self, connection: sqlite3.Connection, batch: list[Pending[Write]], error: Exception) -> None:
+        self._roll_back(connection)
         log.error("%s: %d writes to %s failed: %s", self._name, len(batch), self._path, error)
         for pending in batch:
             if pending.error is None:
                 pending.error = StoreUnavailable(f"the store {self._path} cannot be written: {error}")
 
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            log.exception("%s: the failed transaction could not be rolled back", self._name)
+
     # -- connections ---------------------------------------------------------------
 
-    def _reader(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._connect()
-            connection.execute("PRAGMA query_only=ON")
-            with self._lock:
-                if self._closed:
-                    connection.close()
-                    raise StoreUnavailable("the store is closed")
-                self._readers.append(connection)
-            self._local.connection = connection
+    def _borrow(self) -> sqlite3.Connection:
+        with self._lock:
+            if self._queue.closed:
+                raise StoreUnavailable("the store is closed")
+            if self._idle:
+                return self._idle.pop()
+        connection = self._connect()
+        connection.execute("PRAGMA query_only=ON")
         return connection
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
+        with self._lock:
+            if not self._queue.closed:
+                self._idle.append(connection)
+                return
+        connection.close()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(

@@ -1,0 +1,200 @@
+"""The control plane's state in Redis, shared by several Flux processes."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from fluxlib.errors import StoreUnavailable
+from fluxlib.model import AgentRecord, Function
+from fluxlib.store import redis_scripts as scripts
+from fluxlib.store import rows
+from fluxlib.store.base import Lease
+from fluxlib.store.redis_executions import RedisExecutions, fence, in_time
+from fluxlib.store.redis_import import import_original
+from fluxlib.store.redis_link import RedisLink
+
+log = logging.getLogger(__name__)
+
+PREFIX = "fluxpy:"
+_SCHEMA = 1
+# A value of Redis holds 512 MB at most, and a command that large would hold up everybody else's.
+_PIECE = 8 * 1024 * 1024
+_UPLOAD_LIFE = 3600  # seconds, of pieces whose function never came
+
+
+class RedisControlStore(RedisExecutions):
+    """ControlStore. ``address``: host:port, or a redis://, rediss:// or unix:// URL. Raises StoreUnavailable."""
+
+    def __init__(self, address: str, *, prefix: str = PREFIX) -> None:
+        link = RedisLink(address, prefix, scripts.ALL, "flux-store")
+        super().__init__(link)
+        try:
+            self._check_schema()
+            import_original(link, self)
+        except BaseException:
+            link.close()
+            raise
+
+    def _check_schema(self) -> None:
+        key = self._key("schema")
+        self._link.read(lambda client: client.set(key, _SCHEMA, nx=True))
+        found = int(self._link.read(lambda client: client.get(key)) or _SCHEMA)
+        if found > _SCHEMA:
+            raise StoreUnavailable(f"Redis holds the state of a newer Flux (schema {found}, this one knows {_SCHEMA})")
+
+    # -- functions and code
+
+    def functions(self) -> list[Function]:
+        found = self._link.read(lambda client: client.hgetall(self._key("functions")))
+        return [rows.function_from_text(found[name]) for name in sorted(found)]
+
+    def function(self, name: str) -> Function | None:
+        found = self._link.read(lambda client: client.hget(self._key("functions"), name))
+        return rows.function_from_text(found) if found is not None else None
+
+    def functions_revision(self) -> int:
+        return int(self._link.read(lambda client: client.get(self._key("functions:revision"))) or 0)
+
+    def save_function(self, function: Function, archive: bytes | None = None) -> None:
+        upload = self._upload(archive) if archive is not None else ""
+        self._link.write(
+            scripts.SAVE_FUNCTION,
+            function.spec.name,
+            rows.function_to_text(function),
+            function.code_digest,
+            upload,
+        ).wait()
+
+    def _upload(self, archive: bytes) -> str:
+        key = self._key(f"upload:{secrets.token_hex(8)}")
+
+        def push(client: Redis) -> None:
+            for start in range(0, max(1, len(archive)), _PIECE):
+                client.rpush(key, archive[start : start + _PIECE])
+                client.expire(key, _UPLOAD_LIFE)
+
+        self._link.read(push)
+        return key
+
+    def delete_function(self, name: str) -> bool:
+        return bool(self._link.write(scripts.DELETE_FUNCTION, name).value())
+
+    def archive(self, code_digest: str) -> bytes | None:
+        key = self._key(f"archive:{code_digest}")
+
+        def pull(client: Redis) -> bytes | None:
+            pieces: list[bytes] = []
+            while True:
+                found: Any = client.lrange(key, len(pieces), len(pieces))
+                if not found:
+                    return b"".join(pieces) if pieces else None
+                pieces += found
+
+        found: bytes | None = self._link.read(pull)
+        return found
+
+    # -- agents
+
+    def agents(self) -> list[AgentRecord]:
+        found = self._link.read(lambda client: client.hgetall(self._key("agents")))
+        return [rows.agent_from_text(found[agent_id]) for agent_id in sorted(found)]
+
+    def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
+        self._set("agents", agent.agent_id, rows.agent_to_text(agent), lease)
+
+    def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
+        pending = self._link.write(scripts.DELETE_FIELD, "agents", agent_id, *fence(lease), read=in_time(lease))
+        return bool(pending.value())
+
+    # -- leases and facts
+
+    def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
+        expires = now + seconds
+        token = self._link.write(scripts.ACQUIRE, name, owner, repr(expires), repr(now)).value()
+        return Lease(name, owner, int(token), expires) if token is not None else None
+
+    def lease(self, name: str) -> Lease | None:
+        values = self._link.read(lambda client: client.hmget(self._key(f"lease:{name}"), ("owner", "token", "expires")))
+        return _lease(name, values)
+
+    def leases(self, prefix: str) -> list[Lease]:
+        def ask(client: Redis) -> list[tuple[str, Any]]:
+            every: Any = client.zrange(self._key("leases"), 0, -1)
+            names = sorted(name for one in every if (name := one.decode()).startswith(prefix))
+            pipeline = client.pipeline(transaction=False)
+            for name in names:
+                pipeline.hmget(self._key(f"lease:{name}"), ("owner", "token", "expires"))
+            return list(zip(names, pipeline.execute(), strict=True))
+
+        found = [_lease(name, values) for name, values in self._link.read(ask)]
+        return [lease for lease in found if lease is not None]
+
+    def release_lease(self, lease: Lease) -> None:
+        self._link.write(scripts.RELEASE, lease.name, str(lease.token)).wait()
+
+    def get_fact(self, key: str) -> str | None:
+        found = self._link.read(lambda client: client.hget(self._key("facts"), key))
+        return found.decode() if found is not None else None
+
+    def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None:
+        self._set("facts", key, value, lease)
+
+    def _set(self, table: str, field: str, value: str, lease: Lease | None) -> None:
+        self._link.write(scripts.SET_FIELD, table, field, value, *fence(lease), read=in_time(lease)).wait()
+
+    # -- the store itself
+
+    def ping(self) -> None:
+        self._link.write(scripts.PING).wait(5)
+
+    def persistence(self) -> tuple[str, ...]:
+        info: dict[str, Any] = self._link.read(lambda client: {**client.info("persistence"), **client.info("memory")})
+        warnings = []
+        if not info.get("aof_enabled"):
+            warnings.append(
+                "Redis keeps no append-only file: what was accepted since its last snapshot is lost when it crashes"
+                " (appendonly yes)"
+            )
+        else:
+            fsync = self._setting("appendfsync")
+            if fsync in ("everysec", "no"):
+                lost = "the last second of" if fsync == "everysec" else "some of"
+                warnings.append(
+                    f"Redis syncs its append-only file late (appendfsync {fsync}): {lost} what was accepted is lost"
+                    " when its machine crashes (appendfsync always)"
+                )
+            if info.get("aof_last_write_status", "ok") != "ok":
+                warnings.append("Redis cannot write its append-only file: see its log")
+        if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
+            warnings.append(
+                f"Redis may throw state away when its memory is full ({info.get('maxmemory_policy')}):"
+                " set maxmemory-policy noeviction"
+            )
+        return tuple(warnings)
+
+    def _setting(self, name: str) -> str:
+        """A setting of the server's; "" where asking is not allowed."""
+
+        def ask(client: Redis) -> str:
+            try:
+                answer: Any = client.config_get(name)
+            except ResponseError:
+                return ""
+            return str(answer.get(name, ""))
+
+        return str(self._link.read(ask))
+
+    def close(self) -> None:
+        self._link.close()
+
+
+def _lease(name: str, values: Any) -> Lease | None:
+    owner, token, expires = values
+    if owner is None:
+        return None
+    return Lease(name, owner.decode(), int(token), float(expires))

@@ -1,0 +1,410 @@
+"""What a store of the control plane promises, kept by every backend."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
+from fluxlib.model import AgentRecord, AgentStatus, ErrorKind, ExecutionStatus, Phase, Platform
+from fluxlib.store.base import LEASE_MEMORY, ControlStore, ExecutionFilter
+from tests.support.entries import end, entry, function, keep
+
+# -- functions and code
+
+
+def test_functions_come_back_as_they_were(store: ControlStore) -> None:
+    made = function("b", code_bytes=7, detected_platforms=(Platform("linux", "amd64"),), updated_at=12.5)
+    store.save_function(made)
+    store.save_function(function("a"))
+    assert store.function("b") == made
+    assert [one.spec.name for one in store.functions()] == ["a", "b"]
+    assert store.function("nobody") is None
+    assert store.delete_function("b") is True
+    assert store.delete_function("b") is False
+    assert store.function("b") is None
+
+
+def test_the_revision_grows_with_every_change(store: ControlStore) -> None:
+    seen = [store.functions_revision()]
+    store.save_function(function())
+    seen.append(store.functions_revision())
+    store.save_function(function(code_digest="d1"), b"zip")
+    seen.append(store.functions_revision())
+    store.delete_function("f")
+    seen.append(store.functions_revision())
+    store.delete_function("f")
+    assert seen == sorted(set(seen))
+    assert store.functions_revision() == seen[-1]
+
+
+def test_code_lives_as_long_as_a_function_refers_to_it(store: ControlStore) -> None:
+    large = bytes(range(256)) * 80_000  # 20 MB: more than one piece
+    store.save_function(function("a", code_digest="large"), large)
+    store.save_function(function("b", code_digest="large"), large)
+    assert store.archive("large") == large
+    assert store.archive("none") is None
+    # A change of the function alone keeps its code.
+    store.save_function(function("a", code_digest="large", updated_at=5.0))
+    store.delete_function("b")
+    assert store.archive("large") == large
+    store.save_function(function("a", code_digest="small"), b"zip")
+    assert store.archive("large") is None
+    assert store.archive("small") == b"zip"
+    store.delete_function("a")
+    assert store.archive("small") is None
+
+
+# -- agents
+
+
+def test_agents_come_back_as_they_were(store: ControlStore) -> None:
+    agent = AgentRecord(
+        "worker-1",
+        "10.0.0.1:50052",
+        registered_at=1.25,
+        status=AgentStatus.DRAINING,
+        platform=Platform("linux", "arm64"),
+        enforces=("cpu", "memory"),
+        extra={"zone": "a"},
+        legacy_certificate=True,
+    )
+    store.save_agent(agent)
+    store.save_agent(AgentRecord("alpha", "h:1"))
+    assert [one.agent_id for one in store.agents()] == ["alpha", "worker-1"]
+    assert store.agents()[1] == agent
+    assert store.delete_agent("worker-1") is True
+    assert store.delete_agent("worker-1") is False
+    assert [one.agent_id for one in store.agents()] == ["alpha"]
+
+
+# -- executions
+
+
+def test_an_execution_is_kept_with_its_request_until_it_ends(store: ControlStore) -> None:
+    made = keep(store, "e-1", owner="flux-1")
+    found = store.execution("e-1")
+    assert found is not None
+    assert replace(found, sequence=0) == made
+    assert found.sequence > 0
+    end(store, made, 2000.0, ok=False)
+    ended = store.execution("e-1")
+    assert ended is not None
+    assert ended.request is None
+    assert (ended.record.status, ended.record.phase) == (ExecutionStatus.FAILED, Phase.ENDED)
+    assert (ended.record.error_kind, ended.record.status_at, ended.keep_until) == (ErrorKind.EXIT_CODE, 1001.5, 2000.0)
+    assert store.execution("e-2") is None
+
+
+def test_moving_between_agents_and_the_queue(store: ControlStore) -> None:
+    keep(store, "e-1", owner="flux-1")
+    assert [one.execution_id for one in store.open_executions("")] == ["e-1"]
+    store.assign_execution("e-1", "worker-1", "flux-2").wait()
+    found = store.execution("e-1")
+    assert found is not None
+    assert (found.record.agent_id, found.record.phase, found.owner) == ("worker-1", Phase.STARTING, "flux-2")
+    assert store.open_executions("") == []
+    assert [one.execution_id for one in store.open_executions("worker-1")] == ["e-1"]
+    assert store.executions_of("flux-1") == []
+    assert [one.execution_id for one in store.executions_of("flux-2")] == ["e-1"]
+    store.requeue_execution("e-1", "flux-2").wait()
+    queued = store.open_executions("")
+    assert [one.execution_id for one in queued] == ["e-1"]
+    # It will be started from here.
+    assert queued[0].request == entry("e-1").request
+
+
+def test_the_first_end_wins_and_nothing_moves_after_it(store: ControlStore) -> None:
+    made = keep(store, "e-1", agent="worker-1", owner="flux-1")
+    end(store, made, 2000.0, ok=True)
+    end(store, made, 9000.0, ok=False)
+    found = store.execution("e-1")
+    assert found is not None
+    assert (found.record.status, found.keep_until) == (ExecutionStatus.SUCCESS, 2000.0)
+    for move in (store.assign_execution("e-1", "w", "o"), store.requeue_execution("e-1", "o")):
+        with pytest.raises(Conflict):
+            move.wait()
+    with pytest.raises(Conflict):
+        store.assign_execution("nobody", "w", "o").wait()
+    assert store.open_executions("worker-1") == []
+    assert store.executions_of("flux-1") == []
+    end(store, entry("never-made"))
+    assert store.execution("never-made") is None
+
+
+def test_many_ends_at_once_leave_one(store: ControlStore) -> None:
+    made = keep(store, "e-1")
+    barrier = threading.Barrier(8)
+
+    def race(number: int) -> None:
+        barrier.wait(10)
+        record = made.record.ended(ExecutionStatus.FAILED, at=float(number), error=str(number))
+        store.end_execution(record, 2000.0 + number).wait()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(race, range(8)))
+    found = store.execution("e-1")
+    assert found is not None
+    assert found.keep_until == 2000.0 + float(found.record.error)
+    assert store.expire_executions(2010.0) == 1
+
+
+def test_an_idempotency_key_stands_for_one_execution(store: ControlStore) -> None:
+    first = keep(store, "e-1", idempotency_key="key: 1")
+    known, commit = store.create_execution(entry("e-2", idempotency_key="key: 1"), durable=True)
+    commit.wait()
+    assert known == "e-1"
+    assert store.execution("e-2") is None
+    # For another function it is another key.
+    assert store.create_execution(entry("e-3", "g", idempotency_key="key: 1"), durable=False)[0] == "e-3"
+    end(store, first, 2000.0)
+    assert store.create_execution(entry("e-4", idempotency_key="key: 1"), durable=False)[0] == "e-1"
+    assert store.expire_executions(2000.0) == 1
+    assert store.create_execution(entry("e-5", idempotency_key="key: 1"), durable=False)[0] == "e-5"
+
+
+def test_a_key_used_by_many_at_once_makes_one(store: ControlStore) -> None:
+    barrier = threading.Barrier(8)
+
+    def race(number: int) -> str:
+        barrier.wait(10)
+        known, commit = store.create_execution(entry(f"e-{number}", idempotency_key="k"), durable=True)
+        commit.wait()
+        return known
+
+    with ThreadPoolExecutor(8) as pool:
+        known = set(pool.map(race, range(8)))
+    assert len(known) == 1
+    assert [one.execution_id for one in store.executions(ExecutionFilter(), "", 10).entries] == list(known)
+
+
+def test_a_known_id_is_not_written_twice(store: ControlStore) -> None:
+    made = keep(store, "e-1")
+    end(store, made)
+    keep(store, "e-1", agent="worker-2", idempotency_key="late")
+    found = store.execution("e-1")
+    assert found is not None
+    assert found.record.status is ExecutionStatus.SUCCESS
+    assert store.open_executions("worker-2") == []
+    assert store.create_execution(entry("e-2", idempotency_key="late"), durable=False)[0] == "e-2"
+
+
+def test_listing_is_newest_first_a_page_at_a_time(store: ControlStore) -> None:
+    for number in range(7):
+        keep(store, f"e-{number}")
+    ids: list[str] = []
+    cursor, sizes = "", []
+    while True:
+        page = store.executions(ExecutionFilter(), cursor, 3)
+        ids += [one.execution_id for one in page.entries]
+        sizes.append(len(page.entries))
+        cursor = page.next_cursor
+        if not cursor:
+            break
+        # What arrives meanwhile does not shift the pages.
+        keep(store, f"new-{len(sizes)}")
+    assert ids == [f"e-{number}" for number in range(6, -1, -1)]
+    assert sizes == [3, 3, 1]
+    assert store.executions(ExecutionFilter(), "", 100).next_cursor == ""
+    assert store.executions(ExecutionFilter(), "", 1).entries[0].request is None
+
+
+def test_listing_by_function_status_and_queue(store: ControlStore) -> None:
+    running = keep(store, "run", "f", "w", Phase.STARTING)
+    keep(store, "queue-f", "f")
+    keep(store, "queue-g", "g")
+    ended = keep(store, "end-f", "f", "w", Phase.STARTING)
+    failed = keep(store, "fail-g", "g", "w", Phase.STARTING)
+    end(store, ended)
+    end(store, failed, ok=False)
+
+    def ids(**where: object) -> list[str]:
+        return [one.execution_id for one in store.executions(ExecutionFilter(**where), "", 50).entries]  # type: ignore[arg-type]
+
+    assert ids(function_name="f") == ["end-f", "queue-f", "run"]
+    assert ids(status=ExecutionStatus.RUNNING) == ["queue-g", "queue-f", "run"]
+    assert ids(status=ExecutionStatus.FAILED) == ["fail-g"]
+    assert ids(function_name="g", status=ExecutionStatus.SUCCESS) == []
+    assert ids(function_name="f", status=ExecutionStatus.SUCCESS) == ["end-f"]
+    assert ids(queued=True) == ["queue-g", "queue-f"]
+    assert ids(queued=True, function_name="f") == ["queue-f"]
+    assert ids(queued=True, function_name="f", status=ExecutionStatus.RUNNING) == ["queue-f"]
+    assert ids(queued=True, status=ExecutionStatus.FAILED) == []
+    assert (store.count_open("f"), store.count_open("g"), store.count_open("h")) == (2, 1, 0)
+    end(store, running)
+    store.assign_execution("queue-f", "w", "o").wait()
+    assert ids(queued=True) == ["queue-g"]
+    assert store.count_open("f") == 1
+
+
+def test_queued_ones_come_in_the_order_of_acceptance(store: ControlStore) -> None:
+    for name in ("c", "a", "b"):
+        keep(store, name)
+    store.assign_execution("c", "w", "o").wait()
+    store.requeue_execution("c", "o").wait()
+    assert [one.execution_id for one in store.open_executions("")] == ["c", "a", "b"]
+
+
+def test_only_what_is_over_is_forgotten(store: ControlStore) -> None:
+    for number in range(5):
+        end(store, keep(store, f"e-{number}"), 2000.0 + number)
+    keep(store, "open")
+    assert store.expire_executions(1999.9) == 0
+    assert store.expire_executions(2010.0, limit=2) == 2
+    assert store.execution("e-0") is None
+    assert store.execution("e-2") is not None
+    assert store.expire_executions(2010.0) == 3
+    assert [one.execution_id for one in store.executions(ExecutionFilter(), "", 9).entries] == ["open"]
+    assert store.executions(ExecutionFilter("f", ExecutionStatus.SUCCESS), "", 9).entries == ()
+
+
+def test_a_dead_process_is_inherited(store: ControlStore) -> None:
+    keep(store, "e-1", agent="w", owner="dead")
+    end(store, keep(store, "e-2", owner="dead"))
+    keep(store, "e-3", owner="living")
+    assert store.adopt_executions("dead", "living") == 1
+    assert [one.execution_id for one in store.executions_of("living")] == ["e-1", "e-3"]
+    assert store.executions_of("dead") == []
+    found = store.execution("e-1")
+    assert found is not None
+    assert found.owner == "living"
+    end(store, found)
+    assert [one.execution_id for one in store.executions_of("living")] == ["e-3"]
+    assert store.adopt_executions("dead", "living") == 0
+
+
+# -- leases and facts
+
+
+def test_a_lease_has_one_holder_at_a_time(store: ControlStore) -> None:
+    first = store.acquire_lease("leader", "a", 15, 100.0)
+    assert first is not None
+    assert store.acquire_lease("leader", "b", 15, 110.0) is None
+    longer = store.acquire_lease("leader", "a", 15, 110.0)
+    assert longer is not None
+    assert (longer.token, longer.expires_at) == (first.token, 125.0)
+    taken = store.acquire_lease("leader", "b", 15, 125.1)
+    assert taken is not None
+    assert taken.token > first.token
+    assert store.lease("leader") == taken
+    # A release by a former holder does not take it from the present one.
+    store.release_lease(longer)
+    assert store.acquire_lease("leader", "c", 15, 126.0) is None
+    store.release_lease(taken)
+    again = store.acquire_lease("leader", "a", 15, 126.0)
+    assert again is not None
+    assert again.token > taken.token
+    assert store.lease("nobody") is None
+
+
+def test_a_holder_who_slept_gets_a_new_token(store: ControlStore) -> None:
+    first = store.acquire_lease("leader", "a", 15, 100.0)
+    late = store.acquire_lease("leader", "a", 15, 200.0)
+    assert first is not None
+    assert late is not None
+    assert late.token > first.token
+
+
+def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
+    late = store.acquire_lease("leader", "a", 15, 100.0)
+    now = store.acquire_lease("leader", "b", 15, 200.0)
+    assert late is not None
+    assert now is not None
+    store.save_agent(AgentRecord("w", "h:1"), now)
+    store.set_fact("key", "new", now)
+    keep(store, "e-1", owner="dead")
+    with pytest.raises(LeaseLost):
+        store.save_agent(AgentRecord("w", "h:2"), late)
+    with pytest.raises(LeaseLost):
+        store.delete_agent("w", late)
+    with pytest.raises(LeaseLost):
+        store.set_fact("key", "old", late)
+    with pytest.raises(LeaseLost):
+        store.adopt_executions("dead", "a", late)
+    assert store.agents() == [AgentRecord("w", "h:1")]
+    assert store.get_fact("key") == "new"
+    assert store.adopt_executions("dead", "b", now) == 1
+    assert store.delete_agent("w", now) is True
+
+
+def test_leases_by_prefix(store: ControlStore) -> None:
+    for name in ("flux/a", "flux/b", "flux-not", "leader"):
+        store.acquire_lease(name, name, 15, 100.0)
+    assert [lease.name for lease in store.leases("flux/")] == ["flux/a", "flux/b"]
+
+
+def test_old_names_go_unless_something_is_left_to_adopt(store: ControlStore) -> None:
+    store.acquire_lease("flux/gone", "gone", 15, 100.0)
+    store.acquire_lease("flux/heir", "heir", 15, 100.0)
+    keep(store, "e-1", owner="heir")
+    token = store.acquire_lease("flux/new", "new", 15, 100.0 + LEASE_MEMORY + 60)
+    assert [lease.name for lease in store.leases("flux/")] == ["flux/heir", "flux/new"]
+    # A name that comes back is no earlier holder.
+    back = store.acquire_lease("flux/gone", "gone", 15, 100.0 + LEASE_MEMORY + 60)
+    assert token is not None
+    assert back is not None
+    assert back.token > token.token
+
+
+def test_facts(store: ControlStore) -> None:
+    assert store.get_fact("scale") is None
+    store.set_fact("scale", "ö")
+    store.set_fact("scale", "b")
+    assert store.get_fact("scale") == "b"
+
+
+# -- the store itself
+
+
+def test_ping_goes_through(store: ControlStore) -> None:
+    store.ping()
+
+
+def test_a_closed_store_is_away_never_empty(store: ControlStore) -> None:
+    keep(store, "e-1")
+    store.close()
+    asks = [
+        store.functions,
+        store.agents,
+        store.functions_revision,
+        store.ping,
+        lambda: store.function("f"),
+        lambda: store.archive("d"),
+        lambda: store.execution("e-1"),
+        lambda: store.executions(ExecutionFilter(), "", 5),
+        lambda: store.open_executions(""),
+        lambda: store.executions_of("o"),
+        lambda: store.count_open("f"),
+        lambda: store.lease("leader"),
+        lambda: store.leases("f"),
+        lambda: store.get_fact("k"),
+        lambda: store.set_fact("k", "v"),
+        lambda: store.save_function(function()),
+        lambda: store.create_execution(entry("e-2"), durable=False),
+        lambda: store.assign_execution("e-1", "w", "o").wait(),
+        lambda: store.end_execution(entry("e-1").record, 1.0).wait(),
+        lambda: store.expire_executions(9e9),
+    ]
+    for ask in asks:
+        with pytest.raises(StoreUnavailable):
+            ask()
+
+
+def test_many_threads_at_once_lose_nothing(store: ControlStore) -> None:
+    def life(number: int) -> None:
+        made = keep(store, f"e-{number}", owner="flux-1")
+        store.assign_execution(f"e-{number}", f"w-{number % 3}", "flux-1").wait()
+        if number % 2:
+            end(store, made)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(life, range(200)))
+    assert store.count_open("f") == 100
+    assert sum(len(store.open_executions(f"w-{number}")) for number in range(3)) == 100
+    page = store.executions(ExecutionFilter(), "", 500)
+    sequences = [one.sequence for one in page.entries]
+    assert len(sequences) == 200
+    assert sequences == sorted(set(sequences), reverse=True)
