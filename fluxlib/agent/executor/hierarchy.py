@@ -94,6 +94,8 @@ class Hierarchy:
             _enable(self.base)
             self.functions.mkdir(exist_ok=True)
             _enable(self.functions)
+            # A function finds its own group, to read its limits, and cannot list the others'.
+            self.functions.chmod(0o711)
         except OSError as error:
             raise Unenforceable(f"cgroups cannot be used at {self.base}: {error}") from error
         if not (self.functions / "memory.swap.max").exists() and _has_swap():
@@ -132,6 +134,7 @@ class Hierarchy:
             raise CannotStart(f"cgroup: {path}: {error.strerror}") from error
         group = RunGroup(path)
         try:
+            os.fchmod(group.fd, 0o755)  # the agent's umask leaves it to root alone
             group.limit(limits)
         except OSError as error:
             group.remove()

@@ -216,7 +216,8 @@ class Launcher:
     def _restrict(self, plan: Plan) -> None:
         assert self._landlock is not None
         if self._mounts:
-            self._landlock.restrict((mounts.CODE.encode(),), (mounts.WORK.encode(), b"/tmp", b"/dev/shm"))
+            # Mounted anew in this child, so not the directory that was opened beforehand.
+            self._landlock.restrict((mounts.CODE.encode(), mounts.CGROUPS), mounts.WRITABLE)
         else:
             code = os.path.join(self._programs, plan.code)
             self._landlock.restrict((code,), (plan.work,) if plan.work else ())

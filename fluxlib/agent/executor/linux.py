@@ -18,8 +18,9 @@ from fluxlib.agent.executor import mounts, probe
 from fluxlib.agent.executor.base import Exit, Isolation, Job, Limits
 from fluxlib.agent.executor.cgroup import MIN_MILLICORES, Figures, RunGroup, is_empty
 from fluxlib.agent.executor.hierarchy import Hierarchy
+from fluxlib.agent.executor.launch import Launch
 from fluxlib.agent.executor.launcher import DEFAULT, MINIMAL, Plan
-from fluxlib.agent.executor.spawned import Launch, Spawned, SpawningExecutor
+from fluxlib.agent.executor.spawned import Spawned, SpawningExecutor
 from fluxlib.agent.executor.spawner_link import SetUpRefused, SpawnerLink
 from fluxlib.agent.executor.users import Users, check_range
 from fluxlib.config.agent import AgentConfig

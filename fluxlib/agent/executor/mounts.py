@@ -22,7 +22,8 @@ from fluxlib.agent.executor.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID
 CODE = "/run/flux/code"
 WORK = "/run/flux/work"
 _CODE, _WORK = CODE.encode(), WORK.encode()
-_CGROUPS = b"/sys/fs/cgroup"
+CGROUPS = b"/sys/fs/cgroup"
+WRITABLE = (_WORK, b"/tmp", b"/dev/shm")
 _HIDDEN = (b"/root", b"/home", b"/srv", b"/var/tmp", b"/mnt", b"/media", b"/boot")
 _FEW_FILES = b"size=64k,nr_inodes=64,mode=755"
 _READ_ONLY_CODE = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
@@ -79,9 +80,9 @@ def mount_run(code: bytes, uid: int, size: int) -> None:
 def hide_other_cgroups() -> None:
     """The child's cgroup becomes the root of those it sees."""
     syscalls.unshare(syscalls.CLONE_NEWCGROUP)
-    syscalls.unmount(_CGROUPS)
-    syscalls.mount(b"cgroup2", _CGROUPS, MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    syscalls.mount_setattr(_CGROUPS, syscalls.MOUNT_ATTR_RDONLY)
+    syscalls.unmount(CGROUPS)
+    syscalls.mount(b"cgroup2", CGROUPS, MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    syscalls.mount_setattr(CGROUPS, syscalls.MOUNT_ATTR_RDONLY)
 
 
 def _cover(directory: bytes) -> None:

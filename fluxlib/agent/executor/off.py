@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluxlib.agent.executor.base import Exit, Isolation, Job
-from fluxlib.agent.executor.spawned import Launch, SpawningExecutor
+from fluxlib.agent.executor.launch import Launch
+from fluxlib.agent.executor.spawned import SpawningExecutor
 from fluxlib.config.agent import AgentConfig
 from fluxlib.model import Enforcement, FunctionSpec, Network, WorkingDirectory
 

@@ -58,6 +58,10 @@ class Reactor:
     def start(self) -> None:
         self._thread.start()
 
+    def is_here(self) -> bool:
+        """Whether the caller is the reactor's own thread."""
+        return threading.current_thread() is self._thread
+
     def call(self, function: Callable[[], None]) -> None:
         """Run ``function`` on the reactor's thread soon."""
         self._calls.append(function)

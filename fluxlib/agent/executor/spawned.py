@@ -9,18 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fluxlib.agent.executor.base import Exit, Isolation, Job
 from fluxlib.agent.executor.directories import WorkDirectories
 from fluxlib.agent.executor.endings import exit_of, explain
+from fluxlib.agent.executor.launch import Launch, as_file
 from fluxlib.agent.executor.leftovers import kill_execution
 from fluxlib.agent.executor.reactor import OutputPipe, Reactor
 from fluxlib.agent.executor.spawner_link import SpawnerLink
@@ -30,23 +28,8 @@ from fluxlib.model import FunctionSpec
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY = 0.2
-
-
-@dataclass
-class Launch:
-    """One job as the spawner is asked for it. ``plan`` is the profile's own."""
-
-    uid: int = -1
-    gid: int = -1
-    cwd: str = "/"
-    program: str = ""  # argv[0] as the program sees it; empty = as the job says
-    home: str = ""
-    tmp: str = "/tmp"
-    rlimits: dict[int, int] = field(default_factory=dict)
-    directory: str = ""  # the private work directory on disk, empty when it has none there
-    plan: Any = None  # for the spawner's launcher
-    fds: tuple[int, ...] = ()  # what goes with the plan; stays the profile's
-    own: Any = None  # what the profile needs again at the end
+# How long a start waits for a new spawner; it takes a tenth of that.
+_REPLACED_WITHIN = 5.0
 
 
 class Spawned:
@@ -85,6 +68,7 @@ class SpawningExecutor(ABC):
         self._next = 0
         self._stopping = False
         self._idle = threading.Condition(self._lock)
+        self._connected = threading.Event()
         self._reactor = Reactor("programs-output")
         try:
             self._link = self._connect()
@@ -144,6 +128,8 @@ class SpawningExecutor(ABC):
         on_exit: Callable[[Exit], None],
         on_started: Callable[[int], None] | None = None,
     ) -> Spawned:
+        if not self._connected.is_set() and not self._reactor.is_here():
+            self._connected.wait(_REPLACED_WITHIN)
         launch = self.new_launch()
         opened: list[int] = []
         try:
@@ -153,7 +139,7 @@ class SpawningExecutor(ABC):
             output, written = os.pipe2(os.O_CLOEXEC)
             opened.append(written)
             pipe = OutputPipe(output, on_output)
-            stdin = [_as_file(job.stdin)] if job.stdin else []
+            stdin = [as_file(job.stdin)] if job.stdin else []
             opened += stdin
             with self._lock:
                 if self._stopping:
@@ -186,6 +172,8 @@ class SpawningExecutor(ABC):
 
     def stop(self, deadline: float) -> None:
         with self._lock:
+            if self._stopping:
+                return
             self._stopping = True
             left = list(self._jobs.values())
         for spawned in left:
@@ -254,6 +242,7 @@ class SpawningExecutor(ABC):
             link.close()
             raise
         self._reactor.watch(link.fileno(), self._on_answers)
+        self._connected.set()
         return link
 
     def _on_answers(self) -> None:
@@ -296,6 +285,7 @@ class SpawningExecutor(ABC):
         spawned.on_exit(ended)
 
     def _on_spawner_gone(self) -> None:
+        self._connected.clear()
         self._reactor.forget(self._link.fileno())
         with self._lock:
             stopping, lost = self._stopping, list(self._jobs.values())
@@ -304,16 +294,23 @@ class SpawningExecutor(ABC):
             log.error("the spawner died with %d running programs: they are ended, and it is started again", len(lost))
         for spawned in lost:
             self.end_tree(spawned)
+        # First the new one: whoever hears of an end may start something at once.
+        connected = stopping or self._reconnect()
+        for spawned in lost:
             self._end(spawned, Exit(lost=True))
         pause = _FIRST_RETRY
-        while not self._stopping:
-            try:
-                self._link = self._connect()
-                return
-            except CannotStart as error:
-                log.error("%s; trying again in %.1f s", error.message, pause)
-                threading.Event().wait(pause)
-                pause = min(pause * 2, 5.0)
+        while not connected and not self._stopping:
+            threading.Event().wait(pause)
+            pause = min(pause * 2, 5.0)
+            connected = self._reconnect()
+
+    def _reconnect(self) -> bool:
+        try:
+            self._link = self._connect()
+        except CannotStart as error:
+            log.error("%s; trying again", error.message)
+            return False
+        return True
 
     def end_tree(self, spawned: Spawned) -> None:
         """Kill what a dead spawner left running of one job."""
@@ -324,17 +321,3 @@ class SpawningExecutor(ABC):
                 except (ProcessLookupError, PermissionError):
                     continue
         kill_execution(spawned.job.execution_id)
-
-
-def _as_file(data: bytes) -> int:
-    """Standard input as a file of its own: nothing has to be fed, so nothing can block."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd

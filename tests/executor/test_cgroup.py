@@ -1,0 +1,170 @@
+"""cgroup files on a directory that stands for the kernel's: what is written, what is read, what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fluxlib.agent.executor.base import Limits
+from fluxlib.agent.executor.cgroup import RunGroup, is_empty
+from fluxlib.agent.executor.hierarchy import Hierarchy, own_group
+from fluxlib.errors import CannotStart, Unenforceable
+from tests.support.need import lacking
+
+MB = 1024**2
+FILES = ("memory.max", "memory.swap.max", "memory.oom.group", "pids.max", "cpu.max", "cgroup.kill", "cgroup.procs")
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[RunGroup]:
+    for name in FILES:
+        (tmp_path / name).write_text("")
+    group = RunGroup(os.fspath(tmp_path))
+    yield group
+    group.close()
+
+
+def _content(group: RunGroup) -> dict[str, str]:
+    return {name: text for name in FILES if (text := Path(group.path, name).read_text())}
+
+
+def test_limits_as_the_kernel_reads_them(group: RunGroup) -> None:
+    group.limit(Limits(memory_bytes=128 * MB, cpu_millicores=250, processes=64, open_files=9, tmp_bytes=MB))
+    assert _content(group) == {
+        "memory.max": str(128 * MB),
+        "memory.swap.max": "0",
+        "memory.oom.group": "1",
+        "pids.max": "64",
+        "cpu.max": "25000 100000",
+    }
+
+
+def test_what_is_not_limited_is_not_written(group: RunGroup) -> None:
+    group.limit(Limits())
+    assert _content(group) == {"memory.oom.group": "1"}
+
+
+def test_a_kernel_without_swap_needs_no_swap_limit(group: RunGroup) -> None:
+    Path(group.path, "memory.swap.max").unlink()
+    group.limit(Limits(memory_bytes=MB))
+    assert Path(group.path, "memory.max").read_text() == str(MB)
+
+
+def test_figures(group: RunGroup) -> None:
+    Path(group.path, "memory.peak").write_text("5242880\n")
+    Path(group.path, "cpu.stat").write_text("usage_usec 1500000\nuser_usec 1000000\nsystem_usec 500000\n")
+    Path(group.path, "memory.events").write_text("low 0\nhigh 0\nmax 12\noom 1\noom_kill 0\noom_group_kill 0\n")
+    figures = group.figures()
+    assert (figures.peak_memory_bytes, figures.cpu_seconds, figures.out_of_memory) == (5242880, 1.5, False)
+    Path(group.path, "memory.events").write_text("max 12\noom 1\noom_kill 2\n")
+    assert group.figures().out_of_memory is True
+
+
+def test_an_older_kernel_has_no_peak(group: RunGroup) -> None:
+    Path(group.path, "cpu.stat").write_text("usage_usec 10\n")
+    assert group.figures().peak_memory_bytes is None
+
+
+def test_killing_writes_one_file(group: RunGroup) -> None:
+    group.kill()
+    assert Path(group.path, "cgroup.kill").read_text() == "1"
+
+
+def test_without_cgroup_kill_members_are_frozen_and_killed(group: RunGroup) -> None:
+    Path(group.path, "cgroup.kill").unlink()
+    freezes = Path(group.path, "cgroup.freeze")
+    freezes.write_text("")
+    pid = os.fork()
+    if pid == 0:
+        os.execv("/bin/sleep", ["sleep", "60"])
+    Path(group.path, "cgroup.procs").write_text(f"{pid}\n")
+    group.kill()
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == 9
+    assert freezes.read_text() == "0"
+
+
+def test_a_closed_group_is_left_alone(group: RunGroup) -> None:
+    group.close()
+    group.kill()
+    group.signal(15)
+    group.close()
+    assert Path(group.path, "cgroup.kill").read_text() == ""
+
+
+def test_emptiness(tmp_path: Path) -> None:
+    events = tmp_path / "cgroup.events"
+    for populated in (1, 0):
+        events.write_text(f"populated {populated}\nfrozen 0\n")
+        fd = os.open(events, os.O_RDONLY)
+        assert is_empty(fd) is (populated == 0)
+        os.close(fd)
+
+
+# -- where functions run ---------------------------------------------------------------------
+
+
+def _unified(root: Path, group: str = "system.slice/flux-agent.service") -> tuple[Path, Path]:
+    """A made-up /sys/fs/cgroup and /proc/self/cgroup."""
+    root.joinpath(group).mkdir(parents=True)
+    (root / "cgroup.controllers").write_text("cpu memory pids io\n")
+    membership = root / "membership"
+    membership.write_text(f"0::/{group}\n")
+    return root / group, membership
+
+
+def test_a_hybrid_or_old_hierarchy_is_no_place(tmp_path: Path) -> None:
+    assert own_group(tmp_path) is None
+    with pytest.raises(Unenforceable, match=r"no cgroup v2 at /sys/fs/cgroup: boot with systemd.unified"):
+        Hierarchy.find("worker", tmp_path)
+
+
+def test_ones_own_group(tmp_path: Path) -> None:
+    group, membership = _unified(tmp_path)
+    assert own_group(tmp_path, membership) == group
+
+
+def test_a_unit_without_delegation_is_refused_with_what_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, _ = _unified(tmp_path)
+    monkeypatch.setattr("fluxlib.agent.executor.hierarchy.own_group", lambda root: group)
+    with pytest.raises(Unenforceable, match="put `Delegate=cpu memory pids` into the agent's unit"):
+        Hierarchy.find("worker", tmp_path, systemd=True)
+    assert Hierarchy.find("worker", tmp_path, systemd=False).base == tmp_path / "flux" / "worker"
+
+
+def test_a_delegated_unit_is_the_base_also_when_the_agent_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit, _ = _unified(tmp_path)
+    try:
+        os.setxattr(unit, "user.delegate", b"1")
+    except OSError:
+        lacking("needs a file system with user attributes")
+    moved = unit / "agent"
+    moved.mkdir()
+    for group in (unit, moved):
+        monkeypatch.setattr("fluxlib.agent.executor.hierarchy.own_group", lambda root, group=group: group)
+        assert Hierarchy.find("worker", tmp_path, systemd=True).base == unit
+
+
+def test_a_missing_controller_is_named(tmp_path: Path) -> None:
+    unit, _ = _unified(tmp_path)
+    for path in (tmp_path / "cgroup.subtree_control", unit.parent / "cgroup.subtree_control"):
+        path.write_text("")
+    (unit / "cgroup.controllers").write_text("cpu pids\n")
+    with pytest.raises(Unenforceable, match="lacks the controllers memory: put `Delegate=cpu memory pids`"):
+        Hierarchy(unit).set_up()
+
+
+def test_a_group_that_cannot_be_made_starts_nothing(tmp_path: Path) -> None:
+    hierarchy = Hierarchy(tmp_path)
+    with pytest.raises(CannotStart, match="No such file or directory"):
+        hierarchy.make("e-1", Limits())
+    hierarchy.functions.mkdir()
+    (hierarchy.functions / "e-1").mkdir()
+    with pytest.raises(CannotStart, match="File exists"):
+        hierarchy.make("e-1", Limits())

@@ -1,0 +1,157 @@
+"""The spawner as a process: what it is asked, what it answers, and what becomes of its runs when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fluxlib.agent.executor.base import Exit, Job
+from fluxlib.agent.executor.launcher import Step, _Failures
+from fluxlib.agent.executor.off import OffExecutor
+from fluxlib.agent.executor.spawner_link import SpawnerLink
+from fluxlib.config.agent import read_agent
+from fluxlib.errors import Stopping
+
+
+class Run:
+    """One job of an executor and everything it told."""
+
+    def __init__(self, executor: OffExecutor, directory: Path, script: str, name: str = "e-1") -> None:
+        program = directory / f"{name}.sh"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        self.output = b""
+        self.ends: list[Exit] = []
+        self.pid = 0
+        self._changed = threading.Condition()
+        job = Job(name, (str(program),), {"PATH": "/usr/bin:/bin", "FLUX_EXECUTION_ID": name}, directory)
+        self.job = executor.start(job, self._wrote, self._ended, self._started)
+
+    def _wrote(self, data: bytes) -> None:
+        with self._changed:
+            self.output += data
+            self._changed.notify_all()
+
+    def _started(self, pid: int) -> None:
+        self.pid = pid
+
+    def _ended(self, ended: Exit) -> None:
+        with self._changed:
+            self.ends.append(ended)
+            self._changed.notify_all()
+
+    def wait_for(self, words: bytes) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: words in self.output, 10)
+
+    def end(self) -> Exit:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.ends, 10)
+        return self.ends[0]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    import shutil
+    import tempfile
+
+    # Functions run as somebody else, who may not enter pytest's own directories.
+    path = Path(tempfile.mkdtemp(prefix="flux-spawner-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def executor(directory: Path) -> Iterator[OffExecutor]:
+    config = read_agent(b"agent_id: worker\n", directory / "agent.yaml")
+    executor = OffExecutor(config, directory / "state", "a test")
+    yield executor
+    executor.stop(time.monotonic() + 5)
+
+
+def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: OffExecutor, directory: Path) -> None:
+    run = Run(executor, directory, "(setsid sleep 60 &) ; echo up; sleep 60")
+    run.wait_for(b"up")
+    os.kill(executor._link.pid, signal.SIGKILL)
+    assert run.end() == Exit(lost=True)
+    assert run.output == b"up\n"
+    assert len(run.ends) == 1
+    assert not psutil.pid_exists(run.pid) or psutil.Process(run.pid).status() == psutil.STATUS_ZOMBIE
+    assert Run(executor, directory, "echo again", "e-2").end().exit_code == 0
+
+
+def test_starts_while_it_dies_end_exactly_once(executor: OffExecutor, directory: Path) -> None:
+    """Every start either raises and tells nothing, or is told one end."""
+    runs: list[Run] = []
+    raised = 0
+    for round_ in range(3):
+        with contextlib.suppress(ProcessLookupError):  # the last one's successor is not there yet
+            os.kill(executor._link.pid, signal.SIGKILL)
+        for number in range(20):
+            try:
+                runs.append(Run(executor, directory, "exit 3", f"e-{round_}-{number}"))
+            except Exception:
+                raised += 1
+    for run in runs:
+        ended = run.end()
+        assert ended.lost or ended.exit_code == 3
+    assert len(runs) + raised == 60
+    assert all(len(run.ends) == 1 for run in runs)
+
+
+def test_programs_get_signals_as_they_should_be(executor: OffExecutor, directory: Path) -> None:
+    run = Run(executor, directory, "grep -E 'Sig(Ign|Blk)' /proc/self/status")
+    run.end()
+    masks = {line.split()[0]: int(line.split()[1], 16) for line in run.output.decode().splitlines()}
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD, signal.SIGTERM):
+        assert not masks["SigIgn:"] >> (number - 1) & 1, number
+    assert masks["SigBlk:"] == 0
+
+
+def test_no_descriptor_of_ours_is_inherited(executor: OffExecutor, directory: Path) -> None:
+    run = Run(executor, directory, "ls /proc/self/fd")
+    run.end()
+    assert run.output.split() == [b"0", b"1", b"2", b"3"], "3 is ls's own"
+
+
+def test_after_stop_nothing_is_started(executor: OffExecutor, directory: Path) -> None:
+    executor.stop(time.monotonic() + 5)
+    with pytest.raises(Stopping):
+        Run(executor, directory, "true")
+
+
+def test_what_it_cannot_do_it_says_when_it_starts(directory: Path) -> None:
+    """An unknown directory to serve from: refused by the step, not by a process that is just gone."""
+    from fluxlib.agent.executor.spawner_link import SetUpRefused
+
+    if os.geteuid() != 0:
+        pytest.skip("as root a namespace is made first")
+    with pytest.raises(SetUpRefused) as refused:
+        SpawnerLink("default", str(directory / "missing"))
+    assert "make a mount namespace" in refused.value.message
+
+
+def test_a_childs_failure_is_kept_until_it_is_asked_for() -> None:
+    failures = _Failures(slots=2)
+    first, second = failures.take(), failures.take()
+    with pytest.raises(OSError, match="too many programs"):
+        failures.take()
+    pid = os.fork()
+    if pid == 0:
+        failures.tell(second, Step.OUT_OF_MEMORY_SCORE, 30)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert failures.give_back(first) is None
+    assert failures.give_back(second) == ("out of memory score", 30)
+    again: list[Any] = [failures.give_back(failures.take()) for _ in range(3)]
+    assert again == [None, None, None]

@@ -1,0 +1,161 @@
+#!/usr/bin/python3 -I
+"""Tries what a function must not be able to do and says, as JSON, what came of each: "works" or an errno's name.
+
+Arguments, as JSON: what the test put on the machine for it to find.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x20000
+PTRACE_ATTACH = 16
+BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
+target = json.loads(sys.argv[1])
+victim, agent = target["victim"], target["agent"]
+
+
+def call(name, *arguments):
+    ctypes.set_errno(0)
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+
+def read(path):
+    with open(path, "rb") as file:
+        if not file.read(4096):
+            raise OSError(errno.ENODATA, path)
+
+
+def write(path, data="x"):
+    with open(path, "w") as file:
+        file.write(data)
+
+
+def ptrace():
+    call("ptrace", PTRACE_ATTACH, victim, None, None)
+    os.waitpid(victim, 0)
+
+
+def connect(address, family=socket.AF_UNIX):
+    with socket.socket(family) as client:
+        client.settimeout(5)
+        client.connect(address)
+
+
+def set_user_id(path):
+    done = subprocess.run([path, "-u"], capture_output=True, text=True)
+    if done.stdout.strip() != "0":
+        raise OSError(errno.EPERM, path)
+
+
+def own_cgroup():
+    with open("/proc/self/cgroup") as file:
+        return "/sys/fs/cgroup" + file.read().strip().split("::")[1]
+
+
+def leave_cgroup():
+    unit = os.path.dirname(os.path.dirname(own_cgroup()))
+    write(os.path.join(unit, "agent/cgroup.procs"), str(os.getpid()))
+
+
+def see_other_cgroups():
+    found = [path for path, *_ in os.walk("/sys/fs/cgroup") if path.endswith(target["victim_execution"])]
+    if not found:
+        raise OSError(errno.ENOENT, "cgroup")
+
+
+def read_memory_limit():
+    read(os.path.join(own_cgroup(), "memory.max"))
+
+
+ATTACKS = {
+    "inherit a descriptor": lambda: next(fd for fd in range(3, 64) if fd_is_open(fd)),
+    # What honest functions need.
+    "HONEST write to /tmp": lambda: write("/tmp/mine"),
+    "HONEST write to TMPDIR": lambda: write(os.path.join(os.environ["TMPDIR"], "mine")),
+    "HONEST write to HOME": lambda: write(os.path.join(os.environ["HOME"], "mine")),
+    "HONEST write to /dev/null": lambda: write("/dev/null"),
+    "HONEST use shared memory": lambda: write("/dev/shm/mine"),
+    "HONEST run a program": lambda: subprocess.run(["/bin/true"], check=True),
+    "HONEST start a thread": lambda: __import__("threading").Thread(target=int).start(),
+    "HONEST resolve a name": lambda: socket.getaddrinfo("localhost", 80),
+    "HONEST read its limits": lambda: read("/proc/self/limits"),
+    "HONEST read its memory limit": read_memory_limit,
+    # What no function may do; what changes this process itself comes last.
+    "see another's process": lambda: os.stat(f"/proc/{victim}"),
+    "read another's environment": lambda: read(f"/proc/{victim}/environ"),
+    "read another's memory": lambda: read(f"/proc/{victim}/maps"),
+    "trace another": ptrace,
+    "kill another": lambda: os.kill(victim, signal.SIGCONT),
+    "see the agent": lambda: os.stat(f"/proc/{agent}"),
+    "kill the agent": lambda: os.kill(agent, 0),
+    "read another's code": lambda: read(target["victim_code"]),
+    "read another's work": lambda: read(target["victim_work"]),
+    "read the agent's store": lambda: read(target["store"]),
+    "read the agent's configuration": lambda: read("/etc/flux-agent/agent.yaml"),
+    "read a world-readable file in /srv": lambda: read("/srv/public-secret.txt"),
+    "connect to a socket in /run": lambda: connect("/run/lab.sock"),
+    "connect to an abstract socket": lambda: connect("\0lab"),
+    "connect to a local port": lambda: connect(("127.0.0.1", 22), socket.AF_INET),
+    "open a raw network socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close(),
+    "attach to another's SysV memory": lambda: call("shmget", 0x1AB, 4096, 0),
+    "leave SysV memory behind": lambda: call("shmget", 0x2AB, 4096, 0o1666),
+    "change its own code": lambda: write(os.path.join(os.path.dirname(__file__), "probe.py")),
+    "add to its own code": lambda: write(os.path.join(os.path.dirname(__file__), "new")),
+    "write to /usr": lambda: write("/usr/local/lab"),
+    "write to /var/tmp": lambda: write("/var/tmp/lab"),
+    "leave its cgroup": leave_cgroup,
+    "see other cgroups": see_other_cgroups,
+    "read a disk": lambda: read("/dev/vda"),
+    "set the clock": lambda: call("settimeofday", ctypes.byref((ctypes.c_long * 2)(0, 0)), None),
+    "become root": lambda: os.setuid(0),
+    "read the kernel's log": lambda: call("klogctl", 3, ctypes.create_string_buffer(64), 64),
+    "set up io_uring": lambda: call("syscall", 425, 1, ctypes.create_string_buffer(120)),
+    "load a BPF program": lambda: call("syscall", BPF, 5, ctypes.create_string_buffer(128), 128),
+    "use a set-user-ID program": lambda: set_user_id("/usr/local/bin/lab-suid"),
+    "open a user namespace": lambda: call("unshare", CLONE_NEWUSER),
+    "open a mount namespace": lambda: call("unshare", CLONE_NEWNS),
+}
+
+
+def fd_is_open(fd):
+    try:
+        os.fstat(fd)
+        return True
+    except OSError:
+        return False
+
+
+def outcome(attack):
+    try:
+        attack()
+        return "works"
+    except OSError as error:
+        return errno.errorcode.get(error.errno, str(error))
+    except (StopIteration, subprocess.SubprocessError) as error:
+        return type(error).__name__
+
+
+with open("/proc/self/status") as file:
+    status = dict(line.split(":", 1) for line in file)
+sets = [int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Amb")]
+results = {
+    "uid": os.getuid(),
+    "groups": os.getgroups(),
+    "capabilities": sum(sets),
+    "bounding set": int(status["CapBnd"], 16),
+    "no new privileges": int(status["NoNewPrivs"]),
+}
+try:
+    results["found in /tmp"] = os.listdir("/tmp")
+except PermissionError:
+    results["found in /tmp"] = "EACCES"
+results |= {name: outcome(attack) for name, attack in ATTACKS.items()}
+json.dump(results, sys.stdout)
