@@ -61,7 +61,7 @@ class Agent:
         executor = build_executor(config, programs)
         # Stopped before the records close: it tells the end of what it still kills.
         parts.add("executor", lambda deadline: executor.stop(deadline.at))
-        _end_former_life(executor, records)
+        _end_former_life(executor, records, programs)
         timers = Timers("agent-timers").start()
         parts.add("timers", timers.stop)
         packages = Packages(programs / "functions")
@@ -112,16 +112,18 @@ class Agent:
     def port(self) -> int:
         return self._listener.port
 
-    def stop(self) -> None:
+    def stop(self, seconds: float | None = None) -> None:
         """Tell every Flux, let what runs finish, kill what does not, then take the floor away.
 
+        ``seconds`` is what all of it may take, by default what agent.yaml says and the time to kill.
         New work is refused first, so that the wait ends; the server stays until the last answer has been
         sent, the records until the last end is written.
         """
-        deadline = Deadline(self._config.shutdown_sec + _KILL_TIME)
+        seconds = self._config.shutdown_sec + _KILL_TIME if seconds is None else seconds
+        deadline, kill_time = Deadline(seconds), min(_KILL_TIME, seconds / 2)
         self._runs.refuse_new()
         self._sessions.say_stopping()
-        self._runs.stop(deadline.at - _KILL_TIME, deadline.at - _KILL_TIME / 2)
+        self._runs.stop(deadline.at - kill_time, deadline.at - kill_time / 2)
         self._sessions.close()
         self._listener.stop(deadline)
         self._parts.stop(deadline)
@@ -134,14 +136,15 @@ def serve(config: AgentConfig, stop: StopSignal) -> int:
     agent = Agent(config)
     stop.wait()
     log.info("stopping")
-    agent.stop()
+    agent.stop(stop.seconds(config.shutdown_sec + _KILL_TIME))
     log.info("stopped")
     return 0
 
 
-def _end_former_life(executor: Executor, records: Records) -> None:
+def _end_former_life(executor: Executor, records: Records, programs: Path) -> None:
     """Kill what an earlier life of this agent left running, then say of each that it failed."""
-    killed = executor.clean_up_former_life() + kill_executions(records.unfinished())
+    # By their homes too: the store may not have heard of the newest ones.
+    killed = executor.clean_up_former_life() + kill_executions(records.unfinished(), programs / "work")
     ended = records.end_former_life(time.time(), "the agent restarted while it ran")
     if ended or killed:
         log.warning("an earlier life of this agent left %d executions: they are ended and recorded", ended)

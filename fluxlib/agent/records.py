@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from fluxlib.agent.journal import Journal
 from fluxlib.agent.output import IN_MEMORY, Output, read_file
-from fluxlib.errors import StoreUnavailable
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import RecordStore
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 256 * 1024
-# The store hears of an end a little later (its writes are batched), or never when its disk is full.
+_CLOSE = 10.0
+# For clients that ask at once, and for a store whose disk is full.
 _RECENT = 2000
 _RECENT_BYTES = 16 * 1024 * 1024
 
@@ -29,6 +31,7 @@ class Records:
 
     def __init__(self, store: RecordStore, directory: Path, keep_for: float, cap: int) -> None:
         self._store = store
+        self._journal = Journal(store)
         self._directory = os.fspath(directory)
         self._keep_for = keep_for
         self._cap = cap
@@ -41,16 +44,11 @@ class Records:
     # -- while it runs -------------------------------------------------------------
 
     def begin(self, record: ExecutionRecord) -> Output:
-        """A new execution and where its output goes. Raises StoreUnavailable, then it is unknown."""
+        """A new execution and where its output goes."""
         output = Output(self._path(record.execution_id), self._cap)
         with self._lock:
             self._open[record.execution_id] = (record, output)
-        try:
-            self._store.begin(record)
-        except BaseException:
-            with self._lock:
-                del self._open[record.execution_id]
-            raise
+        self._journal.put(record, None)
         return output
 
     def update(self, record: ExecutionRecord) -> None:
@@ -61,10 +59,7 @@ class Records:
                 self._open[record.execution_id] = (record, known[1])
 
     def end(self, record: ExecutionRecord) -> ExecutionRecord:
-        """The final record, its output figures filled in; with the output unless it lies in a file.
-
-        A store that cannot be written is logged: the record is known in memory for a while all the same.
-        """
+        """The final record, its output figures filled in; with the output unless it lies in a file."""
         with self._lock:
             output = self._open[record.execution_id][1]
         warnings = (*record.warnings, output.problem) if output.problem else record.warnings
@@ -75,10 +70,7 @@ class Records:
             truncated=output.truncated,
             warnings=warnings,
         )
-        try:
-            self._store.end(record, record.output, record.status_at + self._keep_for)
-        except StoreUnavailable as error:
-            log.error("the record of %s cannot be kept: %s", record.execution_id, error.message)
+        self._journal.put(record, record.status_at + self._keep_for)
         with self._lock:
             # In one step: whoever asks finds it here or there, never nowhere.
             del self._open[record.execution_id]
@@ -88,13 +80,10 @@ class Records:
 
     def refuse(self, record: ExecutionRecord) -> None:
         """One that was begun and refused after all: as if it had never been here."""
-        execution_id = record.execution_id
+        if not self._journal.strike(record.execution_id):
+            self._journal.put(replace(record, output=b""), record.status_at)
         with self._lock:
-            self._open.pop(execution_id, None)
-        try:
-            self._store.end(record, b"", record.status_at)
-        except StoreUnavailable as error:
-            log.error("the refused %s cannot be struck out: %s", execution_id, error.message)
+            self._open.pop(record.execution_id, None)
 
     # -- asked for -----------------------------------------------------------------
 
@@ -103,8 +92,7 @@ class Records:
         with self._lock:
             running = self._open.get(execution_id)
             found = running[0] if running is not None else self._recent.get(execution_id)
-        if found is None:
-            found = self._store.record(execution_id)
+        found = found or self._journal.find(execution_id) or self._store.record(execution_id)
         return None if found is None or found.error_kind.nothing_started else found
 
     def get(self, execution_id: str, *, with_output: bool = True) -> ExecutionRecord | None:
@@ -142,9 +130,9 @@ class Records:
         """As the store has it: with the output unless that lies in a file."""
         with self._lock:
             found = self._recent.get(execution_id)
-        found = found or self._store.record(execution_id)
+        found = found or self._journal.find(execution_id) or self._store.record(execution_id)
         if found is None:
-            # It may have ended while the newest 2 000 ends were still on their way to the store.
+            # It may be on its way through the store's own queue.
             self._store.flush(5)
             found = self._store.record(execution_id)
         return None if found is None or found.error_kind.nothing_started else found
@@ -184,7 +172,13 @@ class Records:
             if not over:
                 return
 
+    def flush(self) -> None:
+        """Until the store holds everything so far."""
+        self._journal.flush()
+        self._store.flush()
+
     def close(self) -> None:
+        self._journal.stop(Deadline(_CLOSE))
         self._store.close()
 
     def _remember(self, record: ExecutionRecord) -> None:

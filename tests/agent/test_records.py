@@ -86,7 +86,7 @@ def test_expiry_takes_the_output_file_too(open_records: Open, tmp_path: Path) ->
     records = open_records()
     run(records, "old", b"x" * 100_000, at=1000)
     run(records, "new", b"y" * 100_000, at=1030)
-    records._store.flush(5)
+    records.flush()
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"old", "new"}
     records.tick(1061)
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"new"}
@@ -100,7 +100,7 @@ def test_a_former_life_fails_with_the_reason(open_records: Open, tmp_path: Path)
     loud = first.begin(new_record("loud", "hello", "worker-1", True, ()))
     loud.append(b"x" * 100_000)
     run(first, "ended", b"")
-    first._store.flush(5)
+    first.flush()
     loud.end()
     (tmp_path / "outputs" / "of-nobody").write_bytes(b"left by a store that was thrown away")
     second = open_records()
@@ -143,6 +143,7 @@ def test_memory_of_what_just_ended_is_bounded(tmp_path: Path, monkeypatch: pytes
         run(records, f"large-{number}", b"x" * 300)
     assert len(records._recent) == 3
     assert records._recent_bytes == 900
+    records.flush()
     records.tick(10_000)
     assert (len(records._recent), records._recent_bytes) == (0, 0)
     records.close()

@@ -93,7 +93,7 @@ def test_the_same_id_after_a_restart_of_the_agent_is_not_run_again(tmp_path: Pat
         first.runs.start(asked("ended"), Ends())
         first.executor.jobs[0].end()
         first.runs.start(asked("running"), Ends())
-        first.store.flush(5)
+        first.records.flush()
         crashed = SqliteRecordStore(tmp_path / "agent.db")
         with rooms(tmp_path, crashed) as second:
             assert second.records.unfinished() == ["running"]
@@ -227,14 +227,16 @@ def test_a_cancel_of_one_that_is_refused_after_all_is_answered(agent: Rooms) -> 
 def test_a_cancel_while_the_end_is_written_is_answered(tmp_path: Path) -> None:
     dead = Ends()
 
-    class Slow(MemoryRecordStore):
-        def end(self, record: ExecutionRecord, output: bytes | None, keep_until: float) -> None:
-            made.runs.cancel("one", "too late", dead)
-            super().end(record, output, keep_until)
-
-    with rooms(tmp_path, Slow()) as made:
+    with rooms(tmp_path) as made:
         made.deploy()
         made.runs.start(asked(), Ends())
+        end = made.records.end
+
+        def cancelled_meanwhile(record: ExecutionRecord) -> ExecutionRecord:
+            made.runs.cancel("one", "too late", dead)
+            return end(record)
+
+        made.records.end = cancelled_meanwhile  # type: ignore[method-assign]
         made.executor.jobs[0].end()
         assert dead.wait().status is ExecutionStatus.SUCCESS
 
@@ -332,11 +334,24 @@ def test_a_store_that_goes_away_loses_no_answer(tmp_path: Path) -> None:
         again = Ends()
         assert agent.runs.start(asked(), again)[1]
         assert again.wait().output == b"said"
-        record, accepted = agent.runs.start(asked("two"), Ends())
-        assert (accepted, record.error_kind) == (False, ErrorKind.CANNOT_START)
+        agent.records.flush()
+        assert agent.records.get("one") == ends.wait()
+        assert agent.runs.start(asked("two"), Ends())[1]
+        agent.executor.jobs[1].end()
         assert agent.runs.active == 0
-        store.away = False
-        assert agent.runs.start(asked("three"), Ends())[1]
+
+
+def test_an_id_that_cannot_be_looked_up_is_not_run(tmp_path: Path) -> None:
+    class Gone(MemoryRecordStore):
+        def record(self, execution_id: str) -> ExecutionRecord | None:
+            raise StoreUnavailable("away")
+
+    with rooms(tmp_path, Gone()) as agent:
+        agent.deploy()
+        record, accepted = agent.runs.start(asked(), Ends())
+        assert (accepted, record.error_kind) == (False, ErrorKind.CANNOT_START)
+        assert agent.executor.jobs == []
+        assert agent.runs.open_ids() == ()
 
 
 # -- stopping ----------------------------------------------------------------------

@@ -7,10 +7,12 @@ import logging
 import os
 import signal
 from collections.abc import Collection
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 _ROUNDS = 50
+_EXECUTION = b"FLUX_EXECUTION_ID="
 
 
 def kill_execution(execution_id: str) -> int:
@@ -18,13 +20,25 @@ def kill_execution(execution_id: str) -> int:
     return kill_executions([execution_id])
 
 
-def kill_executions(execution_ids: Collection[str]) -> int:
-    """The same for many. A walk over /proc, so only for what is rare: a dead spawner, a restarted agent."""
-    markers = {b"FLUX_EXECUTION_ID=" + one.encode() for one in execution_ids}
+def kill_executions(execution_ids: Collection[str], home: Path | None = None) -> int:
+    """The same for many, and for every execution whose home directory is below ``home``.
+
+    A walk over /proc, so only for what is rare: a dead spawner, a restarted agent.
+    """
+    named = {_EXECUTION + one.encode() for one in execution_ids}
+    below = b"HOME=" + os.fsencode(home) + b"/" if home is not None else None
+
+    def left_over(environment: list[bytes]) -> bool:
+        if not any(item.startswith(_EXECUTION) for item in environment):
+            return False
+        if below is not None and any(item.startswith(below) for item in environment):
+            return True
+        return not named.isdisjoint(environment)
+
     killed: set[int] = set()
-    for _ in range(_ROUNDS if markers else 0):
+    for _ in range(_ROUNDS):
         # Again until there is none: one may have forked between two looks.
-        found = [pid for pid in _processes() if pid not in killed and not markers.isdisjoint(_environment(pid))]
+        found = [pid for pid in _processes() if pid not in killed and left_over(_environment(pid))]
         if not found:
             break
         for pid in found:
