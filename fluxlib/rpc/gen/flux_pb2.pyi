@@ -359,22 +359,20 @@ class CancelAnswer(_message.Message):
     def __init__(self, execution_id: _Optional[str] = ..., response: _Optional[_Union[CancelExecutionResponse, _Mapping]] = ...) -> None: ...
 
 class AgentFrame(_message.Message):
-    __slots__ = ("instance_id", "executed", "cancelled", "freed", "known", "stopping", "resumed")
+    __slots__ = ("instance_id", "executed", "cancelled", "freed", "known", "stopping")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     EXECUTED_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
     FREED_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
-    RESUMED_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     executed: _containers.RepeatedCompositeFieldContainer[ExecutionAnswer]
     cancelled: _containers.RepeatedCompositeFieldContainer[CancelAnswer]
     freed: _containers.RepeatedScalarFieldContainer[str]
     known: _containers.RepeatedScalarFieldContainer[str]
     stopping: bool
-    resumed: bool
-    def __init__(self, instance_id: _Optional[str] = ..., executed: _Optional[_Iterable[_Union[ExecutionAnswer, _Mapping]]] = ..., cancelled: _Optional[_Iterable[_Union[CancelAnswer, _Mapping]]] = ..., freed: _Optional[_Iterable[str]] = ..., known: _Optional[_Iterable[str]] = ..., stopping: _Optional[bool] = ..., resumed: _Optional[bool] = ...) -> None: ...
+    def __init__(self, instance_id: _Optional[str] = ..., executed: _Optional[_Iterable[_Union[ExecutionAnswer, _Mapping]]] = ..., cancelled: _Optional[_Iterable[_Union[CancelAnswer, _Mapping]]] = ..., freed: _Optional[_Iterable[str]] = ..., known: _Optional[_Iterable[str]] = ..., stopping: _Optional[bool] = ...) -> None: ...
 
 class CertificateRequestRequest(_message.Message):
     __slots__ = ()

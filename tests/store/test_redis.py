@@ -1,0 +1,263 @@
+"""Redis as a store: away, restarted, slow to grow, and with an original's keys in it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fluxlib.errors import StoreUnavailable
+from fluxlib.model import AgentRecord, Behavior, ExecutionStatus
+from fluxlib.store import open_control_store, open_record_store
+from fluxlib.store.base import ExecutionFilter
+from fluxlib.store.redis import RedisControlStore
+from tests.support.entries import end, entry, function, keep
+from tests.support.programs import make_zip
+from tests.support.redis_server import RedisServer
+
+
+@pytest.fixture
+def server(redis_server: RedisServer) -> RedisServer:
+    redis_server.empty()
+    return redis_server
+
+
+@pytest.fixture
+def store(server: RedisServer) -> Iterator[RedisControlStore]:
+    store = RedisControlStore(server.address)
+    yield store
+    store.close()
+
+
+def test_what_an_execution_costs_does_not_grow_with_those_retained(
+    server: RedisServer, store: RedisControlStore
+) -> None:
+    def cost() -> dict[str, int]:
+        number = len(costs)
+        server_before = server.calls()
+        made = keep(store, f"costed-{number}", agent="w", owner="flux-1", idempotency_key=f"k-{number}")
+        store.requeue_execution(made.execution_id, "flux-1").wait()
+        store.assign_execution(made.execution_id, "w", "flux-1").wait()
+        store.execution(made.execution_id)
+        store.open_executions("w")
+        store.executions_of("flux-1")
+        store.count_open("f")
+        end(store, made, 5000.0)
+        store.executions(ExecutionFilter(function_name="f"), "", 10)
+        store.expire_executions(1.0)
+        spent = {name: count - server_before.get(name, 0) for name, count in server.calls().items()}
+        return {name: count for name, count in spent.items() if count and name != "info"}
+
+    costs: list[dict[str, int]] = []
+    for _ in range(12):
+        end(store, keep(store, f"old-{len(costs)}-{_}"), 5000.0)
+    costs.append(cost())
+    for number in range(300):
+        end(store, keep(store, f"e-{number}"), 5000.0)
+    costs.append(cost())
+    assert costs[0] == costs[1]
+    assert not {"keys", "scan", "sscan", "hscan", "zscan", "hgetall", "smembers"} & set(costs[1])
+
+
+def test_writes_of_many_threads_share_round_trips(server: RedisServer, store: RedisControlStore) -> None:
+    sent: list[int] = []
+    pipeline = store._link._pipeline
+    go = threading.Event()
+
+    def counted(batch: list[object]) -> list[object]:
+        if not sent:
+            # While the first is on its way, all others gather.
+            go.wait(10)
+        sent.append(len(batch))
+        return pipeline(batch)  # type: ignore[arg-type]
+
+    store._link._pipeline = counted  # type: ignore[method-assign, assignment]
+    commits = [store.create_execution(entry(f"e-{number}"), durable=True)[1] for number in range(100)]
+    go.set()
+    for commit in commits:
+        commit.wait()
+    assert sum(sent) == 100
+    assert len(sent) <= 3
+
+
+def test_two_processes_share_one_state(server: RedisServer, store: RedisControlStore) -> None:
+    other = RedisControlStore(server.address)
+    try:
+        store.save_function(function(code_digest="d"), b"zip")
+        assert other.archive("d") == b"zip"
+        assert other.functions_revision() == store.functions_revision()
+        made = keep(store, "e-1", owner="flux-1", idempotency_key="k")
+        assert other.create_execution(entry("e-2", idempotency_key="k"), durable=True)[0] == "e-1"
+        end(other, made)
+        found = store.execution("e-1")
+        assert found is not None
+        assert found.record.status is ExecutionStatus.SUCCESS
+    finally:
+        other.close()
+
+
+def test_a_redis_that_is_away_is_said_to_be_and_its_return_is_noticed(tmp_path: Path) -> None:
+    options = ("--appendonly", "yes", "--appendfsync", "always")
+    with RedisServer(tmp_path, *options) as server:
+        store = open_control_store(server.address, tmp_path)
+        records = open_record_store("redis", server.address, tmp_path, "worker-1")
+        try:
+            assert store.persistence() == ()
+            made = keep(store, "e-1", idempotency_key="k")
+            server.kill()
+            for ask in (
+                store.ping,
+                store.functions,
+                lambda: store.execution("e-1"),
+                lambda: store.execution("nobody"),
+                lambda: store.executions(ExecutionFilter(), "", 5),
+                lambda: store.create_execution(entry("e-2"), durable=True)[1].wait(),
+                lambda: store.create_execution(entry("e-3", idempotency_key="x"), durable=True),
+                lambda: store.end_execution(made.record, 1.0).wait(),
+                lambda: store.acquire_lease("leader", "a", 15, 1.0),
+                lambda: records.record("r-1"),
+                records.flush,
+            ):
+                with pytest.raises(StoreUnavailable, match=r"Redis at 127\.0\.0\.1"):
+                    ask()
+            server.start()
+            # Its scripts are gone and its state is not.
+            end(store, made)
+            found = store.execution("e-1")
+            assert found is not None
+            assert found.record.status is ExecutionStatus.SUCCESS
+            assert store.execution("e-2") is None
+            store.ping()
+        finally:
+            store.close()
+            records.close()
+
+
+def test_nobody_there_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match=r"Redis at 127\.0\.0\.1:1 cannot be used"):
+        open_control_store("127.0.0.1:1", tmp_path)
+
+
+def test_secrets_of_the_url_stay_out_of_messages(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable) as caught:
+        open_control_store("redis://user:hunter2@127.0.0.1:1/0", tmp_path)
+    assert "hunter2" not in caught.value.message
+
+
+def test_lost_scripts_are_loaded_again_in_order(server: RedisServer, store: RedisControlStore) -> None:
+    with server.client() as client:
+        client.script_flush()
+    made = entry("e-1")
+    # One batch, or several: the end must not be tried before the creation.
+    store.create_execution(made, durable=True)
+    end(store, made)
+    found = store.execution("e-1")
+    assert found is not None
+    assert found.record.status is ExecutionStatus.SUCCESS
+    with server.client() as client:
+        client.script_flush()
+    assert len(store.executions(ExecutionFilter(), "", 5).entries) == 1
+
+
+def test_a_connection_that_redis_closed_costs_nobody_a_write(server: RedisServer, store: RedisControlStore) -> None:
+    for number in range(5):
+        with server.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        keep(store, f"e-{number}")
+        assert store.execution(f"e-{number}") is not None
+
+
+def test_a_store_of_a_newer_flux_is_left_alone(server: RedisServer) -> None:
+    with server.client() as client:
+        client.set("fluxpy:schema", 99)
+    with pytest.raises(StoreUnavailable, match="newer Flux"):
+        RedisControlStore(server.address)
+
+
+def test_what_a_crash_could_lose_is_said(server: RedisServer, store: RedisControlStore) -> None:
+    assert any("append-only" in warning for warning in store.persistence())
+    with server.client() as client:
+        client.config_set("maxmemory", "100mb")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            assert any("maxmemory-policy noeviction" in warning for warning in store.persistence())
+        finally:
+            client.config_set("maxmemory", "0")
+            client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_records_of_agents_on_one_redis_do_not_mix(server: RedisServer, tmp_path: Path) -> None:
+    one, two = (open_record_store("redis", server.address, tmp_path, name) for name in ("worker-1", "worker-2"))
+    try:
+        one.begin(entry("r-1").record)
+        one.flush()
+        assert two.record("r-1") is None
+        assert two.unfinished() == []
+        assert len(one.unfinished()) == 1
+    finally:
+        one.close()
+        two.close()
+
+
+def test_an_originals_state_is_taken_over_once(server: RedisServer) -> None:
+    code = make_zip({"run.sh": "#!/bin/sh\necho hi"})
+    with server.client() as client:
+        old = {
+            "name": "old",
+            "handler": "run.sh",
+            "resources": {"cpu": 250, "memory": 128},
+            "timeout": 30,
+            "max_concurrency": 7,
+            "max_concurrency_behavior": "wait",
+            "env": {"A": "b"},
+        }
+        client.set("function:old", json.dumps(old))
+        client.set("code:old", code)
+        # Go without tags, amounts with units, and no code.
+        client.set("function:bare", json.dumps({"Name": "bare", "Handler": "x", "Resources": {"CPU": "500m"}}))
+        client.set("function:broken", "not JSON")
+        client.set("function:empty", "{}")
+        agent = {"id": "worker-1", "address": "10.0.0.5:50052", "status": "online", "provider": "aws"}
+        client.set("flux:agents:worker-1", json.dumps(agent | {"last_heartbeat": "2024-05-01T10:00:00.123456789Z"}))
+        client.set("flux:agents:bad", json.dumps({"id": "Bad ID", "address": ""}))
+        before = {key: client.dump(key) for key in client.keys("*")}  # type: ignore[union-attr]
+    store = RedisControlStore(server.address)
+    try:
+        assert [one.spec.name for one in store.functions()] == ["bare", "old"]
+        taken = store.function("old")
+        assert taken is not None
+        spec = taken.spec
+        assert (spec.cpu_millicores, spec.memory_mb, spec.timeout_seconds, spec.max_concurrency) == (250, 128, 30, 7)
+        assert (spec.max_concurrency_behavior, dict(spec.env)) == (Behavior.WAIT, {"A": "b"})
+        assert store.archive(taken.code_digest) == code
+        assert taken.code_bytes == len(code)
+        bare = store.function("bare")
+        assert bare is not None
+        assert (bare.spec.cpu_millicores, bare.code_digest) == (500, "")
+        (worker,) = store.agents()
+        assert (worker.agent_id, worker.address, worker.provider) == ("worker-1", "10.0.0.5:50052", "aws")
+        assert worker.legacy_certificate
+        assert worker.last_heartbeat == pytest.approx(1714557600.123, abs=0.01)
+        store.delete_function("old")
+        store.save_agent(AgentRecord("worker-1", "moved:1"))
+    finally:
+        store.close()
+    again = RedisControlStore(server.address)
+    try:
+        # Not a second time, and nothing of theirs was written.
+        assert [one.spec.name for one in again.functions()] == ["bare"]
+        assert again.agents()[0].address == "moved:1"
+        with server.client() as client:
+            assert {key: client.dump(key) for key in before} == before
+    finally:
+        again.close()
+
+
+def test_a_full_house_of_readers_waits_its_turn(store: RedisControlStore) -> None:
+    keep(store, "e-1")
+    with ThreadPoolExecutor(100) as pool:
+        assert all(found is not None for found in pool.map(lambda _: store.execution("e-1"), range(500)))
