@@ -25,7 +25,7 @@ def main(arguments: list[str], default: str = "serve") -> int:
         return int(options.run(options))
     except ConfigInvalid as error:
         lines = [f"  - {fault}" for fault in error.faults]
-        head = error.message.split(":")[0] + ":" if lines else error.message
+        head = error.message.removesuffix("; ".join(error.faults)).rstrip()
         print("\n".join([f"flux: {head}", *lines]), file=sys.stderr)
         return 1
     except FluxError as error:
@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the control plane with an agent on this machine")
     run.add_argument("--state", type=Path, default=Path("flux-data"), metavar="DIR", help="everything is kept here")
+    # What a double click on Windows means: see fluxlib.windows.console.
+    run.add_argument("--window", action="store_true", help=argparse.SUPPRESS)
     run.set_defaults(run=_run)
 
     agent = commands.add_parser("agent", help="run an agent")
@@ -86,15 +88,21 @@ def _serve(options: argparse.Namespace) -> int:
     _log(config.log_level)
     from fluxlib.control.app import serve
 
-    return serve(config, StopSignal().install())
+    return serve(config, _stop_signal())
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = first_local_config(options.state)
-    _log(config.log_level)
-    from fluxlib.local import serve_local
+    from fluxlib.local import greet, serve_local
 
-    return serve_local(config, options.state, StopSignal().install(), lambda text: print(text, flush=True))
+    if sys.platform == "win32" and options.window:
+        from fluxlib.windows import console
+
+        config, state = console.beside_program()
+        greet = console.greet
+    else:
+        config, state = first_local_config(options.state), options.state
+    _log(config.log_level)
+    return serve_local(config, state, _stop_signal(), greet)
 
 
 def first_local_config(state: Path) -> ControlConfig:
@@ -110,7 +118,7 @@ def _agent(options: argparse.Namespace) -> int:
 
     config = load_agent(find_config("AGENT_CONFIG", "agent.yaml", "flux-agent"))
     _log(config.log_level)
-    stop = StopSignal().install()
+    stop = _stop_signal()
     if options.until_stdin_closes:
         threading.Thread(target=_stop_with_stdin, args=(stop,), name="stdin", daemon=True).start()
     return serve(config, stop)
@@ -163,6 +171,15 @@ def _control_path() -> Path:
 
 def _control_config() -> ControlConfig:
     return load_control(_control_path())
+
+
+def _stop_signal() -> StopSignal:
+    stop = StopSignal().install()
+    if sys.platform == "win32":
+        from fluxlib.windows import console
+
+        console.stop_when_closed(stop)
+    return stop
 
 
 def _log(level: str) -> None:

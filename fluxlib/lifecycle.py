@@ -223,6 +223,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._within: float | None = None
 
     def install(self) -> StopSignal:
         """Only from the main thread, as signal.signal demands."""
@@ -231,8 +232,14 @@ class StopSignal:
                 signal.signal(number, self._handle)
         return self
 
-    def set(self) -> None:
+    def set(self, within: float | None = None) -> None:
+        """``within``: seconds until the system ends this process, finished or not."""
+        self._within = within
         self._event.set()
+
+    def seconds(self, usual: float) -> float:
+        """How long stopping may take: ``usual`` seconds, or what the system leaves."""
+        return usual if self._within is None else min(usual, self._within)
 
     def is_set(self) -> bool:
         return self._event.is_set()

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -49,8 +50,9 @@ def prepare_agent(config: ControlConfig, directory: Path) -> Path:
         "port": _usable_port(),
         "listen_host": "127.0.0.1",
         "state_dir": "state",
-        # A development machine is neither set up nor meant to hold strangers' programs apart.
-        "isolation": "off",
+        # A development machine is neither set up nor meant to hold strangers' programs apart; Windows' jobs need
+        # no setting up.
+        "isolation": "default" if sys.platform == "win32" else "off",
         "shutdown_sec": 1,
         "tls": {"enabled": False},
     }
@@ -132,12 +134,21 @@ class LocalAgent:
                 [*program, "agent", "--until-stdin-closes"],
                 stdin=subprocess.PIPE,
                 env=environment,
+                stderr=subprocess.PIPE if sys.platform == "win32" else None,
                 # Out of the terminal's foreground group: stopping it is Flux's to say.
                 start_new_session=sys.platform != "win32",
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                # A console of its own that nobody sees: closing Flux's window ends what is attached to it,
+                # and the functions, which share their agent's, would end before anybody could say why.
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0)
+                | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         except OSError as error:
             raise CannotStart(f"the local agent cannot be started: {error}") from error
+        if self._process.stderr is not None:
+            # Windows' consoles cannot be written to from another console.
+            threading.Thread(
+                target=_copy_log, args=(self._process.stderr,), name="local-agent-log", daemon=True
+            ).start()
 
     def _ended(self, code: int, now: float) -> None:
         pause = min(_FIRST_PAUSE * 2**self._failures, _LONGEST_PAUSE)
@@ -155,6 +166,13 @@ class LocalAgent:
         return False
 
 
+def _copy_log(source: IO[bytes]) -> None:
+    """What the agent says goes where this process says it, until the agent has ended."""
+    with source:
+        for line in source:
+            sys.stderr.write(line.decode("utf-8", "replace").replace("\r\n", "\n"))
+
+
 def _usable_port() -> int:
     """The usual port, or another one while that is taken (an agent that is installed here, say)."""
     for port in (AGENT_PORT, 0):
@@ -166,10 +184,12 @@ def _usable_port() -> int:
     raise CannotStart("no port is free on 127.0.0.1")
 
 
-def serve_local(config: ControlConfig, directory: Path, stop: StopSignal, say: Callable[[str], None]) -> int:
+def serve_local(
+    config: ControlConfig, directory: Path, stop: StopSignal, greet: Callable[[ControlConfig], None]
+) -> int:
     """Run Flux and its local agent until told to stop; the exit code. Raises FluxError when it cannot start.
 
-    ``say`` gets the lines for the person in front of it, once both answer.
+    ``greet`` is called once Flux answers, for the person in front of it.
     """
     agent_file = prepare_agent(config, directory / "agent")
     control = Control(config)
@@ -177,17 +197,20 @@ def serve_local(config: ControlConfig, directory: Path, stop: StopSignal, say: C
     try:
         control.start()
         agent = LocalAgent(agent_file, lambda address: control.services.agents.register(address, legacy=False)).start()
-        for line in welcome(config):
-            say(line)
+        greet(config)
         stop.wait()
         log.info("stopping")
     finally:
         # Flux first: what callers wait for may end; then the agent, which records what it has to end.
-        deadline = Deadline(config.shutdown_sec)
-        control.stop(deadline)
+        # In a hurry each gets half of the time.
+        control.stop(Deadline(stop.seconds(2 * config.shutdown_sec) / 2))
         if agent is not None:
-            agent.stop(Deadline(_AGENT_STOPS_WITHIN))
+            agent.stop(Deadline(stop.seconds(2 * _AGENT_STOPS_WITHIN) / 2))
     return 0
+
+
+def greet(config: ControlConfig) -> None:
+    print("\n".join(welcome(config)), flush=True)
 
 
 def welcome(config: ControlConfig) -> list[str]:

@@ -20,4 +20,10 @@ def start(arguments: list[str], default: str = "serve") -> int:
         return 0
     from fluxlib.cli import main
 
+    if sys.platform == "win32" and not arguments:
+        from fluxlib.windows import console
+
+        if console.in_own_window():
+            words = ["run", "--window"] if default == "serve" else []
+            return console.keep_open(lambda: main(words, default))
     return main(arguments, default)

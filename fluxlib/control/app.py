@@ -200,6 +200,6 @@ def serve(config: ControlConfig, stop: StopSignal) -> int:
         stop.wait()
         log.info("stopping")
     finally:
-        control.stop(Deadline(config.shutdown_sec))
+        control.stop(Deadline(stop.seconds(config.shutdown_sec)))
     log.info("stopped")
     return 0

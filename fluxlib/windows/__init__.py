@@ -1,0 +1,1 @@
+"""What only Windows asks of a program: a window of its own, closing it, and services."""
