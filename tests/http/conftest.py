@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from flask import Flask
 from fluxlib.control.http import create_app
 from fluxlib.control.http.auth import FailedAttempts
 from fluxlib.control.webserver import WebServer
+from fluxlib.control.webserver.loop import AskingPoller, best_poller
 from fluxlib.lifecycle import Deadline
 from tests.http.fakes import ADMIN, Fakes
 
@@ -132,14 +134,17 @@ def make_client(front: bool, clock: Clock) -> Callable[[Fakes], Client]:
     return lambda fakes: Client(create_app(fakes.services(), front=front, attempts=FailedAttempts(clock)))
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[..., WebServer]]:
-    """Starts real servers on free ports and stops them."""
+@pytest.fixture(params=["epoll", "poll"])
+def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., WebServer]]:
+    """Starts real servers on free ports and stops them; on the loop of Linux and on that of the other systems."""
+    if request.param == "epoll" and sys.platform != "linux":
+        pytest.skip("epoll is Linux's")
+    poller = best_poller if request.param == "epoll" else AskingPoller
     servers: list[WebServer] = []
 
     def start(fakes: Fakes, *, front: bool = True) -> WebServer:
         app = create_app(fakes.services(), front=front)
-        servers.append(WebServer(app, replace(fakes.config, port=0)).start())
+        servers.append(WebServer(app, replace(fakes.config, port=0), poller).start())
         return servers[-1]
 
     yield start

@@ -18,6 +18,7 @@ from fluxlib.config.control import ControlConfig
 from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.budget import RESERVED_THREADS, WINDOWS_CONNECTIONS
 from fluxlib.control.webserver.channel import QuietChannel
+from fluxlib.control.webserver.loop import POLLIN, Poller, Watched, best_poller
 from fluxlib.control.webserver.threads import LazyThreads
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline
@@ -33,28 +34,52 @@ _LOOP_SECONDS = 5.0
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
-class _Listener(TcpWSGIServer):  # type: ignore[misc]
+class _Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
     """One listening socket and the connections it took."""
 
     channel_class = QuietChannel
     draining = False
     early_check: Callable[[Mapping[str, Any], int | None], Answer | None] | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, app: Wsgi, poller: Poller, **kwargs: Any) -> None:
+        self.poller = poller
         self._trigger_lock = threading.Lock()
         self._trigger_closed = False
-        super().__init__(*args, **kwargs)
+        super().__init__(app, **kwargs)
+        poller.want(self.trigger._fileno, POLLIN)
+        self.watch(poller)
 
     def pull_trigger(self) -> None:
-        """Wakes the loop. After its end by no means: the descriptor's number may be another file's by then."""
+        """What waitress's channels call when something has changed. Ours tell the poller themselves, if it listens."""
+        if not self.poller.watches:
+            self.wake()
+
+    def wake(self) -> None:
+        """End the loop's wait. After its end by no means: the descriptor's number may be another file's by then."""
         with self._trigger_lock:
             if not self._trigger_closed:
                 self.trigger.pull_trigger()
 
     def close_trigger(self) -> None:
         with self._trigger_lock:
-            self._trigger_closed = True
-            self.trigger.close()
+            if not self._trigger_closed:
+                self._trigger_closed = True
+                self.poller.forget(self.trigger._fileno)
+                self.trigger.close()
+
+    def del_channel(self, map: dict[int, Any] | None = None) -> None:
+        self.unwatch()
+        super().del_channel(map)
+
+    def maintenance(self, now: float) -> None:
+        """Closes idle connections, and those whose client has stopped reading."""
+        if not self.poller.watches:
+            super().maintenance(now)
+            return
+        # Not by their will_close flag as waitress does: a full socket would never come to it.
+        for channel in list(self.active_channels.values()):
+            if not channel.requests and channel.last_activity < now - self.adj.channel_timeout:
+                channel.handle_close()
 
     def set_reuse_addr(self) -> None:
         # On Windows SO_REUSEADDR lets a second program take the port of a living one.
@@ -71,17 +96,22 @@ class WebServer:
     read. Raises FluxError when the address cannot be had.
     """
 
-    def __init__(self, app: Wsgi, config: ControlConfig) -> None:
+    def __init__(
+        self, app: Wsgi, config: ControlConfig, poller: Callable[[dict[int, Any]], Poller] | None = None
+    ) -> None:
         # The queue's depth is logged per request that waits, and waiting is normal here.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self._pool = LazyThreads(config.max_blocking + RESERVED_THREADS)
         self._map: dict[int, Any] = {}
+        self._poller = (poller or best_poller)(self._map)
         adjustments = _adjustments(config)
         self._listeners: list[_Listener] = []
         try:
             for address in adjustments.listen:
                 self._listeners.append(
-                    _Listener(app, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address)
+                    _Listener(
+                        app, self._poller, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address
+                    )
                 )
         except OSError as error:
             self._close_all()
@@ -106,7 +136,7 @@ class WebServer:
         """Take nothing new, let what runs finish, then close; at the deadline close whatever is open."""
         if self._thread.is_alive():
             self._deadline = deadline
-            self._listeners[0].pull_trigger()
+            self._listeners[0].wake()
             # The loop ends by itself at the deadline; a little more, to see it end.
             self._thread.join(deadline.remaining() + 1.0)
         elif self._deadline is None:  # never started
@@ -116,15 +146,15 @@ class WebServer:
     # -- the loop's thread -------------------------------------------------------------
 
     def _run(self) -> None:
-        # On Windows there is no poll.
-        poll = wasyncore.poll if sys.platform == "win32" else wasyncore.poll2
         try:
             while self._deadline is None:
-                poll(_LOOP_SECONDS, self._map)
+                self._poller.turn(_LOOP_SECONDS)
                 self.turns += 1
+                for listener in self._listeners:
+                    listener.refresh()  # room for connections again, or none left; idle ones to close
             self._stop_listening()
             while self._open_channels() and self._deadline.remaining() > 0:
-                poll(min(_LOOP_SECONDS, self._deadline.remaining()), self._map)
+                self._poller.turn(min(_LOOP_SECONDS, self._deadline.remaining()))
         finally:
             left = self._open_channels()
             if left:
@@ -138,6 +168,7 @@ class WebServer:
             listener.close_trigger()
         # What is left: a socket that could not be bound, listeners of a loop that never ran.
         wasyncore.close_all(self._map)
+        self._poller.close()
 
     def _stop_listening(self) -> None:
         """Closes the sockets and keeps the triggers, by which workers wake the loop."""

@@ -17,6 +17,7 @@ from waitress.utilities import RequestEntityTooLarge
 from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.early import UNQUESTIONED
 from fluxlib.control.http.problems import simple
+from fluxlib.control.webserver.loop import Watched
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
             self.completed = True
 
 
-class QuietChannel(HTTPChannel):  # type: ignore[misc]
+class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
     """A channel the main loop leaves alone while a request is being served.
 
     waitress asks for POLLOUT whenever the output buffer is not empty, also in
@@ -126,6 +127,7 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
         self._discard_until = 0.0
         self.parser_class = partial(ApiParser, self)
         super().__init__(*args, **kwargs)
+        self.watch(self.server.poller)
 
     # -- output --------------------------------------------------------------------
 
@@ -135,9 +137,16 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
             count: int = super().write_soon(data)
             if self.total_outbufs_len and not self._unsent:
                 self._unsent = left = True
-        if left:
-            self.server.pull_trigger()
+        if left or self.will_close:
+            self._changed()
         return count
+
+    def _changed(self) -> None:
+        """From a worker: what this connection waits for is another thing now."""
+        if self._watching:
+            self.refresh()
+        else:
+            self.server.wake()
 
     def writable(self) -> bool:
         if self.requests and not self._unsent:
@@ -161,7 +170,13 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
     # -- input ---------------------------------------------------------------------
 
     def readable(self) -> bool:
-        return bool(self._discard_until) or bool(super().readable())
+        if self._discard_until:
+            return True
+        # What a worker is just putting out is no reason to stop listening for the client's going away.
+        if self.requests and not self._unsent:
+            busy = len(self.requests) > self.adj.channel_request_lookahead
+            return not (busy or self.will_close or self.close_when_flushed)
+        return bool(super().readable())
 
     def handle_read(self) -> None:
         if not self._discard_until:
@@ -203,6 +218,10 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
         super().handle_close()
         self._call_gone()
 
+    def del_channel(self, map: dict[int, Any] | None = None) -> None:
+        self.unwatch()  # the socket is closed next
+        super().del_channel(map)
+
     def cancel(self) -> None:
         super().cancel()
         self._call_gone()
@@ -215,6 +234,9 @@ class QuietChannel(HTTPChannel):  # type: ignore[misc]
             # They belonged to this request, not to the next one on the connection.
             if self.connected:
                 self._gone_calls.clear()
+            self._changed()
+            if self.server.draining:
+                self.server.wake()
 
     def _call_gone(self) -> None:
         while True:
