@@ -35,7 +35,7 @@ from fluxlib.errors import (
     StoreUnavailable,
 )
 from fluxlib.lifecycle import Timers
-from fluxlib.model import Behavior, ErrorKind, ExecutionRecord
+from fluxlib.model import Behavior, ErrorKind, ExecutionRecord, Phase
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class Dispatcher:
         self._timers = timers
         self._cancel = cancel
         self._stopping = False
+        # The agent may have come back before its call was found to be lost: then nobody else asks for its end.
+        self.on_lost: Callable[[ExecutionRecord], None] = lambda record: None
         self._pool = ThreadPoolExecutor(_DISPATCH_THREADS, thread_name_prefix="dispatch")
         self.slots = Slots(registry, functions, timers, self._on_capacity)
         self.room = WaitingRoom(self._place_waiting, self._on_slot, max_waiting)
@@ -143,9 +145,10 @@ class Dispatcher:
         except Conflict:
             return self._ended_elsewhere(execution)
         except AgentLost as error:
-            # It may be running: its record stays open until the agent is back or is given up.
+            # It may be running: its record stays open until the agent says its end or is given up.
             error.execution_id = execution.execution_id
             self._ledger.drop(execution.execution_id)
+            self.on_lost(execution.record(Phase.STARTING))
             raise
         except FluxError as error:
             if not (execution.detached and isinstance(error, StoreUnavailable)):

@@ -53,6 +53,7 @@ class Recovery:
         self._followed: dict[str, dict[str, Followed]] = {}  # by agent, by execution
         self._asking: set[str] = set()
         self._audit_at = 0.0
+        dispatcher.on_lost = self._follow
 
     # -- what former lives left --------------------------------------------------------
 

@@ -1,0 +1,355 @@
+"""Dispatching when things go wrong between two steps: a store that fails on purpose, stops at every moment."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from fluxlib.control.connection import refusal
+from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput, StoreUnavailable
+from fluxlib.model import ErrorKind, ExecutionStatus, NodeFigures
+from fluxlib.store.base import ExecutionFilter
+from fluxlib.store.memory import MemoryControlStore
+from tests.support.fake_agents import Asked, FakeConnection, accept, fail, refuse, succeed
+from tests.support.plane import WAIT, Client, Plane, until
+
+
+class Failing:
+    """A write whose fate is not told: the store went away."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        raise StoreUnavailable("the store went away")
+
+
+class TrickyStore(MemoryControlStore):
+    """Fails the writes named in ``fails`` (``after``: done all the same); calls ``hooks`` before a write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails: list[str] = []
+        self.after = False
+        self.hooks: dict[str, Callable[[], None]] = {}
+
+    def _write(self, name: str, write: Callable[[], Any]) -> Any:
+        hook = self.hooks.pop(name, None)
+        if hook is not None:
+            hook()
+        if name in self.fails:
+            self.fails.remove(name)
+            if self.after:
+                write()
+            return Failing()
+        return write()
+
+    def create_execution(self, entry: Any, *, durable: bool) -> Any:
+        answer = self._write("create", lambda: super(TrickyStore, self).create_execution(entry, durable=durable))
+        return (entry.execution_id, answer) if isinstance(answer, Failing) else answer
+
+    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Any:
+        return self._write("assign", lambda: super(TrickyStore, self).assign_execution(execution_id, agent_id, owner))
+
+    def requeue_execution(self, execution_id: str, owner: str) -> Any:
+        return self._write("requeue", lambda: super(TrickyStore, self).requeue_execution(execution_id, owner))
+
+    def end_execution(self, record: Any, keep_until: float) -> Any:
+        return self._write("end", lambda: super(TrickyStore, self).end_execution(record, keep_until))
+
+    def open_ids(self) -> list[str]:
+        where = ExecutionFilter(status=ExecutionStatus.RUNNING)
+        return [entry.execution_id for entry in self.executions(where, "", 10_000).entries]
+
+
+@pytest.fixture
+def store() -> TrickyStore:
+    return TrickyStore()
+
+
+@pytest.fixture
+def plane(store: TrickyStore) -> Iterator[Plane]:
+    made = Plane(store)
+    made.functions.add("f")
+    made.functions.add("w", max_concurrency=1, **WAIT)
+    yield made
+    made.close()
+
+
+def idle(plane: Plane) -> bool:
+    return all(agent.total == 0 and not agent.in_flight for agent in plane.registry.agents())
+
+
+@pytest.mark.parametrize("after", [False, True])
+class TestStore:
+    def test_no_agent_is_asked_for_what_could_not_be_written(
+        self, plane: Plane, store: TrickyStore, after: bool
+    ) -> None:
+        agent = plane.agent(script=succeed)
+        for start in (plane.execute, plane.submit):
+            store.fails, store.after = ["create"], after
+            with pytest.raises(StoreUnavailable):
+                start()
+        assert not agent.asked
+        assert idle(plane)
+        plane.service.tick(0.0)
+        assert not store.open_ids()
+
+    def test_an_answer_is_given_though_its_end_is_written_later(
+        self, plane: Plane, store: TrickyStore, after: bool
+    ) -> None:
+        plane.agent(script=succeed)
+        store.fails, store.after = ["end"], after
+        record = plane.execute("f", "x")
+        assert record.output == b"x"
+        plane.service.tick(0.0)
+        assert plane.record(record.execution_id).status is ExecutionStatus.SUCCESS
+
+    def test_the_next_agent_is_not_asked_unwritten(self, plane: Plane, store: TrickyStore, after: bool) -> None:
+        plane.agent("a1", refuse(ErrorKind.AT_CAPACITY), figures=NodeFigures(0, 0, 4096, 0, 0, 256))
+        second = plane.agent("a2", succeed, figures=NodeFigures(90, 90, 4096, 3000, 0, 256))
+        store.fails, store.after = ["assign"], after
+        with pytest.raises(StoreUnavailable):
+            plane.execute()
+        assert not second.asked
+        assert idle(plane)
+        plane.service.tick(0.0)
+        assert not store.open_ids()
+
+    @pytest.mark.parametrize("write", ["assign", "requeue"])
+    def test_a_queued_one_goes_on_and_runs_once(
+        self, plane: Plane, store: TrickyStore, write: str, after: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("fluxlib.control.dispatch._STORE_PAUSE", 0.02)
+        execution_id = plane.submit("w", "x")
+        store.fails, store.after = [write], after
+        refused = threading.Event()
+
+        def once(connection: FakeConnection, asked: Asked) -> None:
+            if write == "requeue" and not refused.is_set():
+                refused.set()
+                refuse(ErrorKind.AT_CAPACITY)(connection, asked)
+            else:
+                accept(connection, asked)
+
+        agent = plane.agent(script=once)
+        until(lambda: not store.fails)
+        plane.registry.freed("a1", "w")
+        until(lambda: agent.records)
+        assert len(agent.asked) == (2 if write == "requeue" else 1)
+        agent.end(agent.asked[-1])
+        assert plane.record(execution_id).status is ExecutionStatus.SUCCESS
+        assert idle(plane)
+
+
+class TestStops:
+    """A client that goes away, or a cancel, at every step: it ends cancelled, and nothing goes on."""
+
+    def test_a_client_that_was_gone_before_it_began(self, plane: Plane) -> None:
+        agent = plane.agent()
+
+        class Gone(Client):
+            def on_gone(self, callback: Callable[[], None]) -> None:
+                callback()
+
+        assert plane.execute(client=Gone()).status is ExecutionStatus.CANCELLED
+        assert not agent.asked
+        assert idle(plane)
+
+    def test_while_its_record_is_written(self, plane: Plane, store: TrickyStore) -> None:
+        agent, client = plane.agent(), Client()
+        store.hooks["create"] = client.leave
+        record = plane.execute(client=client)
+        assert record.status is ExecutionStatus.CANCELLED
+        assert not agent.asked
+        assert idle(plane)
+        assert plane.record(record.execution_id).status is ExecutionStatus.CANCELLED
+
+    def test_while_the_agent_is_being_asked(self, plane: Plane) -> None:
+        client = Client()
+        agent = plane.agent(script=lambda connection, asked: client.leave())
+        assert plane.execute(client=client).status is ExecutionStatus.CANCELLED
+        assert agent.cancels
+        assert idle(plane)
+
+    def test_after_the_agent_refused(self, plane: Plane) -> None:
+        client = Client()
+
+        def refuse_and_leave(connection: FakeConnection, asked: Asked) -> None:
+            client.leave()
+            refuse(ErrorKind.AT_CAPACITY)(connection, asked)
+
+        first = plane.agent("a1", refuse_and_leave, figures=NodeFigures(0, 0, 4096, 0, 0, 256))
+        first.on_cancel = lambda execution_id: None
+        second = plane.agent("a2", succeed, figures=NodeFigures(90, 90, 4096, 3000, 0, 256))
+        assert plane.execute(client=client).status is ExecutionStatus.CANCELLED
+        assert not second.asked
+        assert idle(plane)
+
+    @pytest.mark.parametrize("write", ["create", "requeue"])
+    def test_on_its_way_into_the_queue(self, plane: Plane, store: TrickyStore, write: str) -> None:
+        client = Client()
+        store.hooks[write] = client.leave
+        agent = plane.agent(script=refuse(ErrorKind.AT_CAPACITY))
+        if write == "create":
+            plane.registry.mark_full("a1", "w")
+        assert plane.execute("w", client=client).status is ExecutionStatus.CANCELLED
+        assert not plane.service.waiting()
+        agent.script = succeed
+        plane.registry.freed("a1", "w")
+        assert idle(plane)
+        assert len(agent.asked) == (0 if write == "create" else 1)
+
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    def test_a_cancel_while_a_queued_one_is_given_to_an_agent(
+        self, plane: Plane, store: TrickyStore, asynchronous: bool
+    ) -> None:
+        if asynchronous:
+            execution_id = plane.submit("w")
+        else:
+            waiting = plane.soon("w")
+            plane.queued(1, "w")
+            (execution_id,) = store.open_ids()
+        cancelled: list[Any] = []
+
+        def cancel() -> None:
+            cancelled.append(plane.pool.submit(plane.service.cancel, execution_id))
+            held = plane.service._ledger.get(execution_id)
+            until(lambda: held is not None and held.stop_reason)
+
+        store.hooks["assign"] = cancel
+        agent = plane.agent(script=accept)
+        until(lambda: cancelled)
+        assert cancelled[0].result(10).status is ExecutionStatus.CANCELLED
+        assert not agent.asked
+        assert plane.record(execution_id).status is ExecutionStatus.CANCELLED
+        if not asynchronous:
+            assert waiting.result(10).status is ExecutionStatus.CANCELLED
+        until(lambda: idle(plane))
+
+    def test_one_ended_by_another_flux_is_not_sent(self, plane: Plane, store: TrickyStore) -> None:
+        waiting = plane.soon("w")
+        plane.queued(1, "w")
+        (execution_id,) = store.open_ids()
+        entry = store.execution(execution_id)
+        assert entry is not None
+        store.end_execution(entry.record.ended(ExecutionStatus.FAILED, at=1.0, error="by another"), 1e12)
+        agent = plane.agent(script=accept)
+        assert waiting.result(10).error == "by another"
+        assert not agent.asked
+        assert idle(plane)
+
+
+def test_a_cancel_that_crossed_another_flux_sending_is_found(store: TrickyStore) -> None:
+    plane = Plane(store, shared=True)
+    plane.functions.add("f")
+    agent = plane.agent(script=accept)
+    execution_id = plane.submit()
+    entry = store.execution(execution_id)
+    assert entry is not None
+    store.end_execution(entry.record.ended(ExecutionStatus.CANCELLED, at=1.0), 1e12)
+    plane.service.tick(entry.record.started_at + 60)
+    assert agent.wait_cancelled()[0][0] == execution_id
+    until(lambda: idle(plane))
+    plane.close()
+
+
+def test_a_refusal_of_the_arguments_is_the_callers_error(plane: Plane) -> None:
+    plane.agent("a1", refuse(ErrorKind.INVALID, "an argument has a NUL"), figures=NodeFigures(0, 0, 4096, 0, 0, 9))
+    second = plane.agent("a2", succeed, figures=NodeFigures(90, 90, 4096, 3000, 0, 9))
+    with pytest.raises(InvalidInput, match="NUL"):
+        plane.execute()
+    assert not second.asked
+    assert idle(plane)
+
+
+def test_a_lost_queued_one_is_never_sent_again(plane: Plane, store: TrickyStore) -> None:
+    execution_id = plane.submit("w")
+    agent = plane.agent(script=fail(AgentLost("the host went dark")))
+    agent.wait_asked()
+    until(lambda: idle(plane))
+    plane.registry.freed("a1", "w")
+    plane.service.agent_lost("a1", "offline for 300 s")
+    record = plane.record(execution_id)
+    assert (record.status, record.error_kind) == (ExecutionStatus.FAILED, ErrorKind.AGENT_LOST)
+    assert len(agent.asked) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_storm_leaves_nothing_open_and_runs_nothing_twice(
+    store: TrickyStore, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Agents that answer at random and late, clients that leave, cancels, a full room: every end is written once."""
+    monkeypatch.setattr("fluxlib.control.slots._SHUN", 0.02)
+    chance = random.Random(seed)
+    plane = Plane(store, max_waiting=40)
+    plane.functions.add("f", max_concurrency=2)
+    plane.functions.add("w", max_concurrency=2, **WAIT)
+    started = Counter[str]()
+    lock = threading.Lock()
+
+    def refuse_then_free(connection: FakeConnection, asked: Asked) -> None:
+        refuse(ErrorKind.AT_CAPACITY)(connection, asked)
+        plane.registry.freed(connection.agent_id, asked.request.function_name)
+
+    def behave(connection: FakeConnection, asked: Asked) -> None:
+        roll = chance.random()
+        if roll < 0.15:
+            plane.pool.submit(refuse_then_free, connection, asked)
+        elif roll < 0.2:
+            asked.answer(AgentUnreachable("no route"))
+        elif roll < 0.25:
+            plane.pool.submit(asked.answer, refusal(asked.request, "a", ErrorKind.NO_CODE, "none", 1.0))
+        else:
+            with lock:
+                started[asked.request.execution_id] += 1
+            if roll < 0.3:
+                plane.pool.submit(asked.answer, AgentLost("dark"))
+            else:
+                plane.pool.submit(succeed, connection, asked)
+
+    agents = [plane.agent(f"a{number}", behave) for number in range(3)]
+    for agent in agents:
+        agent.on_cancel = lambda execution_id: None
+    errors: list[BaseException] = []
+
+    def client(number: int) -> None:
+        mine = random.Random(seed * 100 + number)
+        for _ in range(40):
+            name = mine.choice("fw")
+            caller = Client()
+            try:
+                if mine.random() < 0.5:
+                    if mine.random() < 0.2:
+                        plane.timers.after(mine.random() / 200, caller.leave)
+                    plane.execute(name, "x", client=caller)
+                else:
+                    execution_id = plane.submit(name, "x")
+                    if mine.random() < 0.3:
+                        plane.service.cancel(execution_id)
+            except FluxError:
+                pass
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,), name=f"client-{number}") for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert not errors
+    for agent in agents:
+        agent.script = succeed
+        plane.registry.freed(agent.agent_id, "")
+    until(lambda: not plane.service.waiting())
+    until(lambda: idle(plane))
+    for agent in agents:
+        plane.service.agent_lost(agent.agent_id, "the test is over")
+    plane.service.tick(0.0)
+    assert not store.open_ids()
+    assert not plane.service._ledger.all()
+    assert all(count == 1 for count in started.values())
+    plane.close()
