@@ -5,6 +5,7 @@ A test that leaves a thread, a child process or a temporary CA behind fails.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -26,7 +27,7 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     set up before the test are not counted. Mark ``leaks`` with a reason to opt out.
     """
     threads_before = set(threading.enumerate())
-    children_before = {child.pid for child in psutil.Process().children(recursive=True)}
+    children_before = set(_children(os.getpid()))
     yield
     if request.node.get_closest_marker("leaks") is not None:
         return
@@ -40,8 +41,8 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         ]
         children = [
             child
-            for child in psutil.Process().children(recursive=True)
-            if child.pid not in children_before and _alive(child)
+            for child in _processes(set(_children(os.getpid())) - children_before)
+            if _alive(child)
         ]
         if not threads and not children:
             return
@@ -51,6 +52,24 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     for child in children:
         child.kill()
     pytest.fail(f"left behind: threads {threads}, processes {[_describe(child) for child in children]}")
+
+
+def _children(pid: int) -> list[int]:
+    """Children and theirs. psutil would look at every process of the machine, twice for each test."""
+    if not Path("/proc/self/task").is_dir():
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found += [int(child) for child in file.read().split()]
+    return found + [one for child in found for one in _children(child)]
+
+
+def _processes(pids: set[int]) -> Iterator[psutil.Process]:
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield psutil.Process(pid)
 
 
 def _alive(process: psutil.Process) -> bool:
