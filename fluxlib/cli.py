@@ -20,7 +20,7 @@ from fluxlib.lifecycle import StopSignal
 
 def main(arguments: list[str], default: str = "serve") -> int:
     """Run one command; its exit code. ``default`` is the command of a call that names none."""
-    options = _parser().parse_args(arguments or [default])
+    options = _parser(default).parse_args(arguments or [default])
     try:
         return int(options.run(options))
     except ConfigInvalid as error:
@@ -33,7 +33,7 @@ def main(arguments: list[str], default: str = "serve") -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(default: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flux",
         description="Serverless without containers: zip any executable, send it with curl, run it on plain machines.",
@@ -77,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("name")
     remove.set_defaults(run=_keys_remove)
     keys.add_parser("list", help="names and roles").set_defaults(run=_keys_list)
+
+    if sys.platform == "win32":
+        from fluxlib.windows.services import ACTIONS
+
+        service = commands.add_parser("service", help="install or remove this program as a Windows service")
+        service.add_argument("action", choices=ACTIONS)
+        service.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+        service.set_defaults(run=_service, agent=default == "agent")
     return parser
 
 
@@ -163,6 +171,14 @@ def _keys_list(options: argparse.Namespace) -> int:
     from fluxlib import administration
 
     return administration.list_keys(_control_config())
+
+
+def _service(options: argparse.Namespace) -> int:
+    if sys.platform == "win32":
+        from fluxlib.windows import services
+
+        return services.command(options.action, options.directory, agent=options.agent)
+    raise AssertionError("a command of Windows")
 
 
 def _control_path() -> Path:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import sys
+from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Libraries whose INFO lines repeat what ours say, or say it per request.
 _QUIET = ("waitress", "waitress.queue", "werkzeug", "botocore", "boto3", "urllib3", "paramiko", "google")
 
 
-def set_up(level: str = "INFO", *, timestamps: bool = True) -> None:
-    """Send everything of ours to standard error at ``level``.
+_FILE_BYTES, _OLD_FILES = 10 * 1024 * 1024, 4
+
+
+def set_up(level: str = "INFO", *, timestamps: bool = True, file: Path | None = None) -> None:
+    """Send everything of ours to standard error at ``level``, or to ``file`` where there is none (a Windows service).
 
     ``timestamps=False`` under journald, which stamps each line itself.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if file is not None:
+        handler = logging.handlers.RotatingFileHandler(
+            file, maxBytes=_FILE_BYTES, backupCount=_OLD_FILES, encoding="utf-8"
+        )
     handler.setFormatter(logging.Formatter(_FORMAT if timestamps else _FORMAT.partition(" ")[2]))
     root = logging.getLogger()
     root.handlers[:] = [handler]

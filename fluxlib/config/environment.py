@@ -44,6 +44,11 @@ def program_data() -> Path:
     return Path(os.environ.get("PROGRAMDATA") or r"C:\ProgramData")
 
 
+def program_files() -> Path:
+    """Where Windows keeps programs only administrators may change."""
+    return Path(os.environ.get("PROGRAMFILES") or r"C:\Program Files")
+
+
 def windows_basics() -> dict[str, str]:
     """What Windows programs cannot start without, from this machine; of PATH only the system's own part."""
     names = (
