@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fluxlib.control.deploy import FunctionService
@@ -24,7 +24,7 @@ from fluxlib.control.roster import Member, Roster, Wanted
 from fluxlib.control.sharing import Sharing
 from fluxlib.errors import FluxError, LeaseLost, StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop
-from fluxlib.model import AgentStatus
+from fluxlib.model import AgentStatus, Function
 from fluxlib.rpc.codec import NodeReport
 
 log = logging.getLogger(__name__)
@@ -108,23 +108,30 @@ class HealthPoller:
             log.warning("the other Flux processes' view of the agents cannot be read: %s", error)
         revision, functions = self._functions.all()
         for member in self._roster.all():
-            state = self._registry.get(member.agent_id)
-            if state is None or state.record.status is AgentStatus.PROVISIONING:
-                continue
-            if state.record.status.present and member.checked_revision != revision and state.in_step:
-                # Changed through another process, or saved while a push could not be made.
-                if self._pusher.differs(state, functions):
-                    self._joiner.want(member, Wanted.STEP)
-                else:
-                    member.checked_revision = revision
-            if leads:
-                self._ask(member, state, now)
-                self._look(member, state, now)
+            try:
+                self._visit(member, revision, functions, now, leads)
+            except Exception:
+                # A fault at one agent must not hide the deaths of all others.
+                log.exception("looking after agent %s failed", member.agent_id)
         if leads and shared:
             try:
                 self._sharing.publish()
             except StoreUnavailable as error:
                 log.warning("the agents' figures cannot be shared: %s", error)
+
+    def _visit(self, member: Member, revision: int, functions: Sequence[Function], now: float, leads: bool) -> None:
+        state = self._registry.get(member.agent_id)
+        if state is None or state.record.status is AgentStatus.PROVISIONING:
+            return
+        if state.in_step and state.record.status.present and member.checked_revision != revision:
+            # Changed through another process, or saved while a push could not be made.
+            if self._pusher.differs(state, functions):
+                self._joiner.want(member, Wanted.STEP)
+            else:
+                member.checked_revision = revision
+        if leads:
+            self._ask(member, state, now)
+            self._look(member, state, now)
 
     def _ask(self, member: Member, state: AgentState, now: float) -> None:
         connection = state.connection

@@ -130,7 +130,6 @@ class Joiner:
             try:
                 behind = self._bring_in(member, wanted)
             except FluxError as error:
-                log.warning("agent %s could not be brought in: %s", member.agent_id, error)
                 self._failed(member, wanted, error.message)
             except Exception as error:
                 log.exception("bringing in agent %s failed", member.agent_id)
@@ -157,7 +156,11 @@ class Joiner:
             if Wanted.RECONCILE in wanted:
                 member.reconciled = False
             self._postpone(member)
-        self._registry.update(member.agent_id, problem=problem)
+        state = self._registry.get(member.agent_id)
+        if state is not None and state.problem != problem:
+            # Once for each reason: a dead agent is tried again and again.
+            log.warning("agent %s could not be brought in: %s", member.agent_id, problem)
+            self._registry.update(member.agent_id, problem=problem)
 
     def _postpone(self, member: Member) -> None:
         member.retry_at = self._clock() + min(_LONGEST_RETRY, _FIRST_RETRY * 2 ** min(member.failures, 10))
@@ -237,6 +240,7 @@ class Joiner:
         with member.condition:
             member.life += 1
             life = member.life
+            member.reconciled = False
             member.features = inventory.features if inventory is not None else ()
         # Before connecting, whose events may overtake its return.
         legacy = introduction.legacy_certificate and self.tls

@@ -109,6 +109,10 @@ class Pusher:
         if connection is None or not agent.record.status.present:
             return Pushed(AgentResult(agent.agent_id, SKIPPED, "is offline: gets it when it is back"), again=True)
         with self._lock_of(agent.agent_id):
+            if agent.record.original and not function.code_digest:
+                # It may still have the code of a deleted function of that name, and would run it.
+                self._note(agent, name, None, "its code is not deployed yet")
+                return Pushed(AgentResult(agent.agent_id, SKIPPED, "an original agent: gets it with its code"))
             if agent.holds.get(name) == _state(function) and name not in agent.lacking:
                 return Pushed(AgentResult(agent.agent_id, SUCCESS, "has it already"))
             try:

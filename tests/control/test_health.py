@@ -187,6 +187,22 @@ def test_a_state_the_store_missed_is_written_when_it_is_back(
     assert fleet.stored("w1").status is AgentStatus.OFFLINE
 
 
+def test_a_fault_at_one_agent_hides_no_others_death(
+    fleet: Fleet, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = fleet.wire.add("w2")
+    fleet.membership.register("w2:50052", legacy=False)
+
+    def broken(on_report: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fleet.connection("w1"), "report_async", broken)
+    other.up = False
+    for _ in range(3):
+        fleet.round()
+    assert fleet.view("w2").record.status is AgentStatus.OFFLINE
+
+
 # ---- several Flux on one store ---------------------------------------------------
 
 

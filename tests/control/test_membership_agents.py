@@ -226,3 +226,14 @@ def test_an_enrolled_directory_starts_an_agent(lab: Lab, tmp_path: Path) -> None
             with pytest.raises(Conflict, match="deregister it first"):
                 service.bundle("worker-6")
             fleet.membership.deregister("worker-6")
+
+
+def test_what_is_remembered_of_an_agent_is_what_the_store_answers(lab: Lab) -> None:
+    """Followers and leaders compare records; what does not survive the store would look changed for ever."""
+    with lab.agent("worker-7") as agent, lab.life() as fleet:
+        fleet.membership.register(agent.address, legacy=False)
+        fleet.membership.drain("worker-7")
+        member = fleet.roster.get("worker-7")
+        assert member is not None
+        assert fleet.stored("worker-7") == member.stored
+        fleet.membership.deregister("worker-7")
