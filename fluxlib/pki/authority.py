@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Expiry:
 class SshKey:
     """The nodes' key: private in OpenSSH form, public as one line without a comment."""
 
-    private: str
+    private: str = field(repr=False)
     public: str
 
 

@@ -1,0 +1,188 @@
+"""Loops, timers, the order of stopping and signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fluxlib import lifecycle
+from fluxlib.lifecycle import Deadline, Loop, Parts, Timers
+
+
+@pytest.fixture
+def timers() -> Iterator[Timers]:
+    made = Timers("test-timers").start()
+    yield made
+    made.stop(Deadline(5))
+
+
+class Body:
+    """A loop's body that counts, and can be waited for."""
+
+    def __init__(self, failing: int = 0) -> None:
+        self.calls: list[float] = []
+        self._failing = failing
+        self._condition = threading.Condition()
+
+    def __call__(self, now: float) -> None:
+        with self._condition:
+            self.calls.append(now)
+            self._condition.notify_all()
+            if len(self.calls) <= self._failing:
+                raise RuntimeError(f"crash {len(self.calls)}")
+
+    def wait(self, count: int) -> None:
+        with self._condition:
+            assert self._condition.wait_for(lambda: len(self.calls) >= count, 10), self.calls
+
+
+# -- loops ---------------------------------------------------------------------------
+
+
+def test_a_loop_runs_at_once_and_when_woken() -> None:
+    body = Body()
+    loop = Loop("test", body, 3600).start()
+    body.wait(1)
+    assert abs(body.calls[0] - time.time()) < 10
+    loop.wake()
+    body.wait(2)
+    loop.stop(Deadline(5))
+    report = loop.report()
+    assert (report.name, report.alive, report.crashes) == ("test", False, 0)
+    loop.wake()
+    assert len(body.calls) == 2
+
+
+def test_a_crashed_loop_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_RESTART_PAUSE", 0.01)
+    body = Body(failing=2)
+    loop = Loop("test", body, 0.01).start()
+    body.wait(4)
+    report = loop.report()
+    assert (report.alive, report.crashes, report.last_error) == (True, 2, "RuntimeError: crash 2")
+    loop.stop(Deadline(5))
+
+
+def test_a_loop_may_stop_itself() -> None:
+    done = threading.Event()
+
+    def body(now: float) -> None:
+        loop.stop(Deadline(5))
+        done.set()
+
+    loop = Loop("test", body, 0.01)
+    loop.start()
+    assert done.wait(5)
+    loop.stop(Deadline(5))
+
+
+def test_a_loop_that_hangs_holds_up_a_stop_only_until_the_deadline() -> None:
+    go = threading.Event()
+    loop = Loop("test", lambda now: go.wait(30), 1).start()
+    began = time.monotonic()
+    loop.stop(Deadline(0.05))
+    assert time.monotonic() - began < 5
+    go.set()
+
+
+# -- timers --------------------------------------------------------------------------
+
+
+def test_timers_fire_in_the_order_of_their_times(timers: Timers) -> None:
+    order: list[str] = []
+    done = threading.Event()
+    timers.after(0.06, done.set)
+    timers.after(0.04, lambda: order.append("second"))
+    timers.after(0.02, lambda: order.append("first"))
+    timers.after(0.03, lambda: order.append("cancelled")).cancel()
+    assert done.wait(10)
+    assert order == ["first", "second"]
+
+
+def test_a_failing_timer_does_not_stop_the_others(timers: Timers) -> None:
+    done = threading.Event()
+    timers.after(0, lambda: 1 / 0)
+    timers.after(0.01, done.set)
+    assert done.wait(10)
+
+
+def test_cancelling_late_and_twice_is_nothing(timers: Timers) -> None:
+    done = threading.Event()
+    timer = timers.after(0, done.set)
+    assert done.wait(10)
+    timer.cancel()
+    timer.cancel()
+    assert timer.cancelled
+
+
+def test_cancelled_long_timeouts_do_not_pile_up(timers: Timers) -> None:
+    kept = [timers.after(3600, lambda: None) for _ in range(10)]
+    for _ in range(20_000):
+        timers.after(3600, lambda: None).cancel()
+    assert len(timers._heap) < 3_000
+    assert not any(timer.cancelled for timer in kept)
+    assert len([entry for entry in timers._heap if not entry[2].cancelled]) == 10
+
+
+# -- stopping ------------------------------------------------------------------------
+
+
+def test_parts_stop_in_reverse_and_one_failure_skips_nothing() -> None:
+    order: list[str] = []
+    parts = Parts()
+    parts.add("store", lambda deadline: order.append("store"))
+    parts.add("broken", lambda deadline: 1 / 0)
+    parts.add("server", lambda deadline: order.append("server"))
+    parts.stop(Deadline(5))
+    assert order == ["server", "store"]
+    parts.stop(Deadline(5))
+    assert order == ["server", "store"]
+
+
+def test_a_deadline_is_shared_and_never_negative() -> None:
+    deadline = Deadline(0.01)
+    assert 0 < deadline.remaining() <= 0.01
+    lifecycle.pause(0.02)
+    assert deadline.remaining() == 0
+
+
+PROGRAM = """
+import sys, threading
+from fluxlib.lifecycle import StopSignal
+stop = StopSignal().install()
+print("up", flush=True)
+stop.wait()
+print("stopping", flush=True)
+if sys.argv[1] == "quick":
+    sys.exit(0)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_stops_in_order(number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "quick"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == b"stopping\n"
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_signal_ends_at_once(first: signal.Signals, second: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "slow"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(first)
+        assert process.stdout.readline() == b"stopping\n"
+        process.send_signal(second)
+        assert process.wait(10) == -second
