@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -27,17 +29,23 @@ FINAL = ("success", "failed", "cancelled")
 
 
 class Marks:
-    """A file outside every state directory, where functions of any user may append."""
+    """A file where functions of any user may append: pytest's own directories are closed to them."""
 
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o777, parents=True, exist_ok=True)
-        directory.chmod(0o777)
-        self.path = directory / "starts"
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="flux-marks-"))
+        self._directory.chmod(0o755)
+        self.path = self._directory / "starts"
         self.path.touch()
         self.path.chmod(0o666)
 
     def starts(self) -> Counter[str]:
         return Counter(self.path.read_text().split())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._directory)
 
 
 def deploy(flux: Flux, marks: Marks, name: str, **fields: Any) -> None:

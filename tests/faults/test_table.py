@@ -98,10 +98,6 @@ def victim_of(world: World, name: str) -> Any:
 
 @pytest.fixture(params=["sqlite", "redis"])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    marks = Marks(tmp_path.parent / f"{tmp_path.name}-marks")
-    # Functions run as another user: the way to the marks must be open to it.
-    for parent in (marks.path.parent.parent, marks.path.parent.parent.parent):
-        parent.chmod(parent.stat().st_mode | 0o011)
     redis = Redis(tmp_path / "redis") if request.param == "redis" else None
     settings = {**_FAST, **({"redis_addr": redis.address} if redis else {})}
     if redis is not None:
@@ -109,7 +105,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     try:
         flux = Flux(tmp_path, **settings)
         agent = Agent(tmp_path, flux, "worker-1", detach_grace_sec=2, kill_grace_sec=1, shutdown_sec=2)
-        with flux, agent:
+        with Marks() as marks, flux, agent:
             flux.register(agent)
             deploy(flux, marks, "job", max_concurrency=2, max_concurrency_behavior="wait")
             yield World(flux, agent, redis, marks)
@@ -228,8 +224,11 @@ def test_frozen(world: World, victim: str, step: Callable[[World], None]) -> Non
 
 def test_an_agent_that_never_returns(tmp_path: Path) -> None:
     """Given up after agent_lost_after_sec, and what it still ran is killed when it comes back after all."""
-    marks = Marks(Path(f"/tmp/{tmp_path.name}-{free_port()}-marks"))
-    with Flux(tmp_path, **_FAST) as flux, Agent(tmp_path, flux, "worker-1", detach_grace_sec=2) as agent:
+    with (
+        Marks() as marks,
+        Flux(tmp_path, **_FAST) as flux,
+        Agent(tmp_path, flux, "worker-1", detach_grace_sec=2) as agent,
+    ):
         flux.register(agent)
         deploy(flux, marks, "job")
         status, answer = flux.api.call("POST", "/execute/job/async", {"args": ["plain", "60"]})
@@ -257,8 +256,7 @@ def final_of(flux: Flux, identifier: str) -> Any:
 
 def test_a_frozen_leader_does_nothing_on_waking(tmp_path: Path) -> None:
     """Two Flux on one Redis; the leader sleeps past its lease, the other takes over, both serve the same executions."""
-    marks = Marks(Path(f"/tmp/{tmp_path.name}-{free_port()}-marks"))
-    with Redis(tmp_path / "redis") as redis:
+    with Marks() as marks, Redis(tmp_path / "redis") as redis:
         first = Flux(tmp_path, "first", redis_addr=redis.address, **_FAST)
         second = Flux(tmp_path, "second", redis_addr=redis.address, certs_dir=str(first.certs), **_FAST)
         with first, Agent(tmp_path, first, "worker-1", detach_grace_sec=2) as agent, second:
