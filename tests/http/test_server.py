@@ -120,10 +120,10 @@ def test_threads_are_made_as_they_are_needed(fakes: Fakes, serve: Serve, gate: G
     assert server.threads == 0
     gate.open.set()
     with Wire(server.port) as wire:
-        for _ in range(5):
+        for _ in range(100):
             wire.send("GET", "/health").answer()
-    # The next request may come before the thread of the last one is free again.
-    assert 1 <= server.threads <= 2
+    # Some: the next request may come before the last one's thread is free again. Not a thousand.
+    assert 1 <= server.threads <= 40
 
 
 class TestAbandoned:
