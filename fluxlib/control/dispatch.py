@@ -103,7 +103,7 @@ class Dispatcher:
             execution.deliver(error)
 
     def _place_waiting(self, function_name: str, agent_id: str) -> Reservation | None:
-        return None if self._stopping else self.slots.place(self.slots.last_need(function_name), agent_id)
+        return None if self._stopping else self.slots.place_waiting(function_name, agent_id)
 
     def _on_slot(self, execution: Execution, reservation: Reservation) -> None:
         if execution.detached:
@@ -331,10 +331,7 @@ class Dispatcher:
             return False
         execution.stop_reason = reason
         if self.room.leave(execution):
-            if execution.detached:
-                self.give_up(execution, Withdrawn(reason))
-            else:
-                execution.deliver(Withdrawn(reason))
+            self._turn_away(execution, Withdrawn(reason))
             return True
         if execution.sent and at_agent:
             self._cancel(execution, reason)

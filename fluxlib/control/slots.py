@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from fluxlib.control.placement import Need, Refusal, chooser, need_of, refusal
@@ -16,6 +18,10 @@ log = logging.getLogger(__name__)
 
 # An agent that could not be reached, or will not take a function, is left alone for so long (seconds).
 _SHUN = 2.0
+# A look at every agent that took longer than this (seconds) is not repeated before so many times what it took.
+_LONG_WALK = 0.001
+_REST = 2.0
+_NEVER: tuple[float, Need | None, Refusal | None] = (0.0, None, None)
 
 _REFUSALS: dict[ErrorKind, type[FluxError]] = {
     ErrorKind.UNENFORCEABLE: Unenforceable,
@@ -41,6 +47,8 @@ class Slots:
         self._retry = retry
         self._needs: dict[str, tuple[Function, Need]] = {}
         self._last_used: dict[str, AgentState] = {}
+        self._fruitless: dict[str, float] = {}
+        self._refusals: dict[str, tuple[float, Need | None, Refusal | None]] = {}
         self._shunned: dict[tuple[str, str], FluxError] = {}
 
     def need(self, function_name: str) -> Need:
@@ -57,8 +65,27 @@ class Slots:
         """The same as it was looked up last, without looking again."""
         return self._needs[function_name][1]
 
-    def place(self, need: Need, only: str = "") -> Reservation | None:
-        """A slot at the fitting agent with most headroom; ``only``: at this one or nowhere."""
+    def place(self, need: Need) -> Reservation | None:
+        """A slot at the fitting agent with most headroom.
+
+        None also while the last walk over a large fleet was fruitless just now: a flood of calls that
+        nobody can take must not walk ten thousand agents each.
+        """
+        name, began = need.function_name, time.monotonic()
+        if self._fruitless and began < self._fruitless.get(name, 0.0):
+            return None
+        reservation = self._reserve(need, "")
+        if reservation is None:
+            took = time.monotonic() - began
+            if took > _LONG_WALK:
+                self._fruitless[name] = began + took * (1 + _REST)
+        return reservation
+
+    def place_waiting(self, function_name: str, agent_id: str) -> Reservation | None:
+        """A slot for one that waits, at this agent ("" = at any): what has freed must not be overlooked."""
+        return self._reserve(self._needs[function_name][1], agent_id)
+
+    def _reserve(self, need: Need, only: str) -> Reservation | None:
         name = need.function_name
         reservation = self._registry.place(
             name,
@@ -74,7 +101,16 @@ class Slots:
 
     def refusal(self, need: Need) -> Refusal:
         """Why ``place`` found none."""
-        return refusal(need, self._agents(need.function_name), self._shunned)
+        began = time.monotonic()
+        until, of, known = self._refusals.get(need.function_name, _NEVER)
+        if known is None or of is not need or began >= until:
+            known = refusal(need, self._agents(need.function_name), self._shunned)
+            took = time.monotonic() - began
+            if took <= _LONG_WALK:
+                return known
+            self._refusals[need.function_name] = (began + took * (1 + _REST), need, known)
+        # An error of its own: the one kept is raised by many threads.
+        return replace(known, error=type(known.error)(known.error.message, retry_after=known.error.retry_after))
 
     def _agents(self, function_name: str) -> Iterator[AgentState]:
         """Every agent; first the one used last, which most often explains a refusal at once."""

@@ -63,7 +63,9 @@ class WaitingRoom:
                 execution.sequence = next(self._order) + 1
             if pressed:
                 self._pressed.add(name)
-            self._serve_in_turn([name], "")
+            if len(queue) == 1:
+                # Behind others there is nothing to look for: every change since they came was offered to them.
+                self._serve_in_turn([name], "")
 
     def refuse_if_full(self, function_name: str) -> None:
         """Raises AtCapacity when too many wait. Needs no lock: a first look before anything is written."""

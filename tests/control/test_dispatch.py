@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from fluxlib.control.connection import refusal
+from fluxlib.control.registry import Registry
+from fluxlib.control.slots import Slots
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput, StoreUnavailable
+from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ErrorKind, ExecutionStatus, NodeFigures
 from fluxlib.store.base import ExecutionFilter
 from fluxlib.store.memory import MemoryControlStore
-from tests.support.fake_agents import Asked, FakeConnection, accept, fail, refuse, succeed
+from tests.support.fake_agents import Asked, FakeConnection, FakeFunctions, accept, fail, join, refuse, succeed
 from tests.support.plane import WAIT, Client, Plane, until
 
 
@@ -275,6 +278,47 @@ def test_a_lost_queued_one_is_never_sent_again(plane: Plane, store: TrickyStore)
     record = plane.record(execution_id)
     assert (record.status, record.error_kind) == (ExecutionStatus.FAILED, ErrorKind.AGENT_LOST)
     assert len(agent.asked) == 1
+
+
+class TestLargeFleets:
+    @pytest.fixture
+    def slots(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Slots, list[str]]]:
+        """Slots whose every walk counts as a long one, and the walks."""
+        monkeypatch.setattr("fluxlib.control.slots._LONG_WALK", 0.0)
+        monkeypatch.setattr("fluxlib.control.slots._REST", 1e6)
+        registry, functions, walks = Registry(), FakeFunctions(), list[str]()
+        functions.add("big", memory_mb=1000)
+        functions.add("small")
+        for number in range(20):
+            join(registry, f"a{number}", figures=NodeFigures(0, 90, 1000, 900, 0, 256))
+        place = registry.place
+
+        def counted(name: str, *args: Any, **more: Any) -> Any:
+            walks.append(name)
+            return place(name, *args, **more)
+
+        monkeypatch.setattr(registry, "place", counted)
+        timers = Timers("test-timers").start()
+        yield Slots(registry, functions, timers, lambda agent_id, name: None), walks
+        timers.stop(Deadline(5))
+
+    def test_a_flood_nobody_can_take_does_not_walk_the_fleet_each_time(self, slots: tuple[Slots, list[str]]) -> None:
+        mine, walks = slots
+        need = mine.need("big")
+        assert [mine.place(need) for _ in range(50)] == [None] * 50
+        assert walks == ["big"]
+        errors = [mine.refusal(need).error for _ in range(3)]
+        assert len({id(error) for error in errors}) == 3
+        assert {error.message for error in errors} == {errors[0].message}
+        assert errors[0].retry_after == errors[2].retry_after
+        assert mine.place(mine.need("small")) is not None
+
+    def test_one_that_waits_overlooks_nothing(self, slots: tuple[Slots, list[str]]) -> None:
+        mine, walks = slots
+        assert mine.place(mine.need("big")) is None
+        assert mine.place_waiting("big", "") is None
+        assert mine.place_waiting("big", "a3") is None
+        assert walks == ["big"] * 3
 
 
 @pytest.mark.parametrize("seed", range(4))
