@@ -58,6 +58,7 @@ class Runs:
         self._timers = timers
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
+        self._telling = 0  # out of the table, not yet told
         self._runs: dict[str, Run] = {}
         self._slots: Counter[str] = Counter()
         self._taken = 0
@@ -187,12 +188,16 @@ class Runs:
         """Wait for what runs until ``finish_by``, then kill it and wait until ``dead_by`` (time.monotonic)."""
         self.refuse_new()
         with self._lock:
-            self._idle.wait_for(lambda: not self._runs, max(0.0, finish_by - time.monotonic()))
+            self._idle.wait_for(self._all_told, max(0.0, finish_by - time.monotonic()))
             left = list(self._runs.values())
         for run in left:
             self._stop(run, ErrorKind.AGENT_STOPPED, "agent stopped", 0)
         with self._lock:
-            self._idle.wait_for(lambda: not self._runs, max(0.0, dead_by - time.monotonic()))
+            self._idle.wait_for(self._all_told, max(0.0, dead_by - time.monotonic()))
+
+    def _all_told(self) -> bool:
+        # Whoever stops takes the streams away next: the last answers must be on them by then.
+        return not self._runs and not self._telling
 
     # -- one run -------------------------------------------------------------------
 
@@ -312,14 +317,17 @@ class Runs:
                 self._slots[name] -= 1
                 if not self._slots[name]:
                     del self._slots[name]
-            if not self._runs:
-                self._idle.notify_all()
+            self._telling += 1
         if installed is not None:
             self._packages.release(installed)
             for freed in self._freed:
                 _call(freed, run.record.function_name)
         for _, listener in listeners:
             _call(listener, record)
+        with self._lock:
+            self._telling -= 1
+            if not self._runs and not self._telling:
+                self._idle.notify_all()
 
 
 def _call(listener: Callable[..., None], argument: object) -> None:

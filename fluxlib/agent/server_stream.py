@@ -70,12 +70,12 @@ class Sessions:
             session.say_stopping()
 
     def close(self) -> None:
-        """End every stream; no new one begins."""
+        """Every stream ends once it has brought what waits; no new one begins."""
         with self._lock:
             self._closed = True
             for session in self._sessions.values():
                 with session.condition:
-                    session.end_streams()
+                    session.finish()
 
     def look_again(self, function_name: str) -> None:
         """The function has changed: it may have room now without anything having ended."""

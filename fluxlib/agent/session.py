@@ -52,6 +52,7 @@ class Session:
         self._cancelled: deque[pb.CancelAnswer] = deque()
         self._freed: set[str] = set()
         self._stopping = False
+        self._finishing = False
         self._unacknowledged: dict[str, Owed] = {}
         self._owed_bytes = 0
 
@@ -106,6 +107,8 @@ class Session:
                 if self._answers or self._cancelled or self._freed or self._stopping:
                     batch = self._batch()
                     break
+                if self._finishing:
+                    return None
                 self.condition.wait()
             else:
                 return None
@@ -115,6 +118,11 @@ class Session:
             self._stopping = False
         frame.executed.extend(self._encoded(owed) for owed in batch)
         return frame
+
+    def finish(self) -> None:
+        """The stream attached now brings what waits, and ends. Call it with the condition held."""
+        self._finishing = True
+        self.condition.notify_all()
 
     def end_streams(self) -> None:
         """The stream attached now ends. Call it with the condition held."""
