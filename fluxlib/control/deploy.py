@@ -178,12 +178,13 @@ class FunctionService:
             archive = self._store.archive(known.code_digest)
             if archive is None:
                 raise NotFound(f"the code of {known.spec.name} is not in the store: deploy it again")
-            if not archives.has_handler(archive, function.spec.handler):
+            try:
+                platforms = archives.inspect(archive, function.spec.handler).platforms
+            except InvalidInput as error:
                 raise InvalidInput(
-                    f"handler: {function.spec.handler} is not in the zip that is deployed:"
-                    " deploy one that has it under both names, then change the handler"
-                )
-            platforms = archives.inspect(archive, function.spec.handler).platforms
+                    f"handler: {error.message} that is deployed: deploy one that has both the old and the new handler,"
+                    " then change it"
+                ) from error
         return replace(
             function, code_digest=known.code_digest, code_bytes=known.code_bytes, detected_platforms=platforms
         )

@@ -201,15 +201,12 @@ class Joiner:
         return replace(record, status=present_status(record), offline_since=0.0, last_heartbeat=self._clock())
 
     def _step(self, member: Member, state: AgentState, held: Collection[FunctionState] | None) -> bool:
-        while True:
-            revision, functions = self._functions.all()
-            failed = self._pusher.bring_in_step(state, functions, held)
-            with member.condition:
-                member.checked_revision = revision
-            # A function saved after this read was pushed to agents that answered then; this one did not yet.
-            if self._functions.revision == revision:
-                return failed > 0
-            held = tuple(state.holds.values())
+        # The agent is present by now: what is saved after this read is pushed to it by whoever saves it.
+        revision, functions = self._functions.all()
+        failed = self._pusher.bring_in_step(state, functions, held)
+        with member.condition:
+            member.checked_revision = revision
+        return failed > 0
 
     def _held(self, state: AgentState, inventory: Inventory | None, fresh: bool) -> Collection[FunctionState] | None:
         """What it holds, as far as is known. None = unknown: it gets everything."""

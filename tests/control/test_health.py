@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from fluxlib.errors import StoreUnavailable
-from fluxlib.model import AgentStatus
+from fluxlib.errors import LeaseLost, StoreUnavailable
+from fluxlib.model import AgentRecord, AgentStatus
 from tests.support.fleet import Fleet, Machine, spec
-from tests.support.programs import make_zip
+from tests.support.programs import make_zip, wait_until
 
 CODE = make_zip({"run.sh": "#!/bin/sh\necho hello\n"})
 
@@ -187,6 +188,53 @@ def test_a_state_the_store_missed_is_written_when_it_is_back(
     assert fleet.stored("w1").status is AgentStatus.OFFLINE
 
 
+def test_misses_of_a_former_reign_are_not_counted(fleet: Fleet, machine: Machine) -> None:
+    machine.up = False
+    fleet.round()
+    fleet.round()
+    fleet.leadership.lost(LeaseLost("another process led"))
+    fleet.health.tick(fleet.now)
+    fleet.round()
+    assert fleet.view("w1").record.status is AgentStatus.ONLINE
+    fleet.round()
+    fleet.round()
+    assert fleet.view("w1").record.status is AgentStatus.OFFLINE
+
+
+def test_one_found_offline_while_it_was_brought_in_is_brought_in_again(fleet: Fleet, machine: Machine) -> None:
+    fleet.functions.put(spec())
+    code = fleet.functions.deploy("hello", CODE)
+    machine.functions.clear()
+    machine.restart()
+    machine.gate = threading.Event()
+    fleet.time[0] += 10
+    fleet.leadership.tick(fleet.now)
+    fleet.health.tick(fleet.now)
+    fleet.health.tick(fleet.now)
+    wait_until(lambda: machine.waiting == 1, "its worker to be at the deployment")
+    machine.up = False
+    for _ in range(3):
+        fleet.time[0] += 10
+        fleet.leadership.tick(fleet.now)
+        fleet.health.tick(fleet.now)
+        fleet.health.tick(fleet.now)
+    assert fleet.view("w1").record.status is AgentStatus.OFFLINE
+    machine.gate.set()
+    fleet.settle()
+    assert not fleet.state("w1").takes_work
+    machine.gate = None
+    machine.up = True
+    machine.functions.clear()
+    seen: list[bool] = []
+    fleet.registry.on_change(
+        lambda agent_id: seen.append("hello" in machine.functions) if fleet.state(agent_id).takes_work else None
+    )
+    fleet.round()
+    assert seen
+    assert all(seen)
+    assert machine.functions["hello"].code_digest == code.function.code_digest
+
+
 def test_a_fault_at_one_agent_hides_no_others_death(
     fleet: Fleet, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +265,22 @@ def pair() -> Iterator[tuple[Fleet, Fleet]]:
     follower.close()
 
 
+def writes_of(fleet: Fleet) -> list[str]:
+    """The agents whose records this process writes from now on."""
+    written: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(fleet.store, name)
+
+        def save_agent(self, record: AgentRecord, lease: object = None) -> None:
+            written.append(record.agent_id)
+            fleet.store.save_agent(record, lease)  # type: ignore[arg-type]
+
+    fleet.roster._store = Watched()  # type: ignore[assignment]
+    return written
+
+
 def both(leader: Fleet, follower: Fleet, rounds: int = 1) -> None:
     for _ in range(rounds):
         leader.round()
@@ -226,11 +290,13 @@ def both(leader: Fleet, follower: Fleet, rounds: int = 1) -> None:
 
 def test_a_follower_joins_and_sees_figures_but_judges_nobody(pair: tuple[Fleet, Fleet]) -> None:
     leader, follower = pair
+    written = writes_of(follower)
     machine = leader.wire.add("w1")
     leader.membership.register("w1:50052", legacy=False)
     both(leader, follower, 3)
     assert follower.state("w1").takes_work
     assert follower.state("w1").figures is not None
+    assert written == []
     machine.up = False
     for _ in range(5):
         follower.round()

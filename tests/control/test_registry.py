@@ -251,3 +251,19 @@ def test_idle_agents_of_another_platform_are_not_walked_over() -> None:
 
     assert registry.place("f", choose, platforms=(LINUX,)) is not None
     assert looked == 1
+
+
+def test_a_figure_that_is_no_number_spoils_nobodys_place() -> None:
+    registry = Registry()
+    for agent_id in AGENTS:
+        registry.add(state(agent_id))
+    for agent_id in AGENTS[:4]:
+        registry.report(agent_id, NodeFigures(cpu_percent=float("nan")), at=1.0)
+    for cpu in (90, 10, 50):
+        registry.report(AGENTS[4], NodeFigures(cpu_percent=cpu), at=1.0)
+        reservation = registry.place("f", first)
+        assert reservation is not None
+        assert reservation.agent_id == AGENTS[4]
+    for agent_id in AGENTS:
+        registry.remove(agent_id)
+    assert registry.placeable() == 0
