@@ -37,6 +37,10 @@ class Pending(Generic[W]):
         self.wait()
         return self.result
 
+    @property
+    def settled(self) -> bool:
+        return not self._done.locked()
+
     def settle(self) -> None:
         self._done.release()
 

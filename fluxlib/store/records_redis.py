@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +12,14 @@ from redis import Redis
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.store import rows
-from fluxlib.store.redis_link import RedisLink, Script
+from fluxlib.store.pending import Pending
+from fluxlib.store.redis_link import Argument, Call, RedisLink, Script
 
-# P, id, JSON
+# P, id, JSON. One that comes late, after a repeated end, must not open the record again.
 _BEGIN = Script.of(
     """
 local P, id, record = unpack(ARGV)
+if redis.call('EXISTS', P..'record:'..id) == 1 then return end
 redis.call('HSET', P..'record:'..id, 'record', record)
 redis.call('SADD', P..'running', id)
 """
@@ -44,20 +48,27 @@ end
 )
 _NOTHING = Script.of("return 1")
 _AT_ONCE = 200
+# Writes remembered while Redis is away, to be made when it is back. Beyond that the oldest are lost.
+_REMEMBERED = 20_000
 
 
 class RedisRecordStore:
-    """RecordStore. ``address``: host:port, or a redis://, rediss:// or unix:// URL. Raises StoreUnavailable."""
+    """RecordStore. ``address``: host:port, or a redis://, rediss:// or unix:// URL. Raises StoreUnavailable.
+
+    What cannot be written because Redis is away is written later, by ``expire`` (which is called every now and then).
+    """
 
     def __init__(self, address: str, agent_id: str) -> None:
         scripts = (_BEGIN, _END, _OVER, _FORGET, _NOTHING)
         self._link = RedisLink(address, f"fluxpy-agent:{agent_id}:", scripts, "record-store")
+        self._lock = threading.Lock()
+        self._written: deque[Pending[Call]] = deque(maxlen=_REMEMBERED)
 
     def begin(self, record: ExecutionRecord) -> None:
-        self._link.write(_BEGIN, record.execution_id, rows.record_to_text(record))
+        self._write(_BEGIN, record.execution_id, rows.record_to_text(record))
 
     def end(self, record: ExecutionRecord, output: bytes | None, keep_until: float) -> None:
-        self._link.write(
+        self._write(
             _END,
             record.execution_id,
             rows.record_to_text(record),
@@ -87,6 +98,7 @@ class RedisRecordStore:
         return [record for record in found if record.status is ExecutionStatus.RUNNING]
 
     def expire(self, now: float, limit: int = 1000) -> list[str]:
+        self._write_again()
         over = [execution_id.decode() for execution_id in self._link.run(_OVER, repr(now), limit)]
         for start in range(0, len(over), _AT_ONCE):
             self._link.write(_FORGET, *over[start : start + _AT_ONCE]).wait()
@@ -99,6 +111,20 @@ class RedisRecordStore:
             return
         finally:
             self._link.close()
+
+    def _write(self, script: Script, *arguments: Argument) -> None:
+        with self._lock:
+            self._written.append(self._link.write(script, *arguments))
+            while self._written and self._written[0].settled and self._written[0].error is None:
+                self._written.popleft()
+
+    def _write_again(self) -> None:
+        """In their order: an end rests on its begin."""
+        with self._lock:
+            failed = [one for one in self._written if one.settled and one.error is not None]
+            under_way = [one for one in self._written if not one.settled]
+            again = [self._link.write(one.work.script, *one.work.arguments[1:]) for one in failed]
+            self._written = deque([*under_way, *again], maxlen=_REMEMBERED)
 
     def _key(self, name: str) -> str:
         return self._link.prefix + name

@@ -137,6 +137,32 @@ def test_a_redis_that_is_away_is_said_to_be_and_its_return_is_noticed(tmp_path: 
             records.close()
 
 
+def test_an_agents_records_wait_for_a_redis_that_is_away(tmp_path: Path) -> None:
+    with RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        records = open_record_store("redis", server.address, tmp_path, "worker-1")
+        try:
+            running = entry("r-1", agent="worker-1").record
+            records.begin(running)
+            records.flush()
+            server.kill()
+            records.begin(entry("r-2", agent="worker-1").record)
+            for name in ("r-1", "r-2"):
+                ended = entry(name, agent="worker-1").record.ended(ExecutionStatus.SUCCESS, at=1001.0)
+                records.end(ended, b"out", 5000.0)
+            with pytest.raises(StoreUnavailable):
+                records.flush()
+            server.start()
+            assert records.expire(1.0) == []
+            records.flush()
+            for name in ("r-1", "r-2"):
+                found = records.record(name)
+                assert found is not None
+                assert (found.status, found.output) == (ExecutionStatus.SUCCESS, b"out")
+            assert records.unfinished() == []
+        finally:
+            records.close()
+
+
 def test_nobody_there_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=r"Redis at 127\.0\.0\.1:1 cannot be used"):
         open_control_store("127.0.0.1:1", tmp_path)
