@@ -22,6 +22,7 @@ from fluxlib.model import Platform
 
 _COPY = 256 * 1024
 _ENCRYPTED = 0x1
+_PART_BYTES = 255
 # e_machine of ELF (gABI, "ELF Header") and Machine of PE (Microsoft's PE format), in Go's words.
 _ELF_MACHINES = {3: "386", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 22: "s390x", 21: "ppc64le"}
 _PE_MACHINES = {0x14C: "386", 0x8664: "amd64", 0xAA64: "arm64"}
@@ -146,6 +147,8 @@ def _entry_problem(info: zipfile.ZipInfo, limits: Limits) -> str | None:
     parts = name.removesuffix("/").split("/")
     if name.startswith("/") or any(part in ("", ".", "..") for part in parts):
         return "its path leaves the directory (absolute, or with empty, '.' or '..' parts)"
+    if any(len(part.encode("utf-8")) > _PART_BYTES for part in parts):
+        return f"its name has a part longer than {_PART_BYTES} bytes, which no file system holds"
     if any(part.split(".")[0].rstrip(" ").lower() in _WINDOWS_NAMES or part.endswith((".", " ")) for part in parts):
         return "its name is one Windows cannot hold"
     if info.flag_bits & _ENCRYPTED:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from fluxlib import archive as archives
 from fluxlib.agent.removal import discard
-from fluxlib.config.function import handler_problem, name_problem
+from fluxlib.config.function import env_problem, handler_problem, name_problem
 from fluxlib.errors import InvalidInput, NotFound
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import FunctionSpec, FunctionState
@@ -259,8 +259,13 @@ class Packages:
 
 
 def check_names(spec: FunctionSpec) -> None:
-    """Raises InvalidInput for names that cannot be paths: an original Flux checks nothing."""
-    for what, problem in (("name", name_problem(spec.name)), ("handler", handler_problem(spec.handler))):
+    """Raises InvalidInput for what cannot be a path or a variable: an original Flux checks nothing."""
+    problems = {
+        "name": name_problem(spec.name),
+        "handler": handler_problem(spec.handler),
+        "env": env_problem(spec.env),
+    }
+    for what, problem in problems.items():
         if problem is not None:
             raise InvalidInput(f"the function's {what} {problem}")
 

@@ -33,6 +33,8 @@ def handler_problem(value: Any) -> str | None:
     """What is wrong with a path inside a zip, or None. Held to what Windows and Unix both take literally."""
     if not value or len(value) > _MAX_HANDLER:
         return f"must be a path inside the zip, 1 to {_MAX_HANDLER} characters"
+    if not value.isprintable():
+        return "must consist of printable characters"
     if any(char in '\\:*?"<>|' for char in value):
         return 'must not contain backslashes or any of : * ? " < > |'
     parts = value.split("/")
@@ -49,6 +51,13 @@ def _env_name_problem(value: Any) -> str | None:
         return "is no variable name (letters, digits and underscores, no digit first)"
     if value.upper().startswith(_RESERVED_ENV):
         return f"begins with {_RESERVED_ENV}, which Flux sets itself"
+    return None
+
+
+def env_problem(env: Mapping[str, str]) -> str | None:
+    """What no program can be given, or None: for what comes from an original Flux, which checks nothing."""
+    if any(not name or "=" in name or "\0" in name + text for name, text in env.items()):
+        return "has a name that is empty or contains =, or NUL somewhere"
     return None
 
 

@@ -84,6 +84,18 @@ def test_its_directories(agent: Running) -> None:
     assert work == home != code
 
 
+def test_code_that_was_removed_and_came_again_is_where_it_starts(agent: Running) -> None:
+    from fluxlib.rpc.gen import flux_pb2 as pb
+
+    agent.deploy("again")
+    first = agent.run("pwd", name="again").output.decode().splitlines()[0]
+    held = os.stat(first).st_ino
+    assert agent.stub.RemoveFunction(pb.RemoveFunctionRequest(function_name="again"), timeout=5).success
+    agent.deploy("again")
+    assert agent.run("pwd", name="again").output.decode().splitlines()[0] == first
+    assert os.stat(first).st_ino != held, "the same directory: this test shows nothing"
+
+
 def test_what_one_leaves_in_its_work_directory_the_next_does_not_find(agent: Running) -> None:
     agent.deploy(
         "messy", make_zip({"main.sh": "#!/bin/sh\ncd; ls -A; echo x > left; mkdir d; chmod 0 d; chmod 777 .\n"})

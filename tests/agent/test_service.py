@@ -99,6 +99,28 @@ def test_a_deploy_for_another_name_than_its_config(agent: Running) -> None:
     assert (answer.success, answer.error_kind) == (False, pb.ERROR_KIND_INVALID)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "../x"},
+        {"handler": "main\0.sh"},
+        {"handler": "a\nb"},
+        {"handler": "/bin/sh"},
+        {"env": {"A": "x\0y"}},
+        {"env": {"A=B": "x"}},
+        {"env": {"": "x"}},
+    ],
+)
+def test_what_an_original_would_send_unchecked_is_refused(agent: Running, fields: dict[str, Any]) -> None:
+    before = inventory(agent)
+    config = pb.FunctionConfig(**{"name": "odd", "handler": "main.sh", **fields})
+    answer = agent.stub.RegisterFunction(config, timeout=5)
+    assert (answer.success, answer.error_kind) == (False, pb.ERROR_KIND_INVALID)
+    package = pb.DeploymentPackage(function_name=config.name, code_archive=CODE, config=config)
+    assert not agent.stub.DeployFunction(package, timeout=5).success
+    assert inventory(agent) == before
+
+
 def test_a_windows_program_is_refused_on_unix(agent: Running) -> None:
     answer = agent.stub.RegisterFunction(pb.FunctionConfig(name="win", handler="main.exe"), timeout=5)
     assert (answer.success, "Windows" in answer.message) == (False, True)

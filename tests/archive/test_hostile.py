@@ -94,6 +94,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "NUL in a name": (lambda: patched(b"aXXb", b"a\0Xb"), "control characters"),
     "newline in a name": (lambda: named("a\nb"), "control characters"),
     "long name": (lambda: named("n" * 600), "longer than 512"),
+    "long part of a name": (lambda: named("d/" + "é" * 128), "a part longer than 255 bytes"),
     "device of Windows": (lambda: named("sub/NUL.txt"), "Windows"),
     "dot at the end": (lambda: named("main.sh."), "Windows"),
     "symbolic link": (lambda: entries(("main.sh", b"x", {}), ("link", b"/etc/passwd", LINK)), "a link or a device"),
