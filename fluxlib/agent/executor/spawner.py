@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import marshal
 import os
@@ -75,7 +76,6 @@ class Spawner:
         self._jobs: dict[int, Job] = {}  # by process
         self._pids: dict[int, int] = {}  # process by identifier
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._cwd = ""
         self._rlimits: dict[int, tuple[int, int]] = {}
         self._answers: list[tuple[Any, ...]] = []
         self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
@@ -146,6 +146,9 @@ class Spawner:
             step = "change directory" if error.filename == cwd and cwd != argv[0] else "exec"
             self._answers.append(("failed", identifier, step, error.errno or 0))
             return
+        except ValueError:  # a NUL, an = in a variable's name: one bad request must not end everybody's programs
+            self._answers.append(("failed", identifier, "exec", errno.EINVAL))
+            return
         self._add(Job(identifier, pid, execution_id))
 
     def _launch(self, request: tuple[Any, ...], fds: list[int]) -> None:
@@ -177,9 +180,8 @@ class Spawner:
         fds: list[int],
     ) -> int:
         """posix_spawn under borrowed credentials: no fork of this process, no code between fork and exec."""
-        if cwd != self._cwd:
-            os.chdir(cwd)
-            self._cwd = cwd
+        # Each time: a directory of the same name may be another one by now.
+        os.chdir(cwd)
         for which, value in rlimits.items():
             self._limit(which, value)
         output, stdin = fds[0], fds[1] if len(fds) > 1 else self._null
