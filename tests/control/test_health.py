@@ -293,6 +293,7 @@ def test_a_follower_joins_and_sees_figures_but_judges_nobody(pair: tuple[Fleet, 
     written = writes_of(follower)
     machine = leader.wire.add("w1")
     leader.membership.register("w1:50052", legacy=False)
+    machine.version = "2"  # what a follower learns is not its to write
     both(leader, follower, 3)
     assert follower.state("w1").takes_work
     assert follower.state("w1").figures is not None
