@@ -201,6 +201,8 @@ class Joiner:
         return replace(record, status=present_status(record), offline_since=0.0, last_heartbeat=self._clock())
 
     def _step(self, member: Member, state: AgentState, held: Collection[FunctionState] | None) -> bool:
+        # What it holds was read before: another Flux saved that before it pushed it, so it is in the store by now.
+        self._functions.refresh()
         # The agent is present by now: what is saved after this read is pushed to it by whoever saves it.
         revision, functions = self._functions.all()
         failed = self._pusher.bring_in_step(state, functions, held)
