@@ -25,6 +25,7 @@ PORT = 50052
 _OPTIONS = [("grpc.max_receive_message_length", 50 * 1024 * 1024)]
 STATE = "/var/lib/flux-agent"
 FUNCTIONS = Path(__file__).parent / "functions"
+SPAWNER = "$(pgrep -f '[e]xecutor/spawner.py')"  # in a shell there
 UNIT = "/sys/fs/cgroup/system.slice/flux-agent.service"
 # The unit as the package installs it, with this tree's program.
 _DROP_IN = f"""[Service]
@@ -53,13 +54,14 @@ class GuestAgent:
         machine.run("useradd --system --no-create-home --shell /usr/sbin/nologin flux-runner")
         machine.run("mkdir -p -m 0755 /etc/flux-agent && systemctl daemon-reload")
 
-    def configure(self, isolation: str, **settings: Any) -> None:
-        """Start, or start again, under a profile."""
+    def configure(self, isolation: str, *, wait: bool = True, **settings: Any) -> None:
+        """Start, or start again, under a profile. Without ``wait`` it may fail to."""
         document = {"agent_id": "lab", "isolation": isolation, "tls": {"enabled": False}, "kill_grace_sec": 0.5}
         text = yaml.safe_dump({**document, "shutdown_sec": 1, **settings})
         self.machine.write("/etc/flux-agent/agent.yaml", text, 0o600)
-        self.machine.run("systemctl reset-failed flux-agent; systemctl restart flux-agent")
-        self.connect()
+        self.machine.run("systemctl reset-failed flux-agent; systemctl restart flux-agent", check=wait)
+        if wait:
+            self.connect()
 
     def connect(self) -> None:
         """To the agent that runs now, once it answers."""
@@ -91,25 +93,25 @@ class GuestAgent:
         files: Mapping[str, bytes] = {handler: (FUNCTIONS / handler).read_bytes(), "secret.txt": name.encode()}
         return self.deploy_files(name, handler, files, **fields)
 
-    def refused(self, name: str, *args: str) -> tuple[str, str]:
-        """(error kind, words) of a call that the agent does not take."""
-        answer = self._stub.ExecuteFunction(
-            pb.ExecutionRequest(function_name=name, args=args, execution_id=self._identifier()), timeout=20
-        )
-        return pb.ErrorKind.Name(answer.error_kind).removeprefix("ERROR_KIND_").lower(), answer.error
-
     def deploy_files(self, name: str, handler: str, files: Mapping[str, bytes], **fields: Any) -> FunctionSpec:
         defaults: dict[str, Any] = {"timeout_seconds": 60, "max_concurrency": 64}
         spec = FunctionSpec(name=name, handler=handler, **(defaults | fields))
-        archive = make_zip(files)
-        answer = self._stub.DeployFunction(
-            pb.DeploymentPackage(
-                function_name=name, code_archive=archive, config=codec.spec_to_message(spec, spec.digest())
-            ),
-            timeout=30,
-        )
+        answer = self._offer(spec, make_zip(files))
         assert answer.success, answer.message
         return spec
+
+    def refusal(self, name: str, handler: str, **fields: Any) -> tuple[str, str]:
+        """(error kind, words) of a deploy that the agent does not take."""
+        spec = FunctionSpec(name=name, handler=handler, **fields)
+        answer = self._offer(spec, make_zip({handler: (FUNCTIONS / handler).read_bytes()}))
+        assert not answer.success
+        return pb.ErrorKind.Name(answer.error_kind).removeprefix("ERROR_KIND_").lower(), answer.message
+
+    def _offer(self, spec: FunctionSpec, archive: bytes) -> Any:
+        message = pb.DeploymentPackage(
+            function_name=spec.name, code_archive=archive, config=codec.spec_to_message(spec, spec.digest())
+        )
+        return self._stub.DeployFunction(message, timeout=30)
 
     def run(self, name: str, *args: str, timeout: float = 100) -> dict[str, Any]:
         """The ended record, with ``output`` as text."""

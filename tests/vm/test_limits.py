@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from fluxlib.model import Network, WorkingDirectory
 from tests.support.programs import wait_until
 from tests.vm.rig import GuestAgent
 
@@ -115,30 +117,41 @@ def test_file_size_and_open_files(default: GuestAgent) -> None:
 
 def test_no_network_when_none_was_asked_for(default: GuestAgent) -> None:
     assert default.run("hog", "network")["output"] == "works\n"
-    default.deploy("alone", "hog.py", network="none")
+    default.deploy("alone", "hog.py", network=Network.NONE)
     assert default.run("alone", "network")["output"].strip() in {"101", "111"}  # unreachable, refused
 
 
 def test_a_cpu_hog_leaves_its_victim_its_share(default: GuestAgent) -> None:
-    """The victim's work per second beside four hogs held to a tenth of a processor each, and beside none."""
+    """Four hogs on two processors: held to a tenth each they leave a victim nearly a whole one, unlimited half.
+
+    Measured as the victim's processor time by the machine's clock, which the load of the host does not change.
+    """
     default.deploy("victim", "hog.py")
     default.deploy("spinner", "hog.py", cpu_millicores=100)
-    alone = int(default.run("victim", "spin", "3")["output"].split()[0])
-    hogs = [default.start("spinner", "spin", "60") for _ in range(4)]
-    for hog in hogs:
-        wait_until(lambda hog=hog: default.record(hog).get("run_started_at"), "hogs to run")
-    beside = int(default.run("victim", "spin", "3")["output"].split()[0])
-    for hog in hogs:
-        default.cancel(hog)
-    used = [default.ended(hog) for hog in hogs]
-    for record in used:
-        assert record["cpu_seconds"] <= 0.1 * record["duration_ms"] / 1000 * 1.3 + 0.3, record
-    # Two processors, 0.4 of them taken: unlimited, four hogs would leave it half or less.
-    assert beside > 0.6 * alone, f"{beside} of {alone}"
+    default.deploy("unlimited", "hog.py")
+    beside_limited, hogs = _share_beside(default, "spinner")
+    for record in hogs:
+        # One period's worth may be over, and what the kernel hands out in slices.
+        assert record["cpu_seconds"] <= 0.13 * record["duration_ms"] / 1000 + 0.3, record
+    beside_unlimited, _ = _share_beside(default, "unlimited")
+    assert beside_limited > 0.75
+    assert beside_unlimited < 0.6
+
+
+def _share_beside(agent: GuestAgent, hog: str) -> tuple[float, list[dict[str, Any]]]:
+    """The part of 3 s that a victim computed beside four of ``hog``; the hogs' records."""
+    hogs = [agent.start(hog, "spin", "60") for _ in range(4)]
+    for identifier in hogs:
+        wait_until(lambda identifier=identifier: agent.record(identifier).get("run_started_at"), "hogs to run")
+    count, seconds = agent.run("victim", "spin", "3")["output"].split()
+    print(f"beside {hog}: {int(count) / 3:.0f} rounds a second, {float(seconds) / 3:.0%} of a processor")
+    for identifier in hogs:
+        agent.cancel(identifier)
+    return float(seconds) / 3, [agent.ended(identifier) for identifier in hogs]
 
 
 def test_a_function_may_start_in_its_work_directory(default: GuestAgent) -> None:
-    default.deploy("worker", "hog.py", working_directory="work")
+    default.deploy("worker", "hog.py", working_directory=WorkingDirectory.WORK)
     identifier = default.start("worker", "sleep")
     _, home, tmp, cwd, _ = default.said(identifier, "\n").split()
     assert (home, tmp, cwd) == ("/run/flux/work", "/tmp", "/run/flux/work")
@@ -149,8 +162,7 @@ def test_a_function_may_start_in_its_work_directory(default: GuestAgent) -> None
 
 
 def test_what_cannot_be_enforced_is_refused(default: GuestAgent) -> None:
-    default.deploy("sliver", "hog.py", cpu_millicores=5)
-    kind, words = default.refused("sliver", "spin", "1")
+    kind, words = default.refusal("sliver", "hog.py", cpu_millicores=5)
     assert kind == "unenforceable"
     assert "10 millicores" in words
 

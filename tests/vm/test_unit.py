@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.programs import wait_until
-from tests.vm.rig import STATE, UNIT, GuestAgent
-
-_RANGE_FIRST = 1879048192
+from tests.vm.rig import SPAWNER, STATE, UNIT, GuestAgent
 
 
 @pytest.fixture(params=["default", "minimal"], scope="module")
@@ -33,7 +31,8 @@ def test_two_hundred_runs_leave_nothing(ready: GuestAgent) -> None:
     wait_until(lambda: not ready.groups(), "cgroups to go")
     assert _census(ready) == before
     assert ready.processes_of_functions() == []
-    assert machine.run(f"ls {STATE}/work") == ""
+    # An empty one may be kept for its user's next run.
+    assert machine.run(f"find {STATE}/work -mindepth 2") == ""
 
 
 def _census(agent: GuestAgent) -> dict[str, int]:
@@ -41,12 +40,12 @@ def _census(agent: GuestAgent) -> dict[str, int]:
     commands = {
         "groups": f"find {UNIT} -type d | wc -l",
         "mounts": "cat /proc/self/mountinfo | wc -l",
-        "spawner's mounts": "cat /proc/$(pgrep -f executor/spawner.py)/mountinfo | wc -l",
-        "spawner's descriptors": "ls /proc/$(pgrep -f executor/spawner.py)/fd | wc -l",
+        "spawner's mounts": f"cat /proc/{SPAWNER}/mountinfo | wc -l",
+        "spawner's descriptors": f"ls /proc/{SPAWNER}/fd | wc -l",
         "agent's descriptors": "ls /proc/$(systemctl show -P MainPID flux-agent)/fd | wc -l",
         "mount namespaces": "lsns -n -t mnt | wc -l",
         "IPC namespaces": "lsns -n -t ipc | wc -l",
-        "files": f"find {STATE}/work /tmp /var/tmp /dev/shm | wc -l",
+        "files": f"(find {STATE}/work -mindepth 2; find /tmp /var/tmp /dev/shm) | wc -l",
         "zombies": "ps -eo stat --no-headers | grep -c ^Z || true",
     }
     script = "; ".join(f"echo $({command})" for command in commands.values())
@@ -69,7 +68,7 @@ def test_a_dead_spawner_is_replaced_and_its_runs_are_accounted_for(ready: GuestA
     running = [ready.start("hog", "sleep"), ready.start("hog", "daemon"), ready.start("hog", "deaf")]
     ready.said(running[0], "\n")
     ready.said(running[2], "deaf")
-    ready.machine.run("kill -9 $(pgrep -f executor/spawner.py)")
+    ready.machine.run(f"kill -9 {SPAWNER}")
     for identifier in (running[0], running[2]):
         record = ready.ended(identifier)
         assert record["error"] == "the agent lost the process that ran it"
@@ -101,47 +100,3 @@ def test_a_crash_of_the_agent_kills_what_ran_and_accounts_for_it(ready: GuestAge
     for identifier in running:
         record = ready.record(identifier)
         assert (record["status"], record["error"]) == ("failed", "agent restarted while it ran")
-
-
-def test_users_that_are_somebody_are_refused(ready: GuestAgent, profile: str) -> None:
-    machine = ready.machine
-    machine.run(f"useradd --no-create-home --uid {_RANGE_FIRST + 7} intruder")
-    try:
-        machine.run("systemctl restart flux-agent", check=False)
-        words = f"overlaps the user intruder ({_RANGE_FIRST + 7}): choose another `uid_range`"
-        wait_until(lambda: words in machine.run("journalctl -u flux-agent -o cat -n 20 --no-pager"), "the refusal", 60)
-    finally:
-        machine.run("userdel intruder")
-        ready.configure(profile)
-
-
-def test_without_delegation_it_refuses_and_says_what_to_write(ready: GuestAgent, profile: str) -> None:
-    machine = ready.machine
-    drop_in = "/etc/systemd/system/flux-agent.service.d/none.conf"
-    machine.write(drop_in, "[Service]\nDelegate=no\n")
-    try:
-        machine.run("systemctl daemon-reload; systemctl restart flux-agent", check=False)
-        words = "put `Delegate=cpu memory pids` into the agent's unit"
-        wait_until(lambda: words in machine.run("journalctl -u flux-agent -o cat -n 20 --no-pager"), "the refusal", 60)
-    finally:
-        machine.run(f"rm {drop_in}; systemctl daemon-reload")
-        ready.configure(profile)
-
-
-def test_without_namespaces_the_choice_is_minimal(ready: GuestAgent, profile: str) -> None:
-    machine = ready.machine
-    drop_in = "/etc/systemd/system/flux-agent.service.d/poor.conf"
-    machine.write(drop_in, "[Service]\nCapabilityBoundingSet=~CAP_SYS_ADMIN\n")
-    try:
-        machine.run("systemctl daemon-reload; systemctl restart flux-agent", check=False)
-        if profile == "minimal":
-            ready.connect()
-            assert ready.run("hog", "network")["status"] == "success"
-        else:
-            words = "CAP_SYS_ADMIN is missing, so there are no namespaces: grant it, or choose `isolation: minimal`"
-            wait_until(
-                lambda: words in machine.run("journalctl -u flux-agent -o cat -n 20 --no-pager"), "the refusal", 60
-            )
-    finally:
-        machine.run(f"rm {drop_in}; systemctl daemon-reload")
-        ready.configure(profile)

@@ -1,0 +1,193 @@
+"""What starting a program costs under each profile, against vfork + exec from C in the same run.
+
+    python -m benchmarks.starts                # here: profiles this machine cannot have are named and left out
+    python -m benchmarks.starts --lab          # in the lab's Debian, counting instructions: repeatable within 2 %
+
+One program after the other through the executor's whole contract: user, cgroup,
+output, figures, removal. CPU is what the kernel counted for this process, the
+spawner and the programs together. ``large agent`` repeats it in a process with
+500 MB and 300 threads: forking from that would cost ten times as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from benchmarks import floor
+from benchmarks.table import markdown
+from fluxlib.agent.executor import build_executor
+from fluxlib.agent.executor.base import Executor, Exit, Job, Limits
+from fluxlib.config.agent import read_agent
+from fluxlib.errors import FluxError
+from fluxlib.model import Network
+
+PROFILES = ("off", "minimal", "default", "strict")
+MB = 1024 * 1024
+_LIMITS = Limits(128 * MB, 500, 64, 1024, 1024 * MB, 64 * MB)
+_WARM_UP = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="programs per row")
+    parser.add_argument("--lab", action="store_true", help="measure in the lab's machine")
+    parser.add_argument("--binaries", type=Path, help="a directory with floor and program, built already")
+    parser.add_argument("--json", action="store_true", help="figures instead of a table")
+    options = parser.parse_args()
+    figures = _in_the_lab(options.count) if options.lab else _here(options.count, options.binaries)
+    print(json.dumps(figures) if options.json else _table(figures))
+
+
+def _table(figures: dict[str, dict[str, float]]) -> str:
+    base = figures["floor"]
+    rows = [
+        [
+            name,
+            row["wall_ms"],
+            row["cpu_ms"],
+            f"{row['wall_ms'] / base['wall_ms']:.2f}x",
+            f"{row['cpu_ms'] / base['cpu_ms']:.2f}x",
+        ]
+        for name, row in figures.items()
+    ]
+    return markdown(["start", "ms", "CPU ms", "x floor", "CPU x floor"], rows)
+
+
+def _here(count: int, binaries: Path | None) -> dict[str, dict[str, float]]:
+    # Functions' users must be able to walk there; a state directory in /tmp would be hidden from them.
+    directory = Path(tempfile.mkdtemp(prefix="flux-starts-", dir="/var/lib" if os.geteuid() == 0 else None))
+    directory.chmod(0o755)
+    try:
+        built = binaries or directory
+        if binaries is None:
+            floor.build(built)
+            floor.build_program(built)
+        figures = {"floor": floor.measure(built / "floor", built / "program", count)}
+        for profile in PROFILES:
+            with _executor(profile, directory / profile, built / "program") as (executor, job):
+                if executor is None:
+                    continue
+                figures[profile] = _measure(executor, job, count)
+                if profile in ("default", "strict"):
+                    figures[f"{profile}, network none"] = _measure(executor, replace(job, network=Network.NONE), count)
+                with _large_agent():
+                    figures[f"{profile}, large agent"] = _measure(executor, job, count)
+        return figures
+    finally:
+        shutil.rmtree(directory)
+
+
+def _in_the_lab(count: int) -> dict[str, dict[str, float]]:
+    from tests.support.lab import debian
+    from tests.support.machine import Machine
+
+    with tempfile.TemporaryDirectory() as directory:
+        here = Path(directory)
+        floor.build(here)
+        floor.build_program(here)
+        with Machine(debian(), here, one_clock=True, memory_mb=1536) as machine:
+            machine.put_tree()
+            for name in ("floor", "program"):
+                machine.put(here / name, f"/opt/{name}")
+            unit = "systemd-run -q --pipe --wait -p 'Delegate=cpu memory pids'"
+            command = f"-m benchmarks.starts --json --binaries /opt --count {count}"
+            output = machine.run(f"{unit} {machine.python} {command}", timeout=3600)
+        return dict(json.loads(output.splitlines()[-1]))
+
+
+@contextmanager
+def _executor(profile: str, state: Path, program: Path) -> Iterator[tuple[Executor | None, Job]]:
+    code = state / "functions" / "program"
+    code.mkdir(parents=True)
+    for path in (state, code.parent, code):
+        path.chmod(0o755)
+    shutil.copy(program, code / "program")
+    job = Job("start", (str(code / "program"),), {"PATH": "/usr/bin:/bin"}, code, limits=_LIMITS)
+    config = read_agent(f"agent_id: starts\nisolation: {profile}\nstate_dir: {state}\n", state / "agent.yaml")
+    try:
+        executor = build_executor(config, state)
+    except FluxError as error:
+        print(f"{profile}: {error.message}", file=sys.stderr)
+        yield None, job
+        return
+    try:
+        yield executor, job
+    finally:
+        executor.stop(time.monotonic() + 5)
+
+
+_numbers = itertools.count(1)
+
+
+def _measure(executor: Executor, job: Job, count: int) -> dict[str, float]:
+    for _ in range(_WARM_UP):
+        _run(executor, job)
+    cpu, wall = _cpu_seconds(), time.perf_counter()
+    for _ in range(count):
+        _run(executor, job)
+    wall, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
+    return {"wall_ms": wall / count * 1e3, "cpu_ms": cpu / count * 1e3}
+
+
+def _run(executor: Executor, job: Job) -> None:
+    ended = threading.Event()
+    ends: list[Exit] = []
+
+    def on_exit(end: Exit) -> None:
+        ends.append(end)
+        ended.set()
+
+    executor.start(replace(job, execution_id=f"start-{next(_numbers)}"), lambda data: None, on_exit)
+    ended.wait(60)
+    assert ends[0].exit_code == 0, ends
+
+
+def _cpu_seconds() -> float:
+    """Of this process and everything below it: by its unit's cgroup where it has one, else by the processes."""
+    with open("/proc/self/cgroup", encoding="ascii") as file:
+        groups = [line.strip().partition("::")[2] for line in file if line.startswith("0::")]
+    unit = Path("/sys/fs/cgroup" + groups[0].removesuffix("/agent")) if groups and groups[0] != "/" else None
+    if unit is not None and (unit / "cpu.stat").exists():
+        return int((unit / "cpu.stat").read_text().split()[1]) / 1e6
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        times = process.cpu_times()
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+@contextmanager
+def _large_agent() -> Iterator[None]:
+    """This process as an agent looks after a while: 500 MB in use, 300 threads waiting."""
+    weight = [bytearray(os.urandom(1) * MB) for _ in range(500)]
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, name=f"waiting-{number}") for number in range(300)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        weight.clear()
+
+
+if __name__ == "__main__":
+    if sys.platform != "linux":
+        sys.exit("Linux only")
+    main()
