@@ -10,7 +10,7 @@ from typing import Any
 
 from fluxlib.control.channels import Line
 from fluxlib.control.client_output import AgentOutput, PolledOutput
-from fluxlib.control.client_pending import OnRecord
+from fluxlib.control.client_pending import OnRecord, guarded
 from fluxlib.control.client_stream import AgentStream
 from fluxlib.control.client_unary import UnaryExecutions
 from fluxlib.control.connection import ConnectionEvents, OnAnswer, OnReport, refusal
@@ -52,6 +52,7 @@ class AgentClient:
         self._lock = threading.Lock()
         self._line = new_line()
         self._closed = False
+        events = guarded(events)
         self._unary = UnaryExecutions(agent_id, self._current, events)
         self._stream: AgentStream | None = None
         if "attach" in self._features:

@@ -44,6 +44,23 @@ class Pending:
             log.exception("the answer to %s could not be taken", self.request.execution_id)
 
 
+def guarded(events: ConnectionEvents) -> ConnectionEvents:
+    """The same callbacks; one that fails is logged, and neither breaks the stream nor an answer behind it."""
+
+    def guard(call: Callable[..., None]) -> Callable[..., None]:
+        def guarded_call(*arguments: object) -> None:
+            try:
+                call(*arguments)
+            except Exception:
+                log.exception("an event of an agent's connection could not be taken")
+
+        return guarded_call
+
+    return ConnectionEvents(
+        guard(events.ended), guard(events.full), guard(events.freed), guard(events.attached), guard(events.stopping)
+    )
+
+
 class CancelWaiter:
     """Somebody who waits until an execution is dead. ``status`` None: unknown to the agent."""
 

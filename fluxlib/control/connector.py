@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from fluxlib.control.channels import Line, check_address, server_name
 from fluxlib.control.client import AgentClient
@@ -104,14 +104,16 @@ class AgentConnector:
 
     def _report(self, line: Line) -> NodeReport:
         with line.call() as stub:
-            return codec.report_from_message(
-                stub.ReportNodeStatus(pb.NodeStatusRequest(), timeout=_TIMEOUT), time.time()
-            )
+            answer = stub.ReportNodeStatus(pb.NodeStatusRequest(), timeout=_TIMEOUT)
+        return codec.report_from_message(answer, time.time())
 
     def _inventory(self, line: Line) -> Inventory | None:
-        with suppress(NotImplementedByPeer), line.call() as stub:
-            return codec.inventory_from_message(stub.GetInventory(pb.InventoryRequest(), timeout=_TIMEOUT))
-        return None
+        try:
+            with line.call() as stub:
+                answer = stub.GetInventory(pb.InventoryRequest(), timeout=_TIMEOUT)
+        except NotImplementedByPeer:
+            return None
+        return codec.inventory_from_message(answer)
 
 
 def _check_id(agent_id: str, address: str) -> None:

@@ -188,7 +188,7 @@ def record_from_response(
     if message.record:
         record = record_from_json(message.record)
         return replace(record, output=message.output, agent_id=agent_id)
-    kind = ErrorKind(message.error_kind) if message.error_kind else ErrorKind.NONE
+    kind = _kind(message.error_kind)
     exit_code: int | None = None
     signal: int | None = None
     if message.error and not kind:
@@ -217,6 +217,13 @@ def record_from_response(
         run_started_at=at - message.duration_ms / 1000,
         status_at=at,
     )
+
+
+def _kind(number: int) -> ErrorKind:
+    try:
+        return ErrorKind(number)
+    except ValueError:
+        return ErrorKind.INTERNAL  # of an agent newer than this
 
 
 _EXIT_CODE = re.compile(r"exit code (-?\d+)")
@@ -326,6 +333,14 @@ def inventory_from_message(message: pb.InventoryResponse) -> Inventory:
         functions=tuple(FunctionState(state.name, state.spec_digest, state.code_digest) for state in message.functions),
         revision=message.inventory_revision,
         features=tuple(message.features),
-        certificate_not_after=epoch(message.certificate_not_after),
+        certificate_not_after=_epoch(message.certificate_not_after),
         open_executions=tuple(message.open_executions),
     )
+
+
+def _epoch(text: str) -> float:
+    """0.0 for what is no time: it is only shown."""
+    try:
+        return epoch(text)
+    except ValueError:
+        return 0.0
