@@ -113,7 +113,7 @@ class Control:
             store, registry, tls=with_tls, leads=lambda: leadership.leads, stopping=lambda: self._stopping
         )
         self._watch(status.watch, poller.loop)
-        self._watch(status.watch, Loop("leadership", self._lead, RENEW_EVERY))
+        self._watch(status.watch, Loop("leadership", leadership.tick, RENEW_EVERY))
         self._watch(status.watch, Loop("executions", executions.tick, _EXECUTIONS_EVERY))
         self._watch(status.watch, Loop("own-figures", status.tick, _FIGURES_EVERY))
         if shared:
@@ -165,17 +165,6 @@ class Control:
         answering.join(deadline.remaining() + 2)
         self._guarded("leases", self._leadership.resign)
         self._parts.stop(deadline)
-
-    def _lead(self, now: float) -> None:
-        """Keep the leases; a leader looks after what dead Flux processes left open."""
-        self._leadership.tick(now)
-        lease = self._leadership.lease
-        if lease is None:
-            return
-        for session in sorted(self._leadership.gone):
-            count = self._executions.adopt(session, lease)
-            if count:
-                log.warning("took over %d executions of a Flux that has ended", count)
 
     def _watch(self, watch: Callable[[Loop], Loop], loop: Loop) -> None:
         self._loops.append(watch(loop))
