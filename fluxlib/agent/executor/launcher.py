@@ -209,6 +209,9 @@ class Launcher:
             os.execve(argv[0], argv, env)
         except OSError as error:
             self._failures.tell(slot, step, error.errno or errno.EIO)
+        except ValueError:
+            # What setrlimit raises for a limit that may not be raised.
+            self._failures.tell(slot, step, errno.EPERM)
         except BaseException:
             self._failures.tell(slot, step, errno.ENOTRECOVERABLE)
         os._exit(127)

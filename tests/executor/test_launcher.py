@@ -1,0 +1,237 @@
+"""The spawner under each profile with real namespaces and cgroups, asked as the agent asks it.
+
+Needs root and a kernel with cgroup v2, also one that is mounted without controllers: limits are the
+lab machine's business (tests/vm).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxlib.agent.executor import mounts
+from fluxlib.agent.executor.cgroup import RunGroup
+from fluxlib.agent.executor.launcher import DEFAULT, MINIMAL, STRICT, Plan
+from fluxlib.agent.executor.spawner_link import SpawnerLink
+from tests.support.need import lacking, need_root
+
+UID = 1_900_000_500
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def cgroups() -> Iterator[Path]:
+    """A directory of cgroup v2 in which groups can be made."""
+    need_root()
+    place = Path(tempfile.mkdtemp(prefix="flux-cgroup-"))
+    done = subprocess.run(["mount", "-t", "cgroup2", "none", place], capture_output=True, text=True)
+    if done.returncode:
+        place.rmdir()
+        lacking(f"needs cgroup v2: {done.stderr.strip()}")
+    group = place / f"flux-test-{os.getpid()}"
+    group.mkdir()
+    yield group
+    group.rmdir()
+    subprocess.run(["umount", place], check=True)
+    place.rmdir()
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Path]:
+    """A programs directory with one function, where every user can walk to."""
+    need_root()
+    place = Path(tempfile.mkdtemp(prefix="flux-programs-", dir="/var/lib"))
+    code = place / "functions" / "mine"
+    (place / "functions" / "other").mkdir(parents=True)
+    (place / "functions" / "other" / "secret").write_text("secret")
+    code.mkdir()
+    work = place / "work"
+    work.mkdir()
+    os.chown(work, UID, UID)
+    for path in (place, place / "functions", code, place / "functions" / "other"):
+        path.chmod(0o755)
+    yield place
+    shutil.rmtree(place)
+
+
+class Launched:
+    """A spawner under one profile, asked one thing at a time."""
+
+    def __init__(self, profile: str, programs: Path, cgroups: Path) -> None:
+        self.profile = profile
+        self._programs = programs
+        self._cgroups = cgroups
+        self.link = SpawnerLink(profile, str(programs), str(programs))
+
+    def run(self, script: str, **changes: Any) -> tuple[str, list[tuple[Any, ...]]]:
+        """(output, answers) of a shell script that is the function's program."""
+        program = self._programs / "functions/mine/main.sh"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        plan = {"code": b"functions/mine", "work": b"", "tmp_bytes": 1 << 20, "no_network": False}
+        code, cwd = mounts.CODE, mounts.WORK
+        if self.profile == MINIMAL:
+            code, cwd = str(self._programs / "functions/mine"), str(self._programs / "work")
+            plan["work"] = cwd.encode()
+        argv = changes.pop("argv", [os.fsencode(f"{code}/main.sh")])
+        cwd = changes.pop("cwd", cwd)
+        limits = changes.pop("rlimits", {})
+        path = self._cgroups / f"run-{next(_numbers)}"
+        path.mkdir()
+        group = RunGroup(str(path))
+        output, written = os.pipe()
+        env = {b"PATH": b"/usr/bin:/bin", b"HOME": os.fsencode(cwd)}
+        request = ("run", 1, argv, env, cwd, UID, UID, limits, b"e", tuple(Plan(**{**plan, **changes})))
+        self.link.send(request, [written, group.fd])
+        os.close(written)
+        answers: list[tuple[Any, ...]] = []
+        while not answers or answers[-1][0] == "started":
+            answers += self.link.receive()
+        group.kill()
+        assert group.wait_until_empty(5)
+        assert group.remove()
+        group.close()
+        with os.fdopen(output) as file:
+            return file.read(), answers
+
+
+@pytest.fixture(scope="module", params=[DEFAULT, STRICT, MINIMAL])
+def launched(request: pytest.FixtureRequest, programs: Path, cgroups: Path) -> Iterator[Launched]:
+    launched = Launched(request.param, programs, cgroups)
+    yield launched
+    launched.link.close()
+
+
+def test_it_becomes_the_program_and_its_end_is_told(launched: Launched) -> None:
+    output, answers = launched.run("echo hello; exit 7")
+    assert output == "hello\n"
+    assert [answer[0] for answer in answers] == ["started", "exit"]
+    assert os.WEXITSTATUS(answers[1][2]) == 7
+    _, answers = launched.run("kill -9 $$")
+    assert os.WTERMSIG(answers[-1][2]) == signal.SIGKILL
+
+
+def test_it_is_nobody_with_nothing(launched: Launched) -> None:
+    output, _ = launched.run("grep -E '^(Uid|Gid|Groups|Cap|NoNew|Seccomp:|SigIgn|SigBlk)' /proc/self/status; umask")
+    *lines, umask = output.splitlines()
+    status = {name: value.split() for name, value in (line.split(":", 1) for line in lines)}
+    assert status["Uid"] == status["Gid"] == [str(UID)] * 4
+    assert status["Groups"] == []
+    assert {int(status[name][0], 16) for name in status if name.startswith("Cap")} == {0}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
+    assert (int(status["SigIgn"][0], 16), int(status["SigBlk"][0], 16)) == (0, 0)
+    assert umask == "0077"
+
+
+def test_it_inherits_no_descriptor(launched: Launched) -> None:
+    assert launched.run("ls /proc/self/fd")[0].split() == ["0", "1", "2", "3"], "3 is ls's own"
+
+
+def test_its_limits_and_score(launched: Launched) -> None:
+    limits = {resource.RLIMIT_NOFILE: 77, resource.RLIMIT_FSIZE: 1 << 20}
+    output, _ = launched.run("ulimit -n; ulimit -c; cat /proc/self/oom_score_adj", rlimits=limits)
+    assert output.split() == ["77", "0", "500"]
+
+
+def test_another_functions_code_is_out_of_reach(launched: Launched, programs: Path) -> None:
+    output, _ = launched.run(f"cat {programs}/functions/other/secret 2>&1")
+    reason = "Permission denied" if launched.profile == MINIMAL else "No such file or directory"
+    assert output.strip().endswith(reason)
+
+
+def test_it_writes_to_its_own_and_nowhere_else(launched: Launched) -> None:
+    script = 'for d in "$HOME" /tmp /dev/shm /var/tmp /usr/local "${0%/*}"; do (: >$d/f) 2>/dev/null && echo $d; done'
+    output, _ = launched.run(script)
+    minimal = launched.profile == MINIMAL
+    assert output.split() == [*output.split()[:1], *([] if minimal else ["/tmp", "/dev/shm"])]
+    assert output.split()[0] == (str(launched._programs / "work") if minimal else mounts.WORK)
+    if not minimal:
+        # Of the first nothing is there for the second.
+        assert launched.run("ls -A /tmp /dev/shm $HOME")[0].split() == ["/dev/shm:", "/run/flux/work:", "/tmp:"]
+
+
+def test_memory_file_systems_have_their_size(launched: Launched) -> None:
+    if launched.profile == MINIMAL:
+        return  # it has none
+    output, _ = launched.run("head -c 2000000 /dev/zero >/tmp/full; stat -c %s /tmp/full", tmp_bytes=1 << 20)
+    assert output.split()[-1] == str(1 << 20)
+
+
+def test_processes_of_others_are_not_there(launched: Launched) -> None:
+    if launched.profile == MINIMAL:
+        return  # the agent's unit hides them there
+    output, _ = launched.run("ls /proc | grep -c '^[0-9]'")
+    assert int(output) <= 4, "the shell, ls, grep"
+
+
+def test_without_a_network_nothing_can_be_reached(launched: Launched) -> None:
+    if launched.profile == MINIMAL:
+        return  # refused before it comes here
+    here = launched.run("ls /proc/self/net/tcp && readlink /proc/self/ns/net")[0]
+    alone = launched.run("readlink /proc/self/ns/net; cat /proc/self/net/route", no_network=True)[0]
+    assert here.splitlines()[-1] not in alone
+    assert len(alone.splitlines()) == 1, "no route"
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "number"),
+    [
+        ({"argv": [b"/run/flux/code/missing"]}, "exec", 2),
+        ({"cwd": "/nowhere"}, "change directory", 2),
+        ({"code": b"functions/missing"}, "mounts", 2),
+        ({"rlimits": {resource.RLIMIT_NOFILE: 1 << 40}}, "limits", 1),
+    ],
+)
+def test_a_step_that_fails_is_told_by_name(launched: Launched, changes: dict[str, Any], step: str, number: int) -> None:
+    if launched.profile != DEFAULT:
+        return  # the same code
+    _, answers = launched.run("true", **changes)
+    assert answers[-1] == ("failed", 1, step, number)
+    assert launched.run("echo still here")[0] == "still here\n"
+
+
+def test_the_steps_can_be_tried_without_a_program(launched: Launched) -> None:
+    output, answers = launched.run("echo never", trial=True)
+    assert (output, answers[-1][2]) == ("", 0)
+
+
+def test_what_runs_dies_with_the_agents_end_of_the_socket(programs: Path, cgroups: Path) -> None:
+    launched = Launched(DEFAULT, programs, cgroups)
+    outputs: list[str] = []
+    thread = threading.Thread(target=lambda: outputs.append(_until_gone(launched)))
+    thread.start()
+    path = cgroups / f"run-{next(_numbers)}"
+    path.mkdir()
+    group = RunGroup(str(path))
+    null = os.open(os.devnull, os.O_RDWR)
+    plan = tuple(Plan(b"functions/mine", b"", 1 << 20, False))
+    program = [b"/bin/sh", b"-c", b"setsid sleep 60 & sleep 60"]
+    launched.link.send(("run", 1, program, {b"PATH": b"/bin"}, "/tmp", UID, UID, {}, b"e", plan), [null, group.fd])
+    os.close(null)
+    events = group.events()
+    while b"populated 1" not in os.pread(events, 100, 0):
+        threading.Event().wait(0.01)
+    os.close(events)
+    launched.link._socket.shutdown(2)
+    assert group.wait_until_empty(5)
+    thread.join(5)
+    launched.link.close()
+    assert group.remove()
+    group.close()
+
+
+def _until_gone(launched: Launched) -> str:
+    while launched.link.receive():
+        pass
+    return "gone"
