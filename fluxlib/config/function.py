@@ -167,5 +167,8 @@ def read_function(data: bytes | str) -> FunctionSpec:
     # cpu.max has a floor of 1 ms in each 100 ms.
     if 0 < values.get("cpu_millicores", 0) < 10:
         faults.add("resources.cpu", "must be 0 or at least 10 millicores")
+    # Fewer and no program gets as far as its own first line.
+    if 0 < values.get("max_open_files", 0) < 16:
+        faults.add("limits.open_files", "must be 0 or at least 16")
     faults.raise_if_any("the function's YAML cannot be used")
     return FunctionSpec(**values)

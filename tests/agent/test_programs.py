@@ -142,6 +142,25 @@ def test_what_cannot_be_started_says_why(agent: Running, handler: str, words: st
     assert words in answer.error
 
 
+def test_few_open_files_are_its_own_affair(agent: Running) -> None:
+    agent.deploy(
+        "thrifty",
+        make_zip({"main.sh": "#!/bin/sh\nsleep 0.2; ulimit -Sn; ulimit -Hn; ulimit -n 4096 || echo no\n"}),
+        max_open_files=16,
+    )
+    agent.run("sleep", "2", execution_id="bystander", asynchronous=True)
+    for max_open_files in (1, 5):
+        agent.deploy("starved", max_open_files=max_open_files)
+        assert agent.run("say", "x", name="starved").error
+    for _ in range(2):
+        output = agent.run(name="thrifty").output.decode().split("\n")
+        assert output[:2] == ["16", "16"]
+        assert output[-2] == "no", "it took its limit back"
+        assert agent.run("say", "x").output == b"x\n"
+    assert agent.record("bystander").status == "running", "the spawner died with it"
+    agent.cancel("bystander")
+
+
 def test_a_timeout_lets_it_say_goodbye(agent: Running) -> None:
     began = time.monotonic()
     answer = agent.run("polite", name="brief", execution_id="polite-1")

@@ -203,6 +203,7 @@ def test_thousands_of_faults_are_counted_not_listed() -> None:
         ("function", {**FUNCTION, "platforms": ["linux/x86_64"]}, "the architecture is called amd64 here"),
         ("function", {**FUNCTION, "platforms": ["linus"]}, "did you mean linux?"),
         ("function", {**FUNCTION, "resources": {"cpu": 5}}, "at least 10 millicores"),
+        ("function", {**FUNCTION, "limits": {"open_files": 5}}, "at least 16"),
         ("function", {**FUNCTION, "resources": 5}, "resources: must be a mapping, is a number"),
     ],
 )

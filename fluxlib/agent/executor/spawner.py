@@ -32,9 +32,11 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fluxlib.agent.executor.borrowed import Borrowed
     from fluxlib.agent.executor.launcher import Launcher
 
 MAX_MESSAGE = 1 << 20
@@ -66,17 +68,17 @@ class Job:
 
 
 class Spawner:
-    """The loop. ``launcher`` starts what has a plan."""
+    """The loop. ``launcher`` starts what has a plan, ``borrowed`` what has none."""
 
-    def __init__(self, control: socket.socket, launcher: Launcher | None = None) -> None:
+    def __init__(self, control: socket.socket, launcher: Launcher | None, borrowed: Borrowed | None) -> None:
         self._control = control
         self._launcher = launcher
+        self._borrowed = borrowed
         self._buffer = memoryview(bytearray(MAX_MESSAGE))
         self._root = os.geteuid() == 0
         self._jobs: dict[int, Job] = {}  # by process
         self._pids: dict[int, int] = {}  # process by identifier
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._rlimits: dict[int, tuple[int, int]] = {}
         self._answers: list[tuple[Any, ...]] = []
         self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
         self._signal_read, signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -96,14 +98,21 @@ class Spawner:
                         os.read(fd, 4096)
                     self._reap()
                 elif not self._take():
-                    for job in list(self._jobs.values()):
-                        self._kill(job, signal.SIGKILL)
-                        if job.cgroup < 0:
-                            self._sweep(job.execution_id)
+                    self._end_all()
                     return
             if self._answers:
                 answers, self._answers = self._answers, []
-                self._control.send(marshal.dumps(answers))
+                try:
+                    self._control.send(marshal.dumps(answers))
+                except OSError:  # the agent died before its end could be read here
+                    self._end_all()
+                    return
+
+    def _end_all(self) -> None:
+        for job in list(self._jobs.values()):
+            self._kill(job, signal.SIGKILL)
+            if job.cgroup < 0:
+                self._sweep(job.execution_id)
 
     def _take(self) -> bool:
         size, ancillary, _, _ = self._control.recvmsg_into(
@@ -123,7 +132,11 @@ class Spawner:
         request = marshal.loads(self._buffer[:size])
         try:
             if request[0] == "run":
-                self._start(request, fds)
+                try:
+                    self._start(request, fds)
+                except Exception:  # whatever it is, everybody else's programs go on
+                    traceback.print_exc()
+                    self._answers.append(("failed", request[1], "start", errno.EIO))
             elif request[0] == "kill":
                 pid = self._pids.get(request[1])
                 if pid is not None:
@@ -139,9 +152,11 @@ class Spawner:
         if len(request) > _WITHOUT_PLAN:
             self._launch(request, fds)
             return
+        assert self._borrowed is not None
         _, identifier, argv, env, cwd, uid, gid, rlimits, execution_id = request
+        stdin = fds[1] if len(fds) > 1 else self._null
         try:
-            pid = self._spawn(argv, env, cwd, uid, gid, rlimits, fds)
+            pid = self._borrowed.spawn(argv, env, cwd, uid, gid, rlimits, stdin, fds[0])
         except OSError as error:
             step = "change directory" if error.filename == cwd and cwd != argv[0] else "exec"
             self._answers.append(("failed", identifier, step, error.errno or 0))
@@ -168,50 +183,6 @@ class Spawner:
         self._jobs[job.pid] = job
         self._pids[job.identifier] = job.pid
         self._answers.append(("started", job.identifier, job.pid))
-
-    def _spawn(
-        self,
-        argv: list[bytes],
-        env: dict[bytes, bytes],
-        cwd: str,
-        uid: int,
-        gid: int,
-        rlimits: dict[int, int],
-        fds: list[int],
-    ) -> int:
-        """posix_spawn under borrowed credentials: no fork of this process, no code between fork and exec."""
-        # Each time: a directory of the same name may be another one by now.
-        os.chdir(cwd)
-        for which, value in rlimits.items():
-            self._limit(which, value)
-        output, stdin = fds[0], fds[1] if len(fds) > 1 else self._null
-        actions = [
-            (os.POSIX_SPAWN_DUP2, stdin, 0),
-            (os.POSIX_SPAWN_DUP2, output, 1),
-            (os.POSIX_SPAWN_DUP2, output, 2),
-        ]
-        borrowed = self._root and uid > 0
-        if borrowed:
-            # The saved IDs stay 0, so that they can be taken back; exec overwrites the child's.
-            os.setresgid(gid, gid, 0)
-            os.setresuid(uid, uid, 0)
-        try:
-            return os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True, setsigmask=())
-        finally:
-            if borrowed:
-                os.setresuid(0, 0, 0)
-                os.setresgid(0, 0, 0)
-
-    def _limit(self, which: int, value: int) -> None:
-        """A limit of the next child, by way of our own: posix_spawn has no attribute for it."""
-        soft, hard = self._rlimits.get(which) or resource.getrlimit(which)
-        if soft == value:
-            return
-        if not self._root and hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        wanted = (value, max(value, hard) if self._root and hard != resource.RLIM_INFINITY else hard)
-        resource.setrlimit(which, wanted)
-        self._rlimits[which] = wanted
 
     # -- ending ------------------------------------------------------------------
 
@@ -312,7 +283,7 @@ def main(fd: int, arguments: list[str]) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if os.geteuid() == 0:
         os.setgroups([])
-    launcher = None
+    launcher, borrowed = None, None
     if arguments:
         from fluxlib.agent.executor.launcher import Launcher, SetUpFailed
 
@@ -322,8 +293,11 @@ def main(fd: int, arguments: list[str]) -> None:
             control.send(marshal.dumps([("refused", failed.step, failed.number)]))
             os._exit(1)
     else:
+        from fluxlib.agent.executor.borrowed import Borrowed
+
         _lower_this_process()
-    spawner = Spawner(control, launcher)
+        borrowed = Borrowed()
+    spawner = Spawner(control, launcher, borrowed)
     # Nothing made from here on lives in a cycle; collections would only cost.
     gc.collect()
     gc.freeze()

@@ -1,0 +1,93 @@
+"""Starting a program as another user and under limits of its own, without a fork: profile ``off``.
+
+posix_spawn has attributes for neither, so the spawner takes both on for the
+moment of the call. No code of ours runs between fork and exec. Standard library
+only: it is part of the spawner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+
+_CAP_SYS_RESOURCE = 24
+# Enough for the spawner itself: with fewer it could not even be handed the next program's pipe.
+_OWN_FILES = 256
+
+
+class Borrowed:
+    """The spawner's own identity and limits, lent to each program. Build it once."""
+
+    def __init__(self) -> None:
+        self._root = os.geteuid() == 0
+        self._may_raise = self._root and _has_capability(_CAP_SYS_RESOURCE)
+        self._limits: dict[int, tuple[int, int]] = {}
+
+    def spawn(
+        self,
+        argv: list[bytes],
+        env: dict[bytes, bytes],
+        cwd: str,
+        uid: int,
+        gid: int,
+        rlimits: dict[int, int],
+        stdin: int,
+        output: int,
+    ) -> int:
+        """The program's process. Raises OSError, ValueError for words that no program can be given."""
+        # Each time: a directory of the same name may be another one by now.
+        os.chdir(cwd)
+        actions = [
+            (os.POSIX_SPAWN_DUP2, stdin, 0),
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        ]
+        borrowed = self._root and uid > 0
+        try:
+            for which, value in rlimits.items():
+                self._limit(which, value)
+            if borrowed:
+                # The saved IDs stay 0, so that they can be taken back; exec overwrites the child's.
+                os.setresgid(gid, gid, 0)
+                os.setresuid(uid, uid, 0)
+            pid = os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True, setsigmask=())
+            if not self._may_raise:
+                self._lower_hard_limits(pid, rlimits)
+            return pid
+        finally:
+            if borrowed:
+                os.setresuid(0, 0, 0)
+                os.setresgid(0, 0, 0)
+            if rlimits.get(resource.RLIMIT_NOFILE, _OWN_FILES) < _OWN_FILES:
+                self._limit(resource.RLIMIT_NOFILE, _OWN_FILES)
+
+    def _limit(self, which: int, value: int) -> None:
+        """For what is started next; soft and hard where this process can take that back afterwards."""
+        soft, hard = self._limits.get(which) or resource.getrlimit(which)
+        if self._may_raise:
+            wanted = (value, value)
+        else:
+            wanted = (value if hard == resource.RLIM_INFINITY else min(value, hard), hard)
+        if wanted != (soft, hard):
+            resource.setrlimit(which, wanted)
+            self._limits[which] = wanted
+
+    @staticmethod
+    def _lower_hard_limits(pid: int, rlimits: dict[int, int]) -> None:
+        """From outside, as the same user: soft ones alone the program could raise again. Linux only."""
+        if not hasattr(resource, "prlimit"):
+            return
+        for which, value in rlimits.items():
+            # It may have ended by now.
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, which, (value, value))
+
+
+def _has_capability(number: int) -> bool:
+    """Root in a container often lacks some. False where there is no /proc to ask."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> number & 1)
+    return False
