@@ -56,7 +56,7 @@ class AgentClient:
         self._unary = UnaryExecutions(agent_id, self._current, events)
         self._stream: AgentStream | None = None
         if "attach" in self._features:
-            self._stream = AgentStream(agent_id, session, self._current, events, self._whole_output, self._look_up)
+            self._stream = AgentStream(agent_id, session, self._current, events, self._whole_record, self._look_up)
 
     @property
     def agent_id(self) -> str:
@@ -224,6 +224,9 @@ class AgentClient:
 
     def _whole_output(self, execution_id: str) -> bytes:
         return b"".join(AgentOutput(self._current(), execution_id, 0, follow=False, timeout=_OUTPUT))
+
+    def _whole_record(self, execution_id: str) -> ExecutionRecord | None:
+        return self.record(execution_id, with_output=True)
 
     def _look_up(self, execution_id: str, on_record: OnRecord) -> None:
         def answered(answer: Any | FluxError) -> None:

@@ -80,7 +80,7 @@ class CancelWaiter:
 class Table:
     """Executions and cancels under way at one agent.
 
-    ``lock`` is the stream's: methods under "with the lock held" expect it. ``fetch_output`` reads an output that was
+    ``lock`` is the stream's: methods under "with the lock held" expect it. ``fetch`` reads a record whose output was
     too large for the stream (blocking, raises AgentError); ``look_up(execution_id, on_record)`` asks for a record.
     """
 
@@ -89,14 +89,14 @@ class Table:
         agent_id: str,
         lock: threading.Lock,
         events: ConnectionEvents,
-        fetch_output: Callable[[str], bytes],
+        fetch: Callable[[str], ExecutionRecord | None],
         look_up: Callable[[str, OnRecord], None],
     ) -> None:
         self._agent_id = agent_id
         self._lock = lock
         self._idle = threading.Condition(lock)
         self._events = events
-        self._fetch_output = fetch_output
+        self._fetch_record = fetch
         self._look_up = look_up
         self._pending: dict[str, Pending] = {}
         self._cancels: dict[str, list[CancelWaiter]] = {}
@@ -239,10 +239,14 @@ class Table:
 
         def fetch() -> None:
             try:
-                whole = replace(record, output=self._fetch_output(record.execution_id))
+                # The record again too: this one counts what did not fit into the answer as cut off.
+                whole = self._fetch_record(record.execution_id)
+                why = "the agent has forgotten it"
             except AgentError as error:
-                warning = f"the output was lost: {error.message}"
-                whole = replace(record, output=b"", truncated=True, warnings=(*record.warnings, warning))
+                whole, why = None, error.message
+            if whole is None or not whole.status.ended:
+                warning = f"the rest of the output was lost: {why}"
+                whole = replace(record, truncated=True, warnings=(*record.warnings, warning))
             with self._lock:
                 mine = self.take(record.execution_id) is entry
             if mine:

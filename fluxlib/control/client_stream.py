@@ -21,7 +21,7 @@ from fluxlib.control.client_pending import OnRecord, Pending, Table
 from fluxlib.control.connection import ConnectionEvents, OnAnswer
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import ExecutionRequest, ExecutionStatus
+from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.rpc.status import nobody_listens, reason_of
 
@@ -65,7 +65,7 @@ class AgentStream:
         session: str,
         line: Callable[[], Line],
         events: ConnectionEvents,
-        fetch_output: Callable[[str], bytes],
+        fetch: Callable[[str], ExecutionRecord | None],
         look_up: Callable[[str, OnRecord], None],
     ) -> None:
         self._agent_id = agent_id
@@ -75,7 +75,7 @@ class AgentStream:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the writer
         self._change = threading.Condition(self._lock)  # for the thread that attaches
-        self._table = Table(agent_id, self._lock, events, fetch_output, look_up)
+        self._table = Table(agent_id, self._lock, events, fetch, look_up)
         self._outbox: deque[pb.ExecutionRequest] = deque()
         self._cancels: deque[pb.CancelExecutionRequest] = deque()
         self._acks: list[str] = []

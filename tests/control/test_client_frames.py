@@ -225,6 +225,22 @@ def test_an_event_that_fails_breaks_nothing(agent: ScriptedAgent, timers: Timers
         connection.close(Deadline(0))
 
 
+def test_output_too_large_for_an_answer_is_fetched_beside_the_stream(agent: ScriptedAgent, timers: Timers) -> None:
+    whole = ExecutionRecord("large", "f", "scripted", output=b"0123456789", output_bytes=10, started_at=1.0)
+    agent.records["large"] = whole.ended(ExecutionStatus.SUCCESS, at=2.0)
+    with attached(agent, timers) as (client, attachment):
+        large, forgotten = client.start("large"), client.start("forgotten")
+        attachment.executions(2)
+        attachment.send(
+            executed=[ended(name, output=b"0123", output_bytes=10) for name in ("large", "large", "forgotten")]
+        )
+        record = large.record()
+        assert (record.output, record.truncated, record.warnings) == (b"0123456789", False, ())
+        cut = forgotten.record()
+        assert (cut.status, cut.output, cut.truncated) == (ExecutionStatus.SUCCESS, b"0123", True)
+        assert "forgotten" in cut.warnings[0]
+
+
 def test_freed_and_stopping_are_passed_on(agent: ScriptedAgent, timers: Timers) -> None:
     with attached(agent, timers) as (client, attachment):
         attachment.send(freed=["f", ""], stopping=True)

@@ -63,6 +63,7 @@ def test_standard_input_of_megabytes_arrives_and_large_output_comes_back_whole(c
     data = bytes(range(256)) * 4 * 4096  # 4 MiB: more than travels on the stream
     record = client.run("s-large", "cat", stdin=data + b"end")
     assert record.output == data + b"end"
+    assert (record.truncated, record.output_bytes) == (False, len(data) + 3)
 
 
 def test_many_at_once_are_all_answered(client: Client) -> None:

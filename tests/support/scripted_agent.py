@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -119,6 +120,12 @@ class ScriptedAgent(flux_pb2_grpc.AgentServiceServicer):
             return pb.GetExecutionResponse()
         return pb.GetExecutionResponse(found=True, data=codec.record_to_json(record, with_output=False))
 
+    def ReadOutput(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.OutputChunk]:  # noqa: N802
+        output = self.records[request.execution_id].output or b""
+        for start in range(0, len(output), 3):
+            yield pb.OutputChunk(found=True, offset=start, data=output[start : start + 3])
+        yield pb.OutputChunk(found=True, offset=len(output), ended=True)
+
     def __enter__(self) -> Self:
         self._server.start()
         return self
@@ -130,10 +137,12 @@ class ScriptedAgent(flux_pb2_grpc.AgentServiceServicer):
         self._pool.shutdown()
 
 
-def ended(execution_id: str, *, asynchronous: bool = False, output: bytes = b"out") -> pb.ExecutionAnswer:
-    """The final answer of one that went well."""
+def ended(
+    execution_id: str, *, asynchronous: bool = False, output: bytes = b"out", output_bytes: int = 0
+) -> pb.ExecutionAnswer:
+    """The final answer of one that went well. ``output_bytes``: how much there is, if that is more."""
     record = ExecutionRecord(execution_id, "f", "scripted", asynchronous=asynchronous, started_at=1.0)
-    record = record.ended(ExecutionStatus.SUCCESS, at=2.0)
+    record = replace(record.ended(ExecutionStatus.SUCCESS, at=2.0), output_bytes=output_bytes or len(output))
     response = codec.response_from_record(record)
     response.output = output
     return pb.ExecutionAnswer(execution_id=execution_id, final=True, response=response)
