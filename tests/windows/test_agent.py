@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.programs import Flux, wait_until
-from tests.support.wine import WineAgent, the_lab
-from windows.lab import Lab, compile_c
+from tests.support.wine import WineAgent
+from tests.windows.c_program import assert_still
+from windows.lab import Lab
 
 pytestmark = pytest.mark.windows
-
-# Says what it was given; with "tree" it starts itself again and both go on until they are killed,
-# each writing the time into a file of its own.
-PROGRAM = r"""
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <windows.h>
-
-static void beat(const char *file)
-{
-    for (int n = 0;; n++) {
-        FILE *out = fopen(file, "w");
-        if (out) { fprintf(out, "%d", n); fclose(out); }
-        Sleep(50);
-    }
-}
-
-int main(int argc, char **argv)
-{
-    if (argc > 2 && !strcmp(argv[1], "beat")) beat(argv[2]);
-    if (argc > 2 && !strcmp(argv[1], "tree")) {
-        char line[2048], file[1024];
-        STARTUPINFOA startup = {sizeof startup};
-        PROCESS_INFORMATION made;
-        snprintf(line, sizeof line, "\"%s\" beat \"%s.child\"", argv[0], argv[2]);
-        if (!CreateProcessA(NULL, line, NULL, NULL, FALSE, DETACHED_PROCESS | CREATE_NEW_PROCESS_GROUP, NULL, NULL,
-                            &startup, &made)) return 99;
-        snprintf(file, sizeof file, "%s.parent", argv[2]);
-        beat(file);
-    }
-    for (int n = 1; n < argc; n++) printf("[%s]", argv[n]);
-    return argc > 1 ? atoi(argv[1]) : 0;
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    made = the_lab()
-    yield made
-    made.shut_down()
-
-
-@pytest.fixture(scope="module")
-def program(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("c") / "main.exe"
-    compile_c(PROGRAM, path)
-    return path.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +83,6 @@ def test_a_program_of_linux_is_not_placed_there(flux: Flux) -> None:
     flux.api.call("PUT", "/functions", b"name: shell\nhandler: run.sh\n")
     status, answer = flux.api.execute("shell")
     assert status in (404, 409, 429, 503), answer
-
-
-def assert_still(files: list[Path]) -> None:
-    """Nobody writes into them any more."""
-    before = [file.read_text() for file in files]
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:
-        assert [file.read_text() for file in files] == before
 
 
 def test_the_suite_of_the_executor_passes_under_wine(lab: Lab) -> None:

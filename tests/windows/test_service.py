@@ -1,0 +1,88 @@
+"""flux.exe as a Windows service, in Wine's service manager."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.programs import Api, free_port, wait_until
+from tests.windows.programs import built
+from windows.lab import Lab
+
+pytestmark = [pytest.mark.windows, pytest.mark.timeout(480)]
+
+
+@pytest.fixture
+def program_data(lab: Lab) -> Iterator[Path]:
+    """Where the services keep their things; empty, and nothing is installed."""
+    directory = lab.prefix / "drive_c" / "ProgramData"
+    directories = [directory / "flux", directory / "flux-agent"]
+    yield directory
+    for name in ("flux", "flux-agent"):
+        subprocess.run(["wine", "sc", "delete", name], env=lab.environment(), capture_output=True)
+    for one in directories:
+        if one.exists():
+            import shutil
+
+            shutil.rmtree(one)
+
+
+def command(lab: Lab, exe: Path, *words: str) -> tuple[int, str]:
+    ran = subprocess.run(
+        ["wine", exe, *words],
+        env=lab.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+    )
+    return ran.returncode, ran.stdout.decode(errors="replace")
+
+
+def test_install_serves_and_remove_leaves_the_data(lab: Lab, program_data: Path) -> None:
+    exe = built(lab) / "flux.exe"
+    home = program_data / "flux"
+    home.mkdir(parents=True)
+    port = free_port()
+    config = {"api_key": "k" * 32, "port": port, "listen_host": "127.0.0.1", "state_dir": "state", "certs_dir": "certs"}
+    (home / "flux.yaml").write_text(yaml.safe_dump(config))
+    code, words = command(lab, exe, "service", "install")
+    assert code == 0, words
+    assert "starts with Windows" in words
+    installed = lab.prefix / "drive_c" / "Program Files" / "Flux" / "flux.exe"
+    assert installed.read_bytes() == exe.read_bytes()
+
+    def healthy() -> bool:
+        try:
+            return Api(f"http://127.0.0.1:{port}").request("GET", "/health", timeout=2)[0] == 200
+        except OSError:
+            return False
+
+    wait_until(healthy, "the service to answer", 60)
+    code, words = command(lab, exe, "service", "install")
+    assert code == 1
+    assert "installed already" in words
+    code, words = command(lab, exe, "service", "remove")
+    assert code == 0, words
+    wait_until(lambda: not healthy(), "the service to be gone")
+    assert (home / "state").is_dir()
+    assert "stopped" in (home / "flux.log").read_text()
+    code, words = command(lab, exe, "service", "remove")
+    assert (code, "there is no service flux" in words) == (1, True)
+
+
+def test_an_agent_without_configuration_is_told_how_to_get_one(lab: Lab, program_data: Path) -> None:
+    code, words = command(lab, built(lab) / "flux-agent.exe", "service", "install")
+    assert code == 1
+    assert "flux enroll" in words
+
+
+def test_run_is_not_for_people(lab: Lab, program_data: Path) -> None:
+    (program_data / "flux").mkdir(parents=True)
+    code, words = command(lab, built(lab) / "flux.exe", "service", "run")
+    assert code == 1
+    assert "service install" in words
