@@ -93,8 +93,14 @@ class OriginalAgent(original_pb2_grpc.AgentServiceServicer):
             start_new_session=True,
         )
         self.processes[request.execution_id] = process
-        if context is not None:
-            context.add_callback(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+
+        def kill():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+        # Go's exec.CommandContext kills a program whose context is already done, too.
+        if context is not None and not context.add_callback(kill):
+            kill()
         error = ""
         try:
             output, _ = process.communicate(timeout=config.timeout_seconds or None)
