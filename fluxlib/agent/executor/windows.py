@@ -60,7 +60,7 @@ class WindowsExecutor:
         self._isolation = probe(config.isolation)
         # Inherited by every program: a missing DLL is an exit code, not a dialog on nobody's screen.
         winapi.SetErrorMode(winapi.SEM_FAILCRITICALERRORS | winapi.SEM_NOGPFAULTERRORBOX)
-        self._wine = winapi.is_wine()  # it keeps no figures of jobs
+        self._wine = winapi.is_wine()
         self._port = CompletionPort()
         # With a console programs share it and CTRL_BREAK asks their group to stop; a service has none to share.
         self.console = winapi.has_console()
@@ -304,22 +304,28 @@ class WindowsExecutor:
         elif run.pipe is not None:
             run.pipe.close()
         self._directories.remove(run.directory)
-        run.on_exit(ended)
-        with self._lock:
-            # Last, so that whoever waits for the end of everything has been told of it.
-            del self._jobs[run.identifier]
-            if not self._jobs:
-                self._idle.notify_all()
+        try:
+            run.on_exit(ended)
+        finally:
+            with self._lock:
+                # Last, so that whoever waits for the end of everything has been told of it.
+                del self._jobs[run.identifier]
+                if not self._jobs:
+                    self._idle.notify_all()
 
     def _exit_of(self, run: WindowsJob) -> Exit:
         if run.process is None or run.object is None or run.start_error:
             return Exit(start_error=run.start_error or "create process: it was never made")
-        usage = run.object.usage()
         code = exit_code(run.process.handle)
+        try:
+            usage = None if self._wine else run.object.usage()  # Wine keeps no figures of jobs
+        except OSError as error:
+            log.warning("the figures of %s cannot be had: %s", run.job.execution_id, error)
+            usage = None
         # Windows refuses memory and lets the program go on: only one that then failed ran out of it.
         return Exit(
             exit_code=code,
             out_of_memory=run.memory_refused and code != 0,
-            peak_memory_bytes=None if self._wine else usage.peak_memory_bytes,
-            cpu_seconds=None if self._wine else usage.cpu_seconds,
+            peak_memory_bytes=usage.peak_memory_bytes if usage else None,
+            cpu_seconds=usage.cpu_seconds if usage else None,
         )

@@ -239,6 +239,9 @@ def _listen_problem(config: ControlConfig, error: OSError) -> str:
     where = f"Flux cannot listen on {config.listen_host}:{config.port}"
     if error.errno == errno.EADDRINUSE:
         return f"{where}: another program does. Stop it (another Flux?), or set `port` in {config.path}"
+    if error.errno == errno.EACCES and sys.platform == "win32":
+        # Exclusive use of an address that is taken is "access denied" there, and so are reserved ranges.
+        return f"{where}: another program does, or Windows keeps that port for itself. Set `port` in {config.path}"
     if error.errno == errno.EACCES:
         return f"{where}: ports below 1024 need root. Set `port` in {config.path}"
     if error.errno == errno.EADDRNOTAVAIL:
