@@ -1,15 +1,13 @@
 """Amazon EC2 through boto3.
 
 Facts of the API (EC2 API reference, RunInstances, ImportKeyPair): a repeated
-ClientToken answers with the instance of the first call; a key pair must be RSA
-or ED25519; a new instance may be unknown to DescribeInstances for some seconds;
-``HttpTokens=required`` turns IMDSv1 off.
+ClientToken answers with the instance of the first call, even when that has ended;
+a key pair must be RSA or ED25519; a new instance may be unknown to
+DescribeInstances for some seconds; ``HttpTokens=required`` turns IMDSv1 off.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -27,12 +25,14 @@ _STATES = {
     "pending": NodeState.PENDING,
     "running": NodeState.RUNNING,
     "shutting-down": NodeState.ENDING,
-    "stopping": NodeState.ENDING,
-    "stopped": NodeState.ENDING,
+    "stopping": NodeState.STOPPED,
+    "stopped": NodeState.STOPPED,
     "terminated": NodeState.ENDED,
 }
+# Seconds between two looks, at an address and in the SDK's waiter.
 _ADDRESS_POLL = 2.0
 _WAITER_DELAY = 5
+_UNKNOWN = "InvalidInstanceID.NotFound"
 
 
 class Aws:
@@ -41,8 +41,11 @@ class Aws:
     name = "aws"
 
     def __init__(self, config: AwsConfig, installation_id: str) -> None:
-        import boto3
-        import botocore.config
+        try:
+            import boto3
+            import botocore.config
+        except ImportError as error:
+            raise ProviderError(f"aws: boto3 is missing ({error}): pip install 'flux[cloud]'") from error
 
         self._config = config
         self._installation_id = installation_id
@@ -60,30 +63,41 @@ class Aws:
         )
 
     def prepare(self, ssh_public_key: str) -> None:
-        wanted = _ed25519_fingerprint(ssh_public_key)
         found = self._ask("looking for the key pair", self._key_pair)
         if found is not None:
-            if found.get("KeyFingerprint", "").rstrip("=") == wanted:
+            # Compared by the key itself: a fingerprint's form depends on the kind of key.
+            if found.get("PublicKey", "").split()[:2] == ssh_public_key.split()[:2]:
                 return
             log.warning("the key pair %s in %s is not ours any more: replacing it", self._key_name, self._config.region)
             self._ask("deleting the old key pair", lambda: self._ec2.delete_key_pair(KeyName=self._key_name))
         self._ask("importing the key pair", lambda: self._import_key_pair(ssh_public_key))
 
     def launch(self, wanted: Launch, deadline: float) -> Node:
-        answer = self._ask("launching an instance", lambda: self._ec2.run_instances(**self._request(wanted)))
+        request = self._request(wanted)
+        try:
+            answer = self._ec2.run_instances(**request)
+        except Exception as error:
+            failed = _translated("launching an instance", error)
+            if _refused(error):
+                raise failed from error
+            raise StrandedNode(f"{failed.message}: it may have been launched all the same", "") from error
         provider_id = str(answer["Instances"][0]["InstanceId"])
         try:
-            self._ask(f"waiting for {provider_id} to run", lambda: self._wait_running(provider_id, deadline))
+            self._wait_running(provider_id, deadline)
             return self._wait_addresses(provider_id, deadline)
         except ProviderError as error:
             self._undo(provider_id, error)
             raise
+        except Exception as error:
+            unexpected = _translated(f"waiting for {provider_id}", error)
+            self._undo(provider_id, unexpected)
+            raise unexpected from error
 
     def terminate(self, provider_id: str) -> None:
         try:
             self._ec2.terminate_instances(InstanceIds=[provider_id])
         except Exception as error:
-            if _code(error) == "InvalidInstanceID.NotFound":
+            if _code(error) == _UNKNOWN:
                 return
             raise _translated(f"ending {provider_id}", error) from error
 
@@ -155,17 +169,28 @@ class Aws:
 
     def _wait_running(self, provider_id: str, deadline: float) -> None:
         attempts = max(1, int((deadline - time.monotonic()) / _WAITER_DELAY))
-        self._ec2.get_waiter("instance_running").wait(
-            InstanceIds=[provider_id], WaiterConfig={"Delay": _WAITER_DELAY, "MaxAttempts": attempts}
-        )
+        try:
+            self._ec2.get_waiter("instance_running").wait(
+                InstanceIds=[provider_id], WaiterConfig={"Delay": _WAITER_DELAY, "MaxAttempts": attempts}
+            )
+        except Exception as error:
+            failed = _translated(f"waiting for {provider_id} to run", error)
+            why = self._state_reason(provider_id)
+            raise ProviderError(f"{failed.message}{f' ({why})' if why else ''}") from error
+
+    def _state_reason(self, provider_id: str) -> str:
+        """Why an instance ended by itself: the waiter only says that it did."""
+        try:
+            instance = self._describe(provider_id) or {}
+        except ProviderError:
+            return ""
+        return str(instance.get("StateReason", {}).get("Message", ""))
 
     def _wait_addresses(self, provider_id: str, deadline: float) -> Node:
         while True:
-            answer = self._ask(
-                f"reading {provider_id}", lambda: self._ec2.describe_instances(InstanceIds=[provider_id])
-            )
-            node = self._node(answer["Reservations"][0]["Instances"][0])
-            if node.public_ip or (self._config.use_private_ip and node.private_ip):
+            instance = self._describe(provider_id)
+            node = self._node(instance) if instance is not None else None
+            if node is not None and (node.public_ip or (self._config.use_private_ip and node.private_ip)):
                 return node
             if time.monotonic() + _ADDRESS_POLL > deadline:
                 raise ProviderError(
@@ -174,15 +199,31 @@ class Aws:
                 )
             pause(_ADDRESS_POLL)
 
+    def _describe(self, provider_id: str) -> Mapping[str, Any] | None:
+        """None: not known to the API yet."""
+
+        def look() -> Mapping[str, Any] | None:
+            try:
+                answer = self._ec2.describe_instances(InstanceIds=[provider_id])
+            except Exception as error:
+                if _code(error) == _UNKNOWN:
+                    return None
+                raise
+            found = [instance for reservation in answer["Reservations"] for instance in reservation["Instances"]]
+            return dict(found[0]) if found else None
+
+        found: Mapping[str, Any] | None = self._ask(f"reading {provider_id}", look)
+        return found
+
     def _undo(self, provider_id: str, cause: ProviderError) -> None:
         try:
             self.terminate(provider_id)
         except ProviderError as error:
-            raise StrandedNode(f"{cause.message}; and {error.message}: it still runs", provider_id) from cause
+            raise StrandedNode(f"{cause.message}; and {error.message}: it still runs", provider_id) from error
 
     def _key_pair(self) -> Mapping[str, Any] | None:
         try:
-            pairs = self._ec2.describe_key_pairs(KeyNames=[self._key_name])["KeyPairs"]
+            pairs = self._ec2.describe_key_pairs(KeyNames=[self._key_name], IncludePublicKey=True)["KeyPairs"]
         except Exception as error:
             if _code(error) == "InvalidKeyPair.NotFound":
                 return None
@@ -236,7 +277,9 @@ def _code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
-def _ed25519_fingerprint(ssh_public_key: str) -> str:
-    """EC2 shows the fingerprint of an imported ED25519 key as the Base64 of its SHA-256."""
-    blob = base64.b64decode(ssh_public_key.split()[1])
-    return base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+def _refused(error: Exception) -> bool:
+    """Whether EC2 answered no. Anything else (a broken connection, a fault of the service) may hide a yes."""
+    response = getattr(error, "response", None)
+    if not isinstance(response, dict):
+        return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)) < 500

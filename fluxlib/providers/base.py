@@ -20,6 +20,7 @@ from typing import Protocol
 class NodeState(str, Enum):
     PENDING = "pending"
     RUNNING = "running"
+    STOPPED = "stopped"  # halted by somebody else: its disk still costs
     ENDING = "ending"
     ENDED = "ended"
 
@@ -66,7 +67,8 @@ class Provider(Protocol):
         """A running machine with the addresses it will keep.
 
         When anything fails after the cloud accepted the launch the machine is ended again; if that
-        fails too, the error is a StrandedNode. ``deadline`` is time.monotonic.
+        fails too, or nobody can say whether it was accepted, the error is a StrandedNode (whose
+        ``provider_id`` is empty while it is unknown). ``deadline`` is time.monotonic.
         Raises ProviderError (StrandedNode among them), whose message names the step and the cloud's reason.
         """
 
@@ -84,3 +86,8 @@ class Address:
     reach: str
     private_ip: str
     public_ip: str
+
+    @classmethod
+    def of(cls, node: Node, *, use_private_ip: bool) -> Address:
+        reach = node.private_ip if use_private_ip and node.private_ip else node.public_ip
+        return cls(reach, node.private_ip, node.public_ip)

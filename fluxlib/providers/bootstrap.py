@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +23,7 @@ log = logging.getLogger(__name__)
 CONFIG_DIR = "/etc/flux-agent"
 _CERTS_DIR = f"{CONFIG_DIR}/certs"
 _PACKAGE = "/var/cache/flux-agent.deb"
+_CURL = "/run/flux-agent.curl"
 _DROP_IN = "/etc/systemd/system/flux-agent.service.d/50-metadata.conf"
 _NFT_RULES = "/etc/nftables.d/flux-agent.nft"
 _NFT_UNIT = "/etc/systemd/system/flux-agent-metadata.service"
@@ -53,6 +53,13 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
+class Uploads:
+    """Files that belong together: a resumed bootstrap must not mix those of two lives."""
+
+    files: tuple[Upload, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
     """The agent's package for the node's architecture, uploaded, or downloaded there and checked."""
 
@@ -63,7 +70,7 @@ class Package:
     sha256: str = ""
 
 
-Action = Run | Script | Upload | Package
+Action = Run | Script | Upload | Uploads | Package
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,7 @@ class AgentFiles:
 
 
 class RemoteShell(Protocol):
-    def run(self, words: list[str] | tuple[str, ...], timeout: float) -> str: ...
+    def run(self, words: Sequence[str], timeout: float) -> str: ...
 
     def run_script(self, script: str, timeout: float) -> str: ...
 
@@ -107,32 +114,49 @@ def plan(
     steps = [Step("check for dpkg", Run(("dpkg", "--print-architecture")))]
     steps += [Step(f"setup command {n}", Script(line)) for n, line in enumerate(setup_commands, 1)]
     steps += [
-        Step("write agent.yaml", Upload(agent_yaml(files, address), f"{CONFIG_DIR}/agent.yaml", 0o600)),
+        # Without its configuration the unit does not start yet.
+        Step("install flux-agent", package),
         *_certificates(files),
         *_metadata(provider, uid_range),
-        Step("install flux-agent", package),
+        Step("write agent.yaml", Upload(agent_yaml(files, address), f"{CONFIG_DIR}/agent.yaml", 0o600)),
+        Step("reload systemd", Run(("systemctl", "daemon-reload"))),
         Step("enable flux-agent", Run(("systemctl", "enable", "flux-agent"))),
-        # An upgrade or a resumed bootstrap must see the new configuration too.
+        # Not "start": a resumed bootstrap must see the new configuration too.
         Step("start flux-agent", Run(("systemctl", "restart", "flux-agent"))),
-        Step("check flux-agent", Run(("systemctl", "is-active", "--quiet", "flux-agent"))),
     ]
     return steps
 
 
-def carry_out(steps: list[Step], shell: RemoteShell, done: Collection[str], on_done: Callable[[str], None]) -> None:
-    """Every step not in ``done``, in order; ``on_done(name)`` after each.
+def carry_out(
+    steps: Sequence[Step],
+    shell: RemoteShell,
+    done: Collection[str],
+    on_begin: Callable[[str], None],
+    on_done: Callable[[str], None],
+) -> None:
+    """Every step not in ``done``, in order; ``on_begin(name)`` before and ``on_done(name)`` after each.
 
-    Raises ProviderError naming the step, with the output of what failed.
+    Either may raise to stop in between. Raises ProviderError naming the step, with the output of what failed.
     """
     for step in steps:
         if step.name in done:
             continue
+        on_begin(step.name)
         try:
             _do(step.action, shell)
         except ProviderError as error:
-            hint = _diagnosis(step, shell)
+            hint = last_words(shell) if step.name == "start flux-agent" else ""
             raise ProviderError(f"bootstrap step '{step.name}' failed: {error.message}{hint}") from error
         on_done(step.name)
+
+
+def last_words(shell: RemoteShell) -> str:
+    """What the agent itself said, when it is the agent that does not run."""
+    try:
+        lines = shell.run(["journalctl", "-u", "flux-agent", "-n", "20", "--no-pager", "-o", "cat"], 30)
+    except ProviderError:
+        return ""
+    return f"; its log ends: {lines.strip()[-1500:]}"
 
 
 def agent_yaml(files: AgentFiles, address: Address) -> bytes:
@@ -159,11 +183,12 @@ def agent_yaml(files: AgentFiles, address: Address) -> bytes:
 def _certificates(files: AgentFiles) -> list[Step]:
     if not files.certificate_pem:
         return []
-    return [
-        Step("write the CA certificate", Upload(files.ca_pem, f"{_CERTS_DIR}/ca.pem", 0o600)),
-        Step("write the agent's certificate", Upload(files.certificate_pem, f"{_CERTS_DIR}/agent.pem", 0o600)),
-        Step("write the agent's key", Upload(files.key_pem, f"{_CERTS_DIR}/agent-key.pem", 0o600)),
-    ]
+    certificates = (
+        Upload(files.ca_pem, f"{_CERTS_DIR}/ca.pem", 0o600),
+        Upload(files.certificate_pem, f"{_CERTS_DIR}/agent.pem", 0o600),
+        Upload(files.key_pem, f"{_CERTS_DIR}/agent-key.pem", 0o600),
+    )
+    return [Step("write the certificates", Uploads(certificates))]
 
 
 def _metadata(provider: str, uid_range: tuple[int, int]) -> list[Step]:
@@ -205,13 +230,22 @@ def _do(action: Action, shell: RemoteShell) -> None:
             shell.run_script(text, timeout)
         case Upload(content, path, mode):
             shell.upload(content, path, mode)
+        case Uploads(files):
+            for file in files:
+                shell.upload(file.content, file.path, file.mode)
         case Package():
             _install(action, shell)
 
 
 def _install(package: Package, shell: RemoteShell) -> None:
     if package.url:
-        shell.run(["curl", "-fsSL", "--retry", "3", "-o", _PACKAGE, "--", package.url], 600)
+        # As a file: the address may carry a token, and command lines can be read by every user.
+        quoted = package.url.replace("\\", "\\\\").replace('"', '\\"')
+        shell.upload(f'url = "{quoted}"\n'.encode(), _CURL, 0o600)
+        try:
+            shell.run(["curl", "-fsSL", "--retry", "3", "--proto", "=https,http", "-o", _PACKAGE, "-K", _CURL], 600)
+        finally:
+            shell.run(["rm", "-f", "--", _CURL], 60)
         _check_sum(shell, package.sha256)
     else:
         architecture = shell.run(["dpkg", "--print-architecture"], 60).strip()
@@ -231,7 +265,7 @@ def _install(package: Package, shell: RemoteShell) -> None:
 
 def package_for(package: Package, architecture: str) -> Path:
     """The file to upload to a node of dpkg's ``architecture``. Raises ProviderError when there is none."""
-    if not architecture.isalnum():
+    if not architecture.replace("-", "").isalnum():
         raise ProviderError(f"dpkg answered no architecture: {architecture[:80]!r}")
     if package.file is not None:
         return package.file
@@ -248,14 +282,3 @@ def _check_sum(shell: RemoteShell, sha256: str) -> None:
     if not found or found[0].lower() != sha256.lower():
         shell.run(["rm", "-f", "--", _PACKAGE], 60)
         raise ProviderError(f"the package's SHA-256 is {found[0] if found else '?'}, not {sha256}: not installed")
-
-
-def _diagnosis(step: Step, shell: RemoteShell) -> str:
-    """What the agent itself said, when it is the agent that does not run."""
-    if step.name not in ("start flux-agent", "check flux-agent"):
-        return ""
-    try:
-        lines = shell.run(["journalctl", "-u", "flux-agent", "-n", "20", "--no-pager", "-o", "cat"], 30)
-    except ProviderError:
-        return ""
-    return f"; its log ends: {shlex.quote(lines.strip()[-1500:])}"

@@ -18,6 +18,7 @@ from typing import Any
 
 from fluxlib.config.control import GcpConfig
 from fluxlib.errors import ProviderError, StrandedNode
+from fluxlib.lifecycle import pause
 from fluxlib.providers.base import Launch, Node, NodeState
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,16 @@ _STATES = {
     "STAGING": NodeState.PENDING,
     "RUNNING": NodeState.RUNNING,
     "STOPPING": NodeState.ENDING,
-    "SUSPENDING": NodeState.ENDING,
-    "SUSPENDED": NodeState.ENDING,
-    "TERMINATED": NodeState.ENDING,
+    "SUSPENDING": NodeState.STOPPED,
+    "SUSPENDED": NodeState.STOPPED,
+    "TERMINATED": NodeState.STOPPED,  # halted; a deleted one is not there any more
 }
 _CALL_TIMEOUT = 60.0
+_DELETE_TIMEOUT = 180.0
+_RETRY_FIRST = 1.0
+_RETRY_LONGEST = 20.0
+_STATE_POLL = 2.0
+_RATE_LIMITS = ("rateLimitExceeded", "userRateLimitExceeded", "RATE_LIMIT_EXCEEDED")
 
 
 class Gcp:
@@ -41,9 +47,20 @@ class Gcp:
     name = "gcp"
 
     def __init__(self, config: GcpConfig, installation_id: str) -> None:
-        from google.cloud import compute_v1
+        try:
+            from google.api_core.retry import Retry
+            from google.cloud import compute_v1
+        except ImportError as error:
+            raise ProviderError(f"gcp: google-cloud-compute is missing ({error}): pip install 'flux[cloud]'") from error
 
         self._compute = compute_v1
+        # By itself the SDK repeats only reading calls. Ours may all be: inserts and deletes carry a requestId.
+        self._again: dict[str, Any] = {
+            "timeout": _CALL_TIMEOUT,
+            "retry": Retry(
+                predicate=_passing, initial=_RETRY_FIRST, maximum=_RETRY_LONGEST, multiplier=2.0, timeout=_CALL_TIMEOUT
+            ),
+        }
         self._config = config
         self._installation_id = installation_id
         self.ssh_user = config.ssh_user
@@ -51,31 +68,23 @@ class Gcp:
         transport = _transport(config)
         self._instances = compute_v1.InstancesClient(credentials=credentials, **transport)
         self._operations = compute_v1.ZoneOperationsClient(credentials=credentials, **transport)
-        self._ssh_public_key = ""
 
     def prepare(self, ssh_public_key: str) -> None:
         """Nothing is shared between nodes: the key travels in each one's metadata."""
-        self._ssh_public_key = ssh_public_key
 
     def launch(self, wanted: Launch, deadline: float) -> Node:
         name = wanted.agent_id
-        resource = self._resource(wanted)
-        operation = self._ask(
-            f"inserting {name}",
-            lambda: self._instances.insert(
-                request=self._compute.InsertInstanceRequest(
-                    project=self._config.project_id,
-                    zone=self._config.zone,
-                    # The same agent ID always asks with the same UUID: asked twice, there is one machine.
-                    request_id=str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{self._installation_id}.{wanted.agent_id}")),
-                    instance_resource=resource,
-                ),
-                timeout=_CALL_TIMEOUT,
-            ),
-        )
         try:
-            self._wait(operation.name, f"inserting {name}", deadline)
-            node = self._node(self._ask(f"reading {name}", lambda: self._get(name)))
+            operation = self._insert(wanted)
+        except Exception as error:
+            failed = _translated(f"inserting {name}", error)
+            if 400 <= _status(error) < 500:
+                raise failed from error
+            raise StrandedNode(f"{failed.message}: it may have been made all the same", name) from error
+        try:
+            if operation:
+                self._wait(operation, f"inserting {name}", deadline)
+            node = self._wait_running(name, deadline)
             if not node.public_ip and not self._config.use_private_ip:
                 raise ProviderError(
                     f"gcp: {name} has no public address: give its network an external access configuration,"
@@ -85,22 +94,29 @@ class Gcp:
         except ProviderError as error:
             self._undo(name, error)
             raise
+        except Exception as error:
+            unexpected = _translated(f"waiting for {name}", error)
+            self._undo(name, unexpected)
+            raise unexpected from error
 
     def terminate(self, provider_id: str) -> None:
-        def delete() -> Any:
-            return self._instances.delete(
-                project=self._config.project_id,
-                zone=self._config.zone,
-                instance=provider_id,
-                timeout=_CALL_TIMEOUT,
-            )
-
+        """Returns once the deletion is done: an accepted one may still fail."""
+        doing = f"deleting {provider_id}"
         try:
-            delete()
+            operation = self._instances.delete(
+                request=self._compute.DeleteInstanceRequest(
+                    project=self._config.project_id,
+                    zone=self._config.zone,
+                    instance=provider_id,
+                    request_id=str(uuid.uuid4()),
+                ),
+                **self._again,
+            )
         except Exception as error:
             if _status(error) == 404:
                 return
-            raise _translated(f"deleting {provider_id}", error) from error
+            raise _translated(doing, error) from error
+        self._wait(operation.name, doing, time.monotonic() + _DELETE_TIMEOUT)
 
     def nodes(self) -> list[Node]:
         request = self._compute.ListInstancesRequest(
@@ -108,12 +124,28 @@ class Gcp:
             zone=self._config.zone,
             filter=f"labels.{INSTALLATION}={_label(self._installation_id)}",
         )
-        found = self._ask(
-            "listing instances", lambda: list(self._instances.list(request=request, timeout=_CALL_TIMEOUT))
-        )
+        found = self._ask("listing instances", lambda: list(self._instances.list(request=request, **self._again)))
         return [self._node(instance) for instance in found]
 
     # -- the steps -------------------------------------------------------------
+
+    def _insert(self, wanted: Launch) -> str:
+        """The operation's name; empty when the machine is there already (its requestId is forgotten after an hour)."""
+        request = self._compute.InsertInstanceRequest(
+            project=self._config.project_id,
+            zone=self._config.zone,
+            # The same agent ID always asks with the same UUID: asked twice, there is one machine.
+            request_id=str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{self._installation_id}.{wanted.agent_id}")),
+            instance_resource=self._resource(wanted),
+        )
+        try:
+            return str(self._instances.insert(request=request, **self._again).name)
+        except Exception as error:
+            if _status(error) != 409:
+                raise
+            if self._get(wanted.agent_id).labels.get(INSTALLATION) != _label(self._installation_id):
+                raise
+            return ""
 
     def _resource(self, wanted: Launch) -> Any:
         compute, config = self._compute, self._config
@@ -164,33 +196,51 @@ class Gcp:
 
     def _wait(self, operation: str, doing: str, deadline: float) -> None:
         """zoneOperations.wait holds the request up to two minutes, so this is no tight poll."""
+        faults = 0
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ProviderError(f"gcp: {doing} did not end in time")
-            timeout = min(left, 130.0)
-            answer = self._ask(
-                doing,
-                lambda timeout=timeout: self._operations.wait(  # type: ignore[misc]
-                    project=self._config.project_id, zone=self._config.zone, operation=operation, timeout=timeout
-                ),
-            )
+            try:
+                answer = self._operations.wait(
+                    project=self._config.project_id,
+                    zone=self._config.zone,
+                    operation=operation,
+                    timeout=min(left, 130.0),
+                )
+            except Exception as error:
+                if not _passing(error):
+                    raise _translated(doing, error) from error
+                faults += 1
+                pause(max(0.0, min(_RETRY_FIRST * 2**faults, _RETRY_LONGEST, deadline - time.monotonic())))
+                continue
             errors = [f"{fault.code}: {fault.message}" for fault in answer.error.errors]
             if errors:
                 raise ProviderError(f"gcp: {doing} failed: {'; '.join(errors)}")
             if answer.status == self._compute.Operation.Status.DONE:
                 return
 
+    def _wait_running(self, name: str, deadline: float) -> Node:
+        """It runs when its insert is done; one that was there already may not yet."""
+        while True:
+            node = self._node(self._ask(f"reading {name}", lambda: self._get(name)))
+            if node.state is NodeState.RUNNING:
+                return node
+            if node.state is not NodeState.PENDING or time.monotonic() + _STATE_POLL > deadline:
+                raise ProviderError(f"gcp: {name} does not run: it is {node.state.value}")
+            pause(_STATE_POLL)
+
     def _get(self, name: str) -> Any:
-        return self._instances.get(
-            project=self._config.project_id, zone=self._config.zone, instance=name, timeout=_CALL_TIMEOUT
+        request = self._compute.GetInstanceRequest(
+            project=self._config.project_id, zone=self._config.zone, instance=name
         )
+        return self._instances.get(request=request, **self._again)
 
     def _undo(self, name: str, cause: ProviderError) -> None:
         try:
             self.terminate(name)
         except ProviderError as error:
-            raise StrandedNode(f"{cause.message}; and {error.message}: it may still run", name) from cause
+            raise StrandedNode(f"{cause.message}; and {error.message}: it may still run", name) from error
 
     def _node(self, instance: Any) -> Node:
         interfaces = list(instance.network_interfaces)
@@ -242,7 +292,21 @@ def _transport(config: GcpConfig) -> dict[str, Any]:
 
 
 def _status(error: Exception) -> int:
+    """The HTTP status of an answer of the API; 0 when there was none."""
     return int(getattr(error, "code", 0) or 0)
+
+
+def _passing(error: Exception) -> bool:
+    """Whether the same call may go through in a moment: throttled, a fault of the service, a broken connection."""
+    status = _status(error)
+    if status == 403:
+        reasons = [str(fault.get("reason", "")) for fault in getattr(error, "errors", ()) if isinstance(fault, dict)]
+        return any(reason in _RATE_LIMITS for reason in reasons)
+    if status:
+        return status == 429 or status >= 500
+    import requests.exceptions
+
+    return isinstance(error, requests.exceptions.ConnectionError | requests.exceptions.Timeout)
 
 
 def _translated(doing: str, error: Exception) -> ProviderError:

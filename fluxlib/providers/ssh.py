@@ -13,13 +13,13 @@ import logging
 import posixpath
 import secrets
 import shlex
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fluxlib.errors import ProviderError
-from fluxlib.lifecycle import pause
 
 if TYPE_CHECKING:
     import paramiko
@@ -55,77 +55,80 @@ class Shell:
 
     @classmethod
     def connect(
-        cls, host: str, user: str, private_key: str, deadline: float, *, port: int = 22, expected_host_key: str = ""
+        cls,
+        host: str,
+        user: str,
+        private_key: str,
+        deadline: float,
+        *,
+        port: int = 22,
+        expected_host_key: str = "",
+        stopped: threading.Event | None = None,
     ) -> Shell:
         """Keep trying until sshd answers and takes the key: a booting machine refuses both for a while.
 
-        ``private_key`` is OpenSSH text; ``deadline`` is time.monotonic.
+        ``private_key`` is OpenSSH text; ``deadline`` is time.monotonic; ``stopped`` ends the trying early.
         Raises HostKeyChanged at once, ProviderError with the last reason at the deadline.
         """
-        import paramiko
-
-        key = paramiko.Ed25519Key.from_private_key(io.StringIO(private_key)) if "OPENSSH" in private_key else None
-        if key is None:
-            key = paramiko.ECDSAKey.from_private_key(io.StringIO(private_key))
+        key = _load_key(private_key)
+        policy = _pinned(expected_host_key)
+        stopped = stopped or threading.Event()
         while True:
-            client = paramiko.SSHClient()
-            policy = _Pinned(expected_host_key)
-            client.set_missing_host_key_policy(policy)
-            try:
-                client.connect(
-                    host,
-                    port=port,
-                    username=user,
-                    pkey=key,
-                    timeout=_CONNECT_TIMEOUT,
-                    banner_timeout=_CONNECT_TIMEOUT,
-                    auth_timeout=_CONNECT_TIMEOUT,
-                    allow_agent=False,
-                    look_for_keys=False,
-                )
-            except HostKeyChanged:
-                client.close()
-                raise
-            except (OSError, EOFError, paramiko.SSHException) as error:
-                client.close()
-                if time.monotonic() + _RETRY_EVERY > deadline:
-                    reason = str(error) or type(error).__name__
-                    raise ProviderError(f"{user}@{host}:{port} could not be reached over SSH: {reason}") from error
-                pause(_RETRY_EVERY)
-                continue
-            transport = client.get_transport()
-            assert transport is not None
-            transport.set_keepalive(_KEEPALIVE)
-            return cls(client, policy.seen, sudo=user != "root")
+            client, reason = _attempt(host, port, user, key, policy, min(_CONNECT_TIMEOUT, deadline - time.monotonic()))
+            if client is not None:
+                transport = client.get_transport()
+                if transport is not None:
+                    transport.set_keepalive(_KEEPALIVE)
+                    return cls(client, policy.seen, sudo=user != "root")
+            if time.monotonic() + _RETRY_EVERY > deadline:
+                raise ProviderError(f"{user}@{host}:{port} could not be reached over SSH: {reason}")
+            if stopped.wait(_RETRY_EVERY):
+                raise ProviderError(f"{user}@{host}:{port} was given up while waiting for SSH ({reason})")
 
     def run(self, words: Sequence[str], timeout: float, *, root: bool = True) -> str:
         """The output (both streams, merged) of one command. Raises RemoteFailed, ProviderError."""
         return self._execute(shlex.join(["sudo", "-n", "--", *words] if root and self._sudo else list(words)), timeout)
 
     def run_script(self, script: str, timeout: float) -> str:
-        """A line the operator wrote for a shell, run by one as root. Raises RemoteFailed, ProviderError."""
-        return self.run(["sh", "-e", "-c", script], timeout)
+        """Lines the operator wrote for a shell, run by one as root. Raises RemoteFailed, ProviderError.
+
+        They travel as a file: on a command line every user of the node could read them.
+        """
+        path = f"/run/flux-setup-{secrets.token_hex(8)}"
+        self.upload(script.encode() + b"\n", path, 0o600)
+        try:
+            return self.run(["sh", "-e", path], timeout)
+        finally:
+            with contextlib.suppress(ProviderError):
+                self.run(["rm", "-f", "--", path], 60)
 
     def upload(self, content: bytes, path: str, mode: int, owner: str = "root:root", timeout: float = 600) -> None:
         """A file in place with its mode from the first byte on, replaced atomically. Raises ProviderError."""
         staged = f"/tmp/.flux-{secrets.token_hex(8)}"
         beside = posixpath.join(posixpath.dirname(path), f".{posixpath.basename(path)}.new")
+        user, _, group = owner.partition(":")
+        try:
+            self._send(content, staged, timeout)
+            self.run(["install", "-D", "-m", f"{mode:04o}", "-o", user, "-g", group, "--", staged, beside], 60)
+            self.run(["mv", "-f", "--", beside, path], 60)
+        finally:
+            # Also when it failed half-way: it may be a key.
+            with contextlib.suppress(ProviderError):
+                self.run(["rm", "-f", "--", staged], 60, root=False)
+
+    def _send(self, content: bytes, path: str, timeout: float) -> None:
         try:
             with contextlib.closing(self._client.open_sftp()) as sftp:
                 channel = sftp.get_channel()
                 if channel is not None:
                     channel.settimeout(timeout)
                 # Exclusive and private before there is anything in it: /tmp is everybody's.
-                with sftp.open(staged, "wbx") as remote:
+                with sftp.open(path, "wbx") as remote:
                     remote.chmod(0o600)
                     remote.set_pipelined(True)
                     remote.write(content)
         except (OSError, EOFError, _ssh_exception()) as error:
-            raise ProviderError(f"uploading {path} failed: {error or type(error).__name__}") from error
-        user, _, group = owner.partition(":")
-        self.run(["install", "-D", "-m", f"{mode:04o}", "-o", user, "-g", group, "--", staged, beside], 60)
-        self.run(["mv", "-f", "--", beside, path], 60)
-        self.run(["rm", "-f", "--", staged], 60, root=False)
+            raise ProviderError(f"uploading a file failed: {error or type(error).__name__}") from error
 
     def close(self) -> None:
         self._client.close()
@@ -138,6 +141,7 @@ class Shell:
 
     def _execute(self, command: str, timeout: float) -> str:
         deadline = time.monotonic() + timeout
+        output = bytearray()
         try:
             transport = self._client.get_transport()
             if transport is None or not transport.is_active():
@@ -147,7 +151,6 @@ class Shell:
                 channel.set_combine_stderr(True)
                 channel.exec_command(command)
                 channel.shutdown_write()
-                output = bytearray()
                 while True:
                     channel.settimeout(max(0.1, deadline - time.monotonic()))
                     data = channel.recv(65536)
@@ -155,15 +158,62 @@ class Shell:
                         break
                     output += data
                     del output[: -16 * _TAIL]
+                # recv_exit_status would wait for ever for a command that only closed its output.
+                if not channel.status_event.wait(max(0.1, deadline - time.monotonic())):
+                    raise TimeoutError
                 status = channel.recv_exit_status()
         except TimeoutError as error:
-            raise ProviderError(f"no end within {timeout:.0f} s") from error
+            raise ProviderError(f"no end within {timeout:.0f} s; its output so far: {_tail(output)}") from error
         except (OSError, EOFError, _ssh_exception()) as error:
             raise ProviderError(f"the SSH connection broke: {error or type(error).__name__}") from error
-        text = output.decode("utf-8", "replace")
         if status != 0:
-            raise RemoteFailed(f"exit status {status}: {text.strip()[-_TAIL:] or '(no output)'}", status, text)
-        return text
+            text = output.decode("utf-8", "replace")
+            raise RemoteFailed(f"exit status {status}: {_tail(output)}", status, text)
+        return output.decode("utf-8", "replace")
+
+
+def _tail(output: bytearray) -> str:
+    return output.decode("utf-8", "replace").strip()[-_TAIL:] or "(none)"
+
+
+def _attempt(
+    host: str, port: int, user: str, key: paramiko.PKey, policy: Any, timeout: float
+) -> tuple[paramiko.SSHClient | None, str]:
+    """A connected client, or None and the reason. Raises HostKeyChanged."""
+    import paramiko
+
+    client = paramiko.SSHClient()
+    client.set_missing_host_key_policy(policy)
+    timeout = max(0.5, timeout)
+    try:
+        client.connect(
+            host,
+            port=port,
+            username=user,
+            pkey=key,
+            timeout=timeout,
+            banner_timeout=timeout,
+            auth_timeout=timeout,
+            allow_agent=False,
+            look_for_keys=False,
+        )
+    except HostKeyChanged:
+        client.close()
+        raise
+    except (OSError, EOFError, paramiko.SSHException) as error:
+        client.close()
+        return None, str(error) or type(error).__name__
+    return client, ""
+
+
+def _load_key(private_key: str) -> paramiko.PKey:
+    """ED25519, or the ECDSA key of an original. Raises ProviderError."""
+    import paramiko
+
+    for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey):
+        with contextlib.suppress(paramiko.SSHException, ValueError):
+            return kind.from_private_key(io.StringIO(private_key))
+    raise ProviderError("the nodes' SSH key is neither ED25519 nor ECDSA")
 
 
 def _ssh_exception() -> type[Exception]:
@@ -172,19 +222,27 @@ def _ssh_exception() -> type[Exception]:
     return paramiko.SSHException
 
 
-class _Pinned:
-    """Takes the first host key it sees when none is expected, and only the expected one otherwise."""
+def _pinned(expected: str) -> Any:
+    """Takes the first host key it sees when none is expected, and only the expected one otherwise.
 
-    def __init__(self, expected: str) -> None:
-        self._expected = expected
-        self.seen = ""
+    Without known_hosts every key is a missing one to paramiko, so that this is always asked.
+    """
+    import paramiko
 
-    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-        self.seen = f"{key.get_name()} {key.get_base64()}"
-        if self._expected and self.seen != self._expected:
-            raise HostKeyChanged(
-                f"{hostname} shows another SSH host key than when it was made:"
-                " someone may be in between; end the node if you cannot explain it"
-            )
-        if not self._expected:
-            log.info("first sight of %s: host key %s", hostname, self.seen[:60])
+    class Policy(paramiko.MissingHostKeyPolicy):
+        def __init__(self) -> None:
+            self.expected, self.seen = expected, ""
+
+        def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+            self.seen = f"{key.get_name()} {key.get_base64()}"
+            if self.expected and self.seen != self.expected:
+                raise HostKeyChanged(
+                    f"{hostname} shows another SSH host key than when it was made:"
+                    " someone may be in between; end the node if you cannot explain it"
+                )
+            if not self.expected:
+                # What answered once is demanded of every further attempt.
+                self.expected = self.seen
+                log.info("first sight of %s: host key %s", hostname, self.seen[:60])
+
+    return Policy()
