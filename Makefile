@@ -6,6 +6,8 @@ STATE ?= .state
 # program=Debian package, for the tests; what is missing is installed when root.
 TEST_PACKAGES = redis-server=redis-server cc=gcc sshd=openssh-server ip=iproute2 openssl=openssl curl=curl zip=zip
 GEN = fluxlib/rpc/gen
+# Modules mypy sees nothing of elsewhere.
+ONLY_ON_WINDOWS = fluxlib/windows $(wildcard fluxlib/agent/executor/win*.py) fluxlib/agent/executor/jobobject.py
 
 .PHONY: run test check format proto docs lock bench test-vm test-windows test-faults test-soak fuzz deb clean
 
@@ -22,6 +24,7 @@ check:
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --platform win32 --follow-imports=silent $(ONLY_ON_WINDOWS)
 	$(VENV)/bin/lint-imports
 
 format:
