@@ -17,6 +17,7 @@ from fluxlib.config.keys import ApiKey
 from fluxlib.config.reference import settings_markdown
 from fluxlib.errors import ConfigInvalid, Conflict, FluxError, InvalidInput
 from fluxlib.pki.authority import Authority, check_agent_id, enrolment_files
+from fluxlib.pki.files import as_owner_of
 
 
 class CannotWrite(FluxError):
@@ -54,7 +55,8 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
     directory = into / agent_id
     if directory.exists():
         raise Conflict(f"{directory} is there already: move it away, or name another place with --output")
-    identity = Authority.open(config.certs_dir).issue_agent(agent_id)
+    with as_owner_of(config.certs_dir):
+        identity = Authority.open(config.certs_dir).issue_agent(agent_id)
     try:
         directory.mkdir(mode=0o700, parents=True)
         for name, content in enrolment_files(identity, agent_id, config.agent_port).items():
@@ -111,9 +113,11 @@ def _rewrite(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, known.st_mode & 0o777)
-            if sys.platform != "win32" and os.geteuid() == 0:
-                os.chown(temporary, known.st_uid, known.st_gid)
+                if sys.platform != "win32":
+                    # By the descriptor: whoever owns the directory could put a link in the file's place.
+                    if os.geteuid() == 0:
+                        os.fchown(file.fileno(), known.st_uid, known.st_gid)
+                    os.fchmod(file.fileno(), known.st_mode & 0o777)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fluxlib.errors import FluxError
+from fluxlib.filelock import lock, unlock
 
 
 class CertificatesUnusable(FluxError):
@@ -17,9 +18,11 @@ class CertificatesUnusable(FluxError):
 
 
 def make_directory(path: Path) -> None:
-    """The directory and its missing parents; the innermost one 0700."""
+    """The directory and its missing parents; the innermost one 0700, with its parent's owner."""
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _give_to_owner_of(path.parent, path)
     except OSError as error:
         raise CertificatesUnusable(f"{path} cannot be made: {error.strerror}: set `certs_dir`") from error
 
@@ -34,7 +37,7 @@ def write_secret(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            _give_to_owner_of(path.parent, temporary)
+                _give_to_owner_of(path.parent, file.fileno())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -59,40 +62,48 @@ def locked(directory: Path) -> Iterator[None]:
     make_directory(directory)
     path = directory / ".lock"
     try:
-        file = open(path, "a+b")  # noqa: SIM115 - closed below, after the lock is let go
-        _give_to_owner_of(directory, path)
+        # Never through a link: whoever owns the directory could have root open and give away any file.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(path, flags, 0o600), "r+b")
+        _give_to_owner_of(directory, file.fileno())
     except OSError as error:
         raise CertificatesUnusable(f"{path} cannot be opened: {error.strerror}: check who owns {directory}") from error
     with file:
-        _lock(file.fileno())
+        lock(file.fileno())
         try:
             yield
         finally:
-            _unlock(file.fileno())
+            unlock(file.fileno())
 
 
-def _give_to_owner_of(directory: Path, path: str | Path) -> None:
-    """What root writes (`sudo flux enroll`) must stay readable to the service's user."""
+@contextmanager
+def as_owner_of(directory: Path) -> Iterator[None]:
+    """Act as the user who owns ``directory``, when root does this on a service's behalf.
+
+    What root writes must stay the service's to read, and the service's user must not lead root
+    astray by links of its own. For programs with one thread. Raises CertificatesUnusable.
+    """
+    make_directory(directory)
+    if sys.platform == "win32" or os.geteuid() != 0 or directory.stat().st_uid == 0:
+        yield
+        return
+    owner, groups, group = directory.stat(), os.getgroups(), os.getegid()
+    os.setgroups([owner.st_gid])
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
+def _give_to_owner_of(directory: Path, made: Path | int) -> None:
+    """What root makes (`sudo flux serve` for a try) must stay readable to the service's user."""
     if sys.platform != "win32" and os.geteuid() == 0:
         owner = directory.stat()
-        os.chown(path, owner.st_uid, owner.st_gid)
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
-
-    def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-    def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        if isinstance(made, int):
+            os.fchown(made, owner.st_uid, owner.st_gid)
+        else:
+            os.chown(made, owner.st_uid, owner.st_gid, follow_symlinks=False)

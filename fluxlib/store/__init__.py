@@ -8,7 +8,10 @@ from fluxlib.store.base import ControlStore, RecordStore
 
 
 def open_control_store(redis_addr: str, state_dir: Path) -> ControlStore:
-    """Redis when ``redis_addr`` is set, else SQLite in ``state_dir``. Raises StoreUnavailable."""
+    """Redis when ``redis_addr`` is set, else SQLite in ``state_dir``, for this process alone.
+
+    Raises StoreUnavailable, Conflict when another process has that directory.
+    """
     if redis_addr:
         from fluxlib.store.redis import RedisControlStore
 

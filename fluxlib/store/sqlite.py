@@ -5,12 +5,18 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from fluxlib.errors import StoreUnavailable
+from fluxlib.filelock import ExclusiveLock
 from fluxlib.model import AgentRecord, Function
 from fluxlib.store import rows
 from fluxlib.store.base import LEASE_MEMORY, Lease
 from fluxlib.store.sqlite_executions import SqliteExecutions, check_lease, find_lease
 from fluxlib.store.sqlite_file import SqliteFile
 
+_ADVICE = (
+    "stop that Flux, or give this one a `state_dir` of its own;"
+    " several Flux share their state through Redis (`redis_addr`)"
+)
 _SCHEMA = """
 CREATE TABLE functions (name TEXT PRIMARY KEY, code_digest TEXT NOT NULL, data TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE archives (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
@@ -49,10 +55,22 @@ INSERT INTO counters VALUES ('functions', 0), ('lease-tokens', 0)
 
 
 class SqliteControlStore(SqliteExecutions):
-    """ControlStore in ``flux.db``."""
+    """ControlStore in ``flux.db``, for one process alone: it keeps in memory what it believes nobody else changes.
+
+    Raises StoreUnavailable, Conflict when another process has the directory.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(SqliteFile(path, [_SCHEMA], "flux-store"))
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = ExclusiveLock(path.with_name("flux.lock"), _ADVICE)
+        except OSError as error:
+            raise StoreUnavailable(f"the store {path} cannot be opened: {error}") from error
+        try:
+            super().__init__(SqliteFile(path, [_SCHEMA], "flux-store"))
+        except BaseException:
+            self._lock.release()
+            raise
 
     # -- functions and code
 
@@ -157,7 +175,8 @@ class SqliteControlStore(SqliteExecutions):
         return ()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file.close():
+            self._lock.release()
 
 
 def _functions_changed(db: sqlite3.Connection) -> None:

@@ -67,15 +67,16 @@ class SqliteFile:
         except sqlite3.Error as error:
             raise StoreUnavailable(f"the store {self._path} cannot be read: {error}") from error
 
-    def close(self, timeout: float = 30.0) -> None:
-        """Commits what is queued, then lets the file go."""
+    def close(self, timeout: float = 30.0) -> bool:
+        """Commits what is queued, then lets the file go; False when it was closed before."""
         if not self._queue.close():
-            return
+            return False
         self._thread.join(timeout)
         with self._lock:
             for reader in self._idle:
                 reader.close()
             self._idle.clear()
+        return True
 
     # -- the writer's thread -----------------------------------------------------
 

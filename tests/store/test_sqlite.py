@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fluxlib.errors import StoreUnavailable
+from fluxlib.errors import Conflict, StoreUnavailable
 from fluxlib.model import ExecutionStatus
 from fluxlib.store.base import ExecutionFilter
 from fluxlib.store.records_sqlite import SqliteRecordStore
@@ -186,3 +186,27 @@ def test_threads_that_come_and_go_leave_no_connections(store: SqliteControlStore
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: store.execution("e-1"), range(20)))
     assert len(store._file._idle) <= 4
+
+
+def test_one_process_alone_has_it_until_it_closes_or_dies(state_dir: Path) -> None:
+    command = [sys.executable, "-c", _VICTIM, str(state_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(Conflict, match=rf"in use by process {other.pid}: .*`state_dir`.*`redis_addr`"):
+            SqliteControlStore(state_dir / "flux.db")
+        os.kill(other.pid, signal.SIGKILL)
+    store = SqliteControlStore(state_dir / "flux.db")
+    with pytest.raises(Conflict, match=rf"process {os.getpid()}:"):
+        SqliteControlStore(state_dir / "flux.db")
+    store.close()
+    store.close()
+    SqliteControlStore(state_dir / "flux.db").close()
+
+
+def test_a_store_that_cannot_be_opened_is_let_go(state_dir: Path) -> None:
+    (state_dir / "flux.db").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(StoreUnavailable):
+        SqliteControlStore(state_dir / "flux.db")
+    (state_dir / "flux.db").unlink()
+    SqliteControlStore(state_dir / "flux.db").close()
