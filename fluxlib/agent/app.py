@@ -14,7 +14,7 @@ from fluxlib.agent.executor.leftovers import kill_executions
 from fluxlib.agent.jobs import Settings
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
-from fluxlib.agent.places import programs_dir
+from fluxlib.agent.places import hold, programs_dir
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.config.agent import AgentConfig
@@ -43,10 +43,19 @@ class Agent:
         # Before grpc is imported: forking is only safe now.
         prepare_grpc()
         try:
-            self._build(config, state, programs_dir(state))
+            # First of all: an agent begins by ending what a former life left running.
+            self._hold(state)
+            programs = programs_dir(state)
+            if programs != state:
+                self._hold(programs)
+            self._build(config, state, programs)
         except BaseException:
             self._parts.stop(Deadline(_KILL_TIME))
             raise
+
+    def _hold(self, directory: Path) -> None:
+        lock = hold(directory)
+        self._parts.add("state directory", lambda deadline: lock.release())
 
     def _build(self, config: AgentConfig, state: Path, programs: Path) -> None:
         parts = self._parts

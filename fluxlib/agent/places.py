@@ -7,6 +7,7 @@ directories go to a directory of their own instead:
 
     /var/lib/flux-programs/<random name>/         functions/ and work/ of one agent
     /var/lib/flux-programs/<random name>/owner    whose: the path of its state directory
+    /var/lib/flux-programs/<random name>/agent.lock   held by that agent while it lives
     <state_dir>/programs                          the random name
 
 /var/lib is root's, so nobody can have put a link or a directory of that name
@@ -26,10 +27,12 @@ import stat
 from pathlib import Path
 
 from fluxlib.errors import FluxError
+from fluxlib.filelock import ExclusiveLock, try_lock
 
 log = logging.getLogger(__name__)
 
 OUTSIDE = Path("/var/lib/flux-programs")
+LOCK = "agent.lock"
 _NAME = re.compile(r"[0-9a-f]{16}")
 
 
@@ -54,6 +57,14 @@ def programs_dir(state_dir: Path, outside: Path = OUTSIDE) -> Path:
     return directory
 
 
+def hold(directory: Path) -> ExclusiveLock:
+    """Keep a directory for this agent alone. Raises Conflict when another process has it, FluxError."""
+    try:
+        return ExclusiveLock(directory / LOCK, "stop that agent, or give this one a `state_dir` of its own")
+    except OSError as error:
+        raise FluxError(f"{directory / LOCK} cannot be had: {error.strerror}: set `state_dir`") from error
+
+
 def closed_parent(directory: Path) -> Path | None:
     """The first directory on the way that not every user may enter. Mode bits only: an ACL can grant no less."""
     resolved = directory.resolve()
@@ -76,9 +87,11 @@ def _claimed(state_dir: Path, outside: Path) -> Path:
     _make_ours(directory)
     owner = directory / "owner"
     if not owner.exists():
-        descriptor = os.open(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        # Whole or not at all: half a path would be that of a state directory which is gone.
+        new = directory / "owner.new"
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(os.fsencode(state_dir.resolve()))
+        os.replace(new, owner)
     return directory
 
 
@@ -96,14 +109,36 @@ def _make_ours(directory: Path) -> None:
 def _sweep(outside: Path) -> None:
     """Remove what belongs to state directories that are no more, or that use another directory now."""
     for entry in os.scandir(outside):
-        if not _NAME.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
-            continue
-        try:
-            state_dir = Path(os.fsdecode(Path(entry.path, "owner").read_bytes()))
-            claimed = Path(state_dir, "programs").read_text().strip() == entry.name
-        except FileNotFoundError:
-            # No owner yet: its agent is just making it. No claim: the state directory is gone.
-            claimed = not Path(entry.path, "owner").exists()
-        if not claimed:
-            log.info("removing the programs of an agent whose state is gone: %s", entry.path)
-            shutil.rmtree(entry.path, ignore_errors=True)
+        directory = Path(entry.path)
+        if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and _abandoned(directory):
+            log.info("removing the programs of an agent whose state is gone: %s", directory)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _abandoned(directory: Path) -> bool:
+    """Whether nobody will ever use it again; in doubt it is kept."""
+    try:
+        state_dir = Path(os.fsdecode((directory / "owner").read_bytes()))
+    except OSError:
+        return False  # its agent is just making it
+    if not state_dir.is_absolute():
+        return False
+    try:
+        claimed = (state_dir / "programs").read_bytes().strip() == os.fsencode(directory.name)
+    except (FileNotFoundError, NotADirectoryError):
+        claimed = False
+    except OSError:
+        return False  # a disk that cannot be read now is not gone
+    return not claimed and not _in_use(directory / LOCK)
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a living agent holds its lock: its state may be out of sight (moved, unmounted) and it still runs."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        return not try_lock(descriptor)
+    finally:
+        os.close(descriptor)

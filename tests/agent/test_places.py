@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.agent.places import closed_parent, programs_dir
-from fluxlib.errors import FluxError
+from fluxlib.agent.places import closed_parent, hold, programs_dir
+from fluxlib.errors import Conflict, FluxError
+from fluxlib.model import ExecutionStatus
+from tests.agent.running import running
 from tests.support.need import need_root
 
 
@@ -91,3 +93,54 @@ def test_a_broken_note_is_replaced(outside: Path, private: Path) -> None:
     (home / "programs").write_text("../../etc")
     made = programs_dir(home, outside)
     assert made.parent == outside
+
+
+def test_half_an_owner_is_no_owner(outside: Path, private: Path) -> None:
+    first = programs_dir(state(private), outside)
+    being_made = outside / ("a" * 16)
+    for content in (b"", b"half/a/path"):
+        being_made.mkdir(exist_ok=True)
+        (being_made / "owner").write_bytes(content)
+        assert programs_dir(private / "state", outside) == first
+        assert being_made.is_dir(), content
+
+
+def test_a_living_agents_is_never_removed_even_when_its_state_is_out_of_sight(outside: Path, private: Path) -> None:
+    home = state(private)
+    mine = programs_dir(home, outside)
+    (mine / "functions").mkdir()
+    lock = hold(mine)
+    home.rename(private / "moved")
+    programs_dir(state(private, "other"), outside)
+    assert (mine / "functions").is_dir()
+    lock.release()
+    programs_dir(private / "other", outside)
+    assert not mine.exists()
+
+
+def test_links_lead_nowhere(outside: Path, private: Path, tmp_path: Path) -> None:
+    """A link of a fitting name, and links within what is removed."""
+    home = state(private)
+    mine = programs_dir(home, outside)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    (precious / "owner").write_text("/nowhere")
+    (outside / ("b" * 16)).symlink_to(precious)
+    (mine / "functions").symlink_to(precious)
+    shutil.rmtree(home)
+    programs_dir(state(private, "other"), outside)
+    assert not mine.exists()
+    assert (precious / "file").read_text() == "kept"
+
+
+def test_a_second_agent_on_one_state_directory_is_refused_before_it_ends_anything(tmp_path: Path) -> None:
+    with running(tmp_path) as agent:
+        assert agent.deploy().success
+        agent.run("sleep", "30", execution_id="e-1", asynchronous=True)
+        with pytest.raises(Conflict, match=r"in use by process \d+.*state_dir"), running(tmp_path, port=1):
+            pass
+        assert agent.record("e-1").status is ExecutionStatus.RUNNING
+        assert agent.cancel("e-1").success
+    with running(tmp_path) as again:
+        assert again.record("e-1").status is ExecutionStatus.CANCELLED

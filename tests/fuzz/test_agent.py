@@ -363,6 +363,7 @@ def _only_known_places(home: Path) -> None:
         assert parts[0] == "state", path
         if len(parts) > 1:
             assert parts[1] in (
+                "agent.lock",
                 "agent.db",
                 "agent.db-wal",
                 "agent.db-shm",
