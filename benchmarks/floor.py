@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("floor.c")
@@ -14,19 +18,35 @@ int main(void) { return write(1, "ok\\n", 3) != 3; }
 """
 
 
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """A directory with ``floor`` and ``program`` in it, which every user may enter; gone afterwards.
+
+    The floor gives up root as agents do. Raises CalledProcessError without a C compiler.
+    """
+    # A private state directory below /tmp would make agents keep their code elsewhere.
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    with tempfile.TemporaryDirectory(prefix="flux-benchmark-", dir="/var/lib" if root else None) as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        build(directory)
+        build_program(directory)
+        yield directory
+
+
 def build(directory: Path) -> Path:
-    """The floor's binary in ``directory``. Raises CalledProcessError without a C compiler."""
+    """The floor's binary in ``directory``."""
     binary = directory / "floor"
     subprocess.run(["cc", "-O2", "-o", binary, SOURCE], check=True)
     return binary
 
 
-def build_program(directory: Path) -> Path:
-    """The small compiled program, static so that the loader costs nothing."""
-    source = directory / "program.c"
-    source.write_bytes(PROGRAM)
-    binary = directory / "program"
-    subprocess.run(["cc", "-O2", "-static", "-o", binary, source], check=True)
+def build_program(directory: Path, name: str = "program", source: bytes = PROGRAM) -> Path:
+    """A small compiled program, static so that the loader costs nothing."""
+    text = directory / f"{name}.c"
+    text.write_bytes(source)
+    binary = directory / name
+    subprocess.run(["cc", "-O2", "-static", "-o", binary, text], check=True)
     binary.chmod(0o755)
     return binary
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import urllib.request
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,9 +112,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     pids = {name: int(pid) for name, _, pid in (item.partition("=") for item in options.pid)}
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        binary, program = floor.build(directory), floor.build_program(directory)
+    with floor.workshop() as directory:
+        binary, program = directory / "floor", directory / "program"
         prepare(options.url.rstrip("/"), options.key, program)
         rows = []
         for connections in map(int, options.connections.split(",")):

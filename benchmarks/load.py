@@ -21,6 +21,7 @@ class Outcome:
     latencies: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     last_error: bytes = b""
+    bodies: list[bytes] = field(default_factory=list)  # when they were asked for
 
     @property
     def count(self) -> int:
@@ -52,6 +53,13 @@ def post(url: str, key: str, body: bytes, headers: dict[str, str] | None = None)
         *(f"{name}: {value}" for name, value in (headers or {}).items()),
     ]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def get(url: str, key: str) -> bytes:
+    """The bytes of one GET."""
+    parts = urlsplit(url)
+    path = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    return f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nX-API-Key: {key}\r\n\r\n".encode()
 
 
 class _Connection:
@@ -86,7 +94,9 @@ class _Connection:
         return int(head.split(b" ", 2)[1]), bytes(self.received[end + 4 :])
 
 
-def run(url: str, request: bytes, connections: int, seconds: float, at_most: int = 0) -> Outcome:
+def run(
+    url: str, request: bytes, connections: int, seconds: float, at_most: int = 0, *, keep_bodies: bool = False
+) -> Outcome:
     """Keep ``connections`` requests in flight for ``seconds``, or until ``at_most`` were answered."""
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
@@ -114,6 +124,8 @@ def run(url: str, request: bytes, connections: int, seconds: float, at_most: int
                 outcome.statuses[status] = outcome.statuses.get(status, 0) + 1
                 if status >= 300:
                     outcome.last_error = body[:300]
+                if keep_bodies:
+                    outcome.bodies.append(body)
                 if now < stop_at and not (at_most and outcome.count + waiting > at_most):
                     connection.send(request)
                 else:

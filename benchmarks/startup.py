@@ -68,12 +68,16 @@ def frozen_programs(directory: Path) -> Path:
     return directory
 
 
-def measure(frozen: Path, rounds: int) -> list[Row]:
+def measure(frozen: Path | None, rounds: int) -> list[Row]:
+    """From the source tree, and from ``frozen`` when it is given."""
     source = [sys.executable, "-m", "flux"]
     programs: dict[str, dict[str, Sequence[str]]] = {
-        "flux": {"frozen": [str(frozen / "flux/flux")], "source": source},
-        "flux-agent": {"frozen": [str(frozen / "flux-agent/flux-agent")], "source": [*source, "agent"]},
+        "flux": {"source": source},
+        "flux-agent": {"source": [*source, "agent"]},
     }
+    if frozen is not None:
+        for program, ways in programs.items():
+            ways["frozen"] = [str(frozen / program / program)]
     rows = []
     for program, ways in programs.items():
         for way, command in ways.items():
