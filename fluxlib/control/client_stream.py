@@ -34,9 +34,8 @@ _FRAME_EXECUTIONS = 256
 # unless there are many or the agent keeps much for their sake.
 _ACK_DELAY, _ACK_COUNT, _ACK_BYTES = 0.5, 64, 1024 * 1024
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
-# An agent cancels the synchronous runs of a Flux that stayed away for its grace (10 s unless configured):
-# waiting longer than this brings nothing back.
-_HOPE = 15.0
+# Callers are told of a lost agent within 20 s of its last sign of life: keepalive takes up to 15 of them to notice.
+_HOPE = 4.0
 # A refused connection says that the process is gone; a single one may be a proxy's.
 _REFUSALS = 4
 

@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -118,12 +118,22 @@ class Api:
 
 
 class Program:
-    """One process of ours with its own directory, log and configuration file."""
+    """One process of ours with its own directory, log and configuration file.
 
-    def __init__(self, directory: Path, name: str, command: list[str], environment: Mapping[str, str]) -> None:
+    ``prefix`` is put before its command (to start it in a network namespace, say).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        command: list[str],
+        environment: Mapping[str, str],
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.directory, self.name = directory, name
         self.log = directory / f"{name}.log"
-        self.command, self.environment = command, environment
+        self.command, self.environment, self.prefix = command, environment, prefix
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
@@ -140,7 +150,7 @@ class Program:
     def spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Its process, saying everything to ``log``."""
         return subprocess.Popen(
-            [sys.executable, "-m", "flux", *self.command],
+            [*self.prefix, sys.executable, "-m", "flux", *self.command],
             cwd=self.directory,
             env={**os.environ, **self.environment, "PYTHONPATH": str(TOP)},
             stdin=subprocess.DEVNULL,
@@ -234,16 +244,26 @@ class Flux(Program):
 class Agent(Program):
     """A worker with certificates from ``flux`` (none when that runs without TLS)."""
 
-    def __init__(self, directory: Path, flux: Flux, agent_id: str, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        flux: Flux,
+        agent_id: str,
+        *,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+        **settings: Any,
+    ) -> None:
         self.home = directory / agent_id
         self.home.mkdir(exist_ok=True)
         self.agent_id = agent_id
         self.port = int(settings.pop("port", 0)) or free_port()
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"{host}:{self.port}"
+        self._host = host
         config: dict[str, Any] = {
             "agent_id": agent_id,
             "port": self.port,
-            "listen_host": "127.0.0.1",
+            "listen_host": host,
             "state_dir": str(self.home / "state"),
             "isolation": "off",
             "tls": {"enabled": False},
@@ -254,12 +274,12 @@ class Agent(Program):
         self.config_file = self.home / "agent.yaml"
         self.config_file.write_text(yaml.safe_dump(config))
         self.config_file.chmod(0o600)
-        super().__init__(self.home, agent_id, ["agent"], {"AGENT_CONFIG": str(self.config_file)})
+        super().__init__(self.home, agent_id, ["agent"], {"AGENT_CONFIG": str(self.config_file)}, prefix)
 
     def ready(self) -> bool:
         super().ready()
         try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            socket.create_connection((self._host, self.port), 1).close()
         except OSError:
             return False
         return True
