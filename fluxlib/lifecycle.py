@@ -5,9 +5,11 @@ Nothing else in the tree starts an endless thread, reads a signal or sleeps.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
+import queue
 import signal
 import sys
 import threading
@@ -218,11 +220,13 @@ class Parts:
 class StopSignal:
     """SIGTERM, SIGINT and Ctrl-C as an event; a second one ends the process at once.
 
-    The handler only sets a flag: it may run between any two instructions.
+    The handler may run between any two instructions of the thread that waits: an Event's lock may be
+    held there, and setting it would wait for itself for ever. SimpleQueue.put is made for this.
     """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._stopped = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._within: float | None = None
 
     def install(self) -> StopSignal:
@@ -235,22 +239,26 @@ class StopSignal:
     def set(self, within: float | None = None) -> None:
         """``within``: seconds until the system ends this process, finished or not."""
         self._within = within
-        self._event.set()
+        self._stopped = True
+        self._wake.put(None)
 
     def seconds(self, usual: float) -> float:
         """How long stopping may take: ``usual`` seconds, or what the system leaves."""
         return usual if self._within is None else min(usual, self._within)
 
     def is_set(self) -> bool:
-        return self._event.is_set()
+        return self._stopped
 
     def wait(self) -> None:
         """Until told to stop. On Windows a lock wait cannot be interrupted: there it looks twice a second."""
-        while not self._event.wait(0.5 if sys.platform == "win32" else None):
-            pass
+        while not self._stopped:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=0.5 if sys.platform == "win32" else None)
+        self._wake.put(None)  # for whoever else waits
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._event.is_set():
+        if self._stopped:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._event.set()
+        self._stopped = True
+        self._wake.put(None)

@@ -148,7 +148,7 @@ def test_few_open_files_are_its_own_affair(agent: Running) -> None:
         make_zip({"main.sh": "#!/bin/sh\nsleep 0.2; ulimit -Sn; ulimit -Hn; ulimit -n 4096 || echo no\n"}),
         max_open_files=16,
     )
-    agent.run("sleep", "2", execution_id="bystander", asynchronous=True)
+    agent.run("sleep", "60", execution_id="bystander", asynchronous=True)
     for max_open_files in (1, 5):
         agent.deploy("starved", max_open_files=max_open_files)
         assert agent.run("say", "x", name="starved").error

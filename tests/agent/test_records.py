@@ -49,7 +49,7 @@ def test_output_survives_a_restart(open_records: Open, size: int) -> None:
     data = bytes(range(256)) * (size // 256 + 1)
     ended = run(first, "one", data[:size])
     assert ended.output_bytes == size
-    first.close()
+    first.flush()
     second = open_records()
     found = second.get("one")
     assert found is not None

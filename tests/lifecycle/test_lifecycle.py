@@ -152,6 +152,28 @@ def test_a_deadline_is_shared_and_never_negative() -> None:
     assert deadline.remaining() == 0
 
 
+def test_a_signal_in_the_middle_of_waiting_is_not_lost() -> None:
+    """The handler runs in the thread that waits, between any two of its instructions: also where a lock is held."""
+    program = """
+import os, random, signal, sys, threading
+from fluxlib.lifecycle import StopSignal
+sys.setswitchinterval(1e-5)
+def send(turns):
+    for _ in range(turns):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+for turn in range(2000):
+    stop = StopSignal().install()
+    sender = threading.Thread(target=send, args=(random.randrange(3000),))
+    sender.start()
+    stop.wait()
+    sender.join()
+print("all")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "all\n", done.stderr
+
+
 PROGRAM = """
 import sys, threading
 from fluxlib.lifecycle import StopSignal
