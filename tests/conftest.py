@@ -39,11 +39,7 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
             for thread in threading.enumerate()
             if thread not in threads_before and not thread.name.startswith(_NOT_OURS)
         ]
-        children = [
-            child
-            for child in _processes(set(_children(os.getpid())) - children_before)
-            if _alive(child)
-        ]
+        children = [child for child in _processes(set(_children(os.getpid())) - children_before) if _alive(child)]
         if not threads and not children:
             return
         if time.monotonic() > deadline:

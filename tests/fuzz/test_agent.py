@@ -351,6 +351,7 @@ def test_mutated_messages(outside: Path, caplog: pytest.LogCaptureFixture) -> No
         # What cannot be read gRPC logs itself; anything else is a handler that broke.
         broken = [record for record in caplog.records if record.exc_info and record.name != "grpc._common"]
         assert not broken, broken
+        assert "the spawner died" not in caplog.text
         assert psutil.Process().num_threads() < 300
     assert statuses["OK"] > MESSAGES // 4, statuses
     assert len(set(os.listdir("/proc/self/fd")) - own) < 20
