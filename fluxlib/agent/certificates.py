@@ -6,6 +6,7 @@ it, and hands the certificate back. It is checked before it replaces anything.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from fluxlib.errors import Conflict, InvalidInput
 from fluxlib.pki import Identity
 from fluxlib.pki import certificates as certs
 from fluxlib.pki.files import CertificatesUnusable, read_file, write_secret
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Certificates:
         self._agent_id = agent_id
         self._lock = threading.Lock()
         self._identity = self._load()
+        for fault in self._faults():
+            log.warning("Flux will refuse this agent: its certificate %s; enrol it again (flux enroll)", fault)
         self._handed_out: bytes | None = None
         self._pending: ec.EllipticCurvePrivateKey | None = None
 
@@ -94,6 +99,17 @@ class Certificates:
         if faults:
             raise InvalidInput("the certificate is refused", faults)
         return certificate
+
+    def _faults(self) -> list[str]:
+        """What Flux will not accept; told and no more: clocks are set right, and an original asks for no ID."""
+        names = certs.dns_names(x509.load_pem_x509_certificate(self._identity.cert_pem))
+        others = [name for name in names if name.endswith(certs.AGENT_DOMAIN)]
+        faults = [certs.fault_of(self._identity)]
+        if certs.AGENT_NAME not in names:
+            faults.append(f"lacks the name {certs.AGENT_NAME}")
+        if others and certs.agent_server_name(self._agent_id) not in others:
+            faults.append(f"is that of {others[0].removesuffix(certs.AGENT_DOMAIN)}, not of {self._agent_id}")
+        return [fault for fault in faults if fault]
 
     def _load(self) -> Identity:
         parts = {}

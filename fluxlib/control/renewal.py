@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 
 from fluxlib.control.connection import AgentConnection
 from fluxlib.control.leadership import Leadership
@@ -73,6 +74,8 @@ class Renewal:
             connection = state.connection
             if connection is None or not _renewable(state) or state.certificate_not_after - now > _WARN_SECONDS:
                 continue
+            if not self._authority.outlives(datetime.fromtimestamp(state.certificate_not_after, UTC)):
+                continue  # it ends with the CA
             failed_at, _ = self._failed.get(state.agent_id, (0.0, ""))
             if now - failed_at >= _RETRY_AFTER:
                 self._renew(state, connection, now)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import yaml
@@ -93,11 +93,11 @@ class Authority:
         with locked(self._directory):
             pem, key_bytes = read_file(certificate_path), read_file(key_path)
             if pem is not None and key_bytes is not None:
-                certificate = _load_certificate(certificate_path, pem)
-                fresh = certificate.not_valid_after_utc - certs.utc_now() > RENEW_BEFORE
-                if fresh and certs.is_signed_by(certificate, self._ca):
-                    return self._identity(certificate, _load_key(key_path, key_bytes))
-                log.info("renewing Flux's own certificate (%s)", "about to expire" if not fresh else "of another CA")
+                certificate, key = _load_certificate(certificate_path, pem), _load_key(key_path, key_bytes)
+                unfit = self._unfit(certificate, key)
+                if not unfit:
+                    return self._identity(certificate, key)
+                log.info("renewing Flux's own certificate: it %s", unfit)
             key = certs.new_key()
             certificate = certs.sign(
                 self._ca,
@@ -111,6 +111,22 @@ class Authority:
             write_secret(key_path, certs.key_pem(key))
             write_secret(certificate_path, certs.cert_pem(certificate))
             return self._identity(certificate, key)
+
+    def _unfit(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> str:
+        """Why Flux cannot go on with this certificate of its own, as a clause; empty when it can."""
+        now = certs.utc_now()
+        # One that ends with its CA cannot be had with a later end.
+        if certificate.not_valid_after_utc - now <= RENEW_BEFORE and self.outlives(certificate.not_valid_after_utc):
+            return "is about to expire"
+        if certificate.not_valid_before_utc > now:
+            return "is not yet valid"
+        if certificate.public_key() != key.public_key():
+            return "is for another key, as after a crash between writing the two"
+        if not certs.is_signed_by(certificate, self._ca):
+            return "is of another CA"
+        if certs.FLUX_NAME not in certs.dns_names(certificate):
+            return f"lacks the name {certs.FLUX_NAME}, by which agents know Flux"
+        return ""
 
     def issue_agent(self, agent_id: str) -> Identity:
         """A new certificate and key for an agent, kept under ``agents/``. Raises InvalidInput for a bad ID."""
@@ -171,6 +187,10 @@ class Authority:
             write_secret(private_path, pair.private.encode())
             write_secret(public_path, f"{pair.public} flux\n".encode())
             return pair
+
+    def outlives(self, end: datetime) -> bool:
+        """Whether the CA lasts longer than ``end``, so that a renewal brings something."""
+        return self._ca.not_valid_after_utc - end > timedelta(days=1)
 
     def expiries(self) -> list[Expiry]:
         """The CA's and Flux's own; agents tell theirs themselves."""

@@ -140,6 +140,18 @@ def describe_certificate(pem: bytes) -> str:
     return f"{names}; valid {certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
 
 
+def fault_of(identity: Identity) -> str:
+    """Why nobody would accept it, as a clause ("has expired"); empty when it is in order by this machine's clock."""
+    certificate, now = x509.load_pem_x509_certificate(identity.cert_pem), utc_now()
+    if now > certificate.not_valid_after_utc:
+        return "has expired"
+    if now < certificate.not_valid_before_utc:
+        return "is not yet valid by this machine's clock"
+    if not is_signed_by(certificate, x509.load_pem_x509_certificate(identity.ca_pem)):
+        return "is from another CA than the one it comes with"
+    return ""
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 

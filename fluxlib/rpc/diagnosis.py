@@ -14,6 +14,7 @@ import ssl
 import tempfile
 
 from fluxlib.pki import Identity, describe_certificate
+from fluxlib.pki.certificates import AGENT_NAME, fault_of
 
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
@@ -90,10 +91,7 @@ def _tls(plain: socket.socket, address: str, identity: Identity, server_name: st
             secured.sendall(_HTTP2_PREFACE)
             if secured.recv(1):
                 return ""
-            return (
-                f"the agent at {address} closed the connection after the handshake: most likely it trusts another CA"
-                " than this Flux's: enrol it here"
-            )
+            return _refused(address, identity)
     except ssl.SSLCertVerificationError as error:
         return _verification(error, address, server_name)
     except ssl.SSLError as error:
@@ -104,17 +102,35 @@ def _tls(plain: socket.socket, address: str, identity: Identity, server_name: st
         return f"the agent at {address} broke the TLS handshake off ({error}): {_plaintext_hint()}"
 
 
+def _refused(address: str, identity: Identity) -> str:
+    """A server of gRPC's drops a client it refuses without an alert: what is wrong must be seen from here."""
+    shown = describe_certificate(identity.cert_pem)
+    fault = fault_of(identity)
+    if fault:
+        return f"the agent at {address} refuses Flux's own certificate, which {fault} ({shown})"
+    return (
+        f"the agent at {address} refuses Flux's certificate ({shown}): it trusts another CA than this Flux's (enrol it"
+        " here), or its clock is wrong"
+    )
+
+
 def _verification(error: ssl.SSLCertVerificationError, address: str, server_name: str) -> str:
     reason = error.verify_message or str(error)
     if "expired" in reason:
         return f"the certificate of the agent at {address} has expired: enrol it again"
     if "not yet valid" in reason:
         return f"the certificate of the agent at {address} is not yet valid: compare both machines' clocks"
-    if "mismatch" in reason.lower() or "doesn't match" in reason:
+    if server_name == AGENT_NAME and _is_mismatch(reason):
+        return f"the certificate shown at {address} lacks the name {AGENT_NAME}: it is no agent's; enrol one here"
+    if _is_mismatch(reason):
         return f"the certificate of the agent at {address} is not that of {server_name}: another agent answers there"
     if "self-signed" in reason or "self signed" in reason or "unable to get" in reason or "signature" in reason:
         return f"the certificate of the agent at {address} is from another CA than this Flux's: enrol it here"
     return f"the certificate of the agent at {address} is refused: {reason}"
+
+
+def _is_mismatch(reason: str) -> bool:
+    return "mismatch" in reason.lower() or "doesn't match" in reason
 
 
 def _alert(error: ssl.SSLError, address: str, identity: Identity) -> str:
@@ -125,9 +141,12 @@ def _alert(error: ssl.SSLError, address: str, identity: Identity) -> str:
             return f"the agent at {address} does not speak TLS: {_plaintext_hint()}"
     if "unknown ca" in reason:
         return f"the agent at {address} trusts another CA than this Flux's: enrol it here"
-    if "expired" in reason:
-        return f"the agent at {address} says that Flux's own certificate ({shown}) has expired: check both clocks"
     if "certificate" in reason:
+        fault = fault_of(identity)
+        if fault:
+            return f"the agent at {address} refuses Flux's own certificate, which {fault} ({shown})"
+        if "expired" in reason:
+            return f"the agent at {address} says that Flux's own certificate ({shown}) has expired: check both clocks"
         return f"the agent at {address} refuses Flux's certificate ({shown}): {reason}"
     return f"the TLS handshake with {address} failed: {reason}"
 

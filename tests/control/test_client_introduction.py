@@ -140,7 +140,7 @@ def test_a_flux_of_another_ca_is_told_so(place: Place, agent: Agent, tmp_path: P
     with running_timers() as timers:
         side = Side(None, timers)
         side.identify(mixed)
-        with pytest.raises(AgentUnreachable, match="another CA than this Flux's"):
+        with pytest.raises(AgentUnreachable, match="Flux's own certificate, which is from another CA"):
             side.connector.introduce(agent.address)
 
 

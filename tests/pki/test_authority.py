@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from fluxlib.config.agent import load_agent
 from fluxlib.errors import Conflict, InvalidInput
 from fluxlib.pki import Authority, Identity, describe_certificate
 from fluxlib.pki import certificates as certs
-from fluxlib.pki.files import CertificatesUnusable, locked
+from fluxlib.pki.files import CertificatesUnusable, as_owner_of, locked
 from tests.support.need import need, need_root
 
 NOW = datetime.now(UTC)
@@ -348,6 +349,7 @@ def test_a_lock_is_one_at_a_time_and_survives_a_crash_of_its_holder(tmp_path: Pa
 
 _HOLD = """
 import sys
+import tempfile
 from pathlib import Path
 from fluxlib.pki.files import locked
 with locked(Path(sys.argv[1])):
@@ -356,6 +358,7 @@ with locked(Path(sys.argv[1])):
 """
 _OPEN = """
 import sys
+import tempfile
 from pathlib import Path
 from fluxlib.pki import Authority
 print("ready", flush=True)
@@ -379,3 +382,53 @@ def test_processes_that_start_at_once_make_one_of_everything(tmp_path: Path) -> 
     answers = {process.communicate(timeout=30)[0] for process in started}
     assert len(answers) == 1
     assert b"BEGIN CERTIFICATE" in answers.pop()
+
+
+def test_a_key_of_another_certificate_is_not_kept(tmp_path: Path) -> None:
+    """As a crash leaves it between the key and the certificate of a renewal."""
+    authority = Authority.open(tmp_path)
+    authority.flux_identity()
+    (tmp_path / "flux" / "flux-key.pem").write_bytes(certs.key_pem(certs.new_key()))
+    mended = authority.flux_identity()
+    assert parsed(mended).public_key() == certs.load_key(mended.key_pem).public_key()
+    assert authority.flux_identity() == mended
+
+
+def test_what_ends_with_its_ca_is_not_renewed_again_and_again(tmp_path: Path) -> None:
+    ca_key = certs.new_key()
+    now = certs.utc_now() - certs.CA_LIFE + timedelta(days=20)
+    (tmp_path / "ca").mkdir()
+    (tmp_path / "ca" / "ca-key.pem").write_bytes(certs.key_pem(ca_key))
+    (tmp_path / "ca" / "ca.pem").write_bytes(certs.cert_pem(certs.make_ca(ca_key, now)))
+    authority = Authority.open(tmp_path)
+    assert authority.flux_identity() == authority.flux_identity()
+
+
+def test_root_acts_as_the_owner_and_is_not_led_astray(tmp_path: Path) -> None:
+    need_root()
+    with tempfile.TemporaryDirectory(prefix="certs-") as name:
+        directory = Path(name)
+        os.chown(directory, 65534, 65534)
+        with as_owner_of(directory):
+            authority = Authority.open(directory)
+            authority.issue_agent("w")
+            assert os.geteuid() == 65534
+        assert os.geteuid() == 0
+        assert {path.stat().st_uid for path in directory.rglob("*")} == {65534}
+        # Links such as a service that was taken over would leave for root.
+        precious = tmp_path / "precious"
+        precious.write_text("kept")
+        precious.chmod(0o600)
+        (directory / ".lock").unlink()
+        (directory / ".lock").symlink_to(precious)
+        with pytest.raises(CertificatesUnusable), as_owner_of(directory):
+            Authority.open(directory)
+        with pytest.raises(CertificatesUnusable):
+            Authority.open(directory)
+        assert precious.stat().st_uid == 0
+        (directory / ".lock").unlink()
+        shutil.rmtree(directory / "agents")
+        (directory / "agents").symlink_to(tmp_path)
+        with pytest.raises(CertificatesUnusable), as_owner_of(directory):
+            Authority.open(directory).issue_agent("w")
+        assert not (tmp_path / "w").exists()
