@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -349,7 +350,6 @@ def test_a_lock_is_one_at_a_time_and_survives_a_crash_of_its_holder(tmp_path: Pa
 
 _HOLD = """
 import sys
-import tempfile
 from pathlib import Path
 from fluxlib.pki.files import locked
 with locked(Path(sys.argv[1])):
@@ -358,7 +358,6 @@ with locked(Path(sys.argv[1])):
 """
 _OPEN = """
 import sys
-import tempfile
 from pathlib import Path
 from fluxlib.pki import Authority
 print("ready", flush=True)
