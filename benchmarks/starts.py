@@ -3,7 +3,7 @@
     python -m benchmarks.starts                # here: profiles this machine cannot have are named and left out
     python -m benchmarks.starts --lab          # in the lab's Debian, counting instructions: repeatable within 2 %
 
-One program after the other through the executor's whole contract: user, cgroup,
+One /bin/true after the other through the executor's whole contract: user, cgroup,
 output, figures, removal. CPU is what the kernel counted for this process, the
 spawner and the programs together. ``large agent`` repeats it in a process with
 500 MB and 300 threads: forking from that would cost ten times as much.

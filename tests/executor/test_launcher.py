@@ -92,7 +92,7 @@ class Launched:
         group = RunGroup(str(path))
         output, written = os.pipe()
         env = {b"PATH": b"/usr/bin:/bin", b"HOME": os.fsencode(cwd)}
-        request = ("run", 1, argv, env, cwd, UID, UID, limits, b"e", tuple(Plan(**{**plan, **changes})))
+        request = ("run", 1, argv, env, cwd, UID, UID, limits, b"e", Plan(**{**plan, **changes}).parts())
         self.link.send(request, [written, group.fd])
         os.close(written)
         answers: list[tuple[Any, ...]] = []
@@ -215,7 +215,7 @@ def test_what_runs_dies_with_the_agents_end_of_the_socket(programs: Path, cgroup
     path.mkdir()
     group = RunGroup(str(path))
     null = os.open(os.devnull, os.O_RDWR)
-    plan = tuple(Plan(b"functions/mine", b"", 1 << 20, False))
+    plan = Plan(b"functions/mine", b"", 1 << 20, False).parts()
     program = [b"/bin/sh", b"-c", b"setsid sleep 60 & sleep 60"]
     launched.link.send(("run", 1, program, {b"PATH": b"/bin"}, "/tmp", UID, UID, {}, b"e", plan), [null, group.fd])
     os.close(null)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    # The frozen spawner passes through here and must stay small: it needs neither.
+    # The spawner passes through here and must stay small: it needs none of these, nor typing itself.
+    from pathlib import Path
+
     from fluxlib.agent.executor.base import Executor
     from fluxlib.config.agent import AgentConfig
-
-log = logging.getLogger(__name__)
 
 
 def build_executor(config: AgentConfig, state_dir: Path) -> Executor:

@@ -7,9 +7,12 @@ opened once; per run only the function's own are added.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
 from fluxlib.agent.executor import syscalls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _TRUNCATE = 1 << 14  # ABI 3

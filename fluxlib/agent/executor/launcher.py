@@ -18,13 +18,16 @@ import os
 import resource
 import signal
 import struct
-from collections.abc import Iterator
 from enum import IntEnum
-from typing import Any, NamedTuple, NoReturn
 
 from fluxlib.agent.executor import mounts, syscalls
 from fluxlib.agent.executor.landlock import Landlock
 from fluxlib.agent.executor.seccomp import Filter, instructions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself is a tenth of this process
+    from collections.abc import Iterator
+    from typing import Any, NoReturn
 
 DEFAULT, STRICT, MINIMAL = "default", "strict", "minimal"
 
@@ -62,14 +65,24 @@ _LIMITS_OF_ALL = {
 _OUT_OF_MEMORY_SCORE = b"500"
 
 
-class Plan(NamedTuple):
-    """What a run needs beyond its program; travels as a plain tuple."""
+class Plan:
+    """What a run needs beyond its program; travels as the tuple of its parts.
 
-    code: bytes  # relative to the programs directory
-    work: bytes  # the work directory, empty = memory of its own
-    tmp_bytes: int
-    no_network: bool
-    trial: bool = False  # every step but the last, to see whether this machine lets them
+    ``code`` is relative to the programs directory. ``work`` is the work directory on disk, empty = memory
+    of its own. ``trial`` takes every step but the last, to see whether this machine lets it.
+    """
+
+    __slots__ = ("code", "no_network", "tmp_bytes", "trial", "work")
+
+    def __init__(self, code: bytes, work: bytes, tmp_bytes: int, no_network: bool, trial: bool = False) -> None:
+        self.code = code
+        self.work = work
+        self.tmp_bytes = tmp_bytes
+        self.no_network = no_network
+        self.trial = trial
+
+    def parts(self) -> tuple[bytes, bytes, int, bool, bool]:
+        return self.code, self.work, self.tmp_bytes, self.no_network, self.trial
 
 
 class SetUpFailed(Exception):
@@ -236,12 +249,18 @@ class _Failures:
 
     def __init__(self, slots: int = 16_384) -> None:
         self._memory = mmap.mmap(-1, slots * self._ENTRY.size)
-        self._free = list(range(slots - 1, -1, -1))
+        self._slots = slots
+        self._used = 0
+        # Grows with use: every page of this process is paid for by each clone.
+        self._free: list[int] = []
 
     def take(self) -> int:
-        if not self._free:
+        if self._free:
+            return self._free.pop()
+        if self._used == self._slots:
             raise OSError(errno.EAGAIN, "too many programs at a time")
-        return self._free.pop()
+        self._used += 1
+        return self._used - 1
 
     def tell(self, slot: int, step: int, number: int) -> None:
         self._ENTRY.pack_into(self._memory, slot * self._ENTRY.size, step + 1, number)

@@ -109,14 +109,12 @@ class LinuxExecutor(SpawningExecutor):
             launch.rlimits[resource.RLIMIT_NOFILE] = limits.open_files
         if limits.file_size_bytes is not None:
             launch.rlimits[resource.RLIMIT_FSIZE] = limits.file_size_bytes
-        launch.plan = tuple(
-            Plan(
-                code=os.fsencode(inside),
-                work=os.fsencode(launch.directory),
-                tmp_bytes=limits.tmp_bytes or _DEFAULT_TMP,
-                no_network=job.network is Network.NONE,
-            )
-        )
+        launch.plan = Plan(
+            code=os.fsencode(inside),
+            work=os.fsencode(launch.directory),
+            tmp_bytes=limits.tmp_bytes or _DEFAULT_TMP,
+            no_network=job.network is Network.NONE,
+        ).parts()
         group = self._hierarchy.make(job.execution_id, limits)
         launch.own, launch.fds = group, (group.fd,)
 
@@ -194,7 +192,7 @@ class LinuxExecutor(SpawningExecutor):
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         plan = Plan(code=b".", work=b"", tmp_bytes=1024**2, no_network=no_network, trial=True)
         try:
-            link.send(("run", 0, [b"trial"], {}, "/", uid, uid, {}, b"trial", tuple(plan)), [null, group.fd])
+            link.send(("run", 0, [b"trial"], {}, "/", uid, uid, {}, b"trial", plan.parts()), [null, group.fd])
             while True:
                 answers = link.receive()
                 if not answers:

@@ -14,10 +14,13 @@ All of a run's mounts vanish with its last process: nothing has to be undone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
 from fluxlib.agent.executor import syscalls
 from fluxlib.agent.executor.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 CODE = "/run/flux/code"
 WORK = "/run/flux/work"

@@ -13,9 +13,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
-from collections.abc import Iterable
 
 from fluxlib.agent.executor.syscalls import FilterProgram
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _X86 = "x86_64"
 _ARM = "aarch64"
@@ -61,12 +64,12 @@ SYSCALLS = {
 _ABSENT = frozenset({"clone3", "io_uring_setup", "io_uring_enter", "io_uring_register"})
 # Where there is no IPC namespace, such objects would outlive their function and be its successor's.
 _LASTING = frozenset({"shmget", "semget", "msgget", "mq_open"})
-_NOT_IN_THE_LIST = frozenset({"socket", "clone"})
 
 _NAMESPACES = 0x7E02_0000  # every CLONE_NEW* that clone can be given
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
 
-_LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _JUMP, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
+_LONGEST_JUMP = 256
 _ALLOW = 0x7FFF_0000
 _ERRNO = 0x0005_0000
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
@@ -77,29 +80,54 @@ _INSTRUCTION = struct.Struct("HBBI")
 def instructions(machine: str, *, deny_lasting_ipc: bool) -> bytes:
     """The filter for a machine ("x86_64", "aarch64"). Raises KeyError for another one."""
     numbers = SYSCALLS[machine]
-    denied = sorted(
-        (number, name in _ABSENT)
+    outcomes = {
+        number: [_refuse(errno.ENOSYS if name in _ABSENT else errno.EPERM)]
         for name, number in numbers.items()
-        if name not in _NOT_IN_THE_LIST and (deny_lasting_ipc or name not in _LASTING)
-    )
+        if deny_lasting_ipc or name not in _LASTING
+    }
+    outcomes[numbers["clone"]] = [
+        *(_op(_LOAD, _FIRST_ARGUMENT), _op(_ANY_BIT, _NAMESPACES, 0, 1)),
+        *(_refuse(errno.EPERM), _op(_RETURN, _ALLOW)),
+    ]
+    outcomes[numbers["socket"]] = [
+        _op(_LOAD, _FIRST_ARGUMENT),
+        *(_op(_EQUALS, family, len(_FAMILIES) - at, 0) for at, family in enumerate(_FAMILIES)),
+        *(_refuse(errno.EAFNOSUPPORT), _op(_RETURN, _ALLOW)),
+    ]
     program = [
         _op(_LOAD, _ARCHITECTURE),
         # 32-bit calls have other numbers: the whole interface is closed.
         *(_op(_EQUALS, AUDIT_ARCHITECTURES[machine], 1, 0), _refuse(errno.ENOSYS)),
         _op(_LOAD, _NUMBER),
-        *(_op(_AT_LEAST, _X32, 0, 1), _refuse(errno.ENOSYS)),
-    ]
-    for number, absent in denied:
-        program += [_op(_EQUALS, number, 0, 1), _refuse(errno.ENOSYS if absent else errno.EPERM)]
-    program += [
-        *(_op(_EQUALS, numbers["clone"], 0, 4), _op(_LOAD, _FIRST_ARGUMENT), _op(_ANY_BIT, _NAMESPACES, 0, 1)),
-        *(_refuse(errno.EPERM), _op(_RETURN, _ALLOW)),
-        *(_op(_EQUALS, numbers["socket"], 0, 3 + len(_FAMILIES)), _op(_LOAD, _FIRST_ARGUMENT)),
-        *(_op(_EQUALS, family, len(_FAMILIES) - at, 0) for at, family in enumerate(_FAMILIES)),
-        *(_refuse(errno.EAFNOSUPPORT), _op(_RETURN, _ALLOW)),
-        _op(_RETURN, _ALLOW),
+        *_search(_ranges(outcomes)),
     ]
     return b"".join(program)
+
+
+def _ranges(outcomes: dict[int, list[bytes]]) -> list[tuple[int, list[bytes]]]:
+    """Where along the numbers the outcome changes, and to what; from 0 on, x32's numbers absent."""
+    allowed = [_op(_RETURN, _ALLOW)]
+    ranges = [(0, outcomes.get(0, allowed))]
+    for number in range(1, max(outcomes) + 2):
+        then = outcomes.get(number, allowed)
+        if then != ranges[-1][1]:
+            ranges.append((number, then))
+    return [*ranges, (_X32, [_refuse(errno.ENOSYS)])]
+
+
+def _search(ranges: list[tuple[int, list[bytes]]]) -> list[bytes]:
+    """A binary search for the range of the loaded number.
+
+    Each program that is started installs the filter anew: the kernel compiles it, and runs it once for
+    every call there is to learn which it always allows. A list of comparisons takes it several times as long.
+    """
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    below, above = _search(ranges[:middle]), _search(ranges[middle:])
+    if len(below) < _LONGEST_JUMP:
+        return [_op(_AT_LEAST, ranges[middle][0], len(below), 0), *below, *above]
+    return [_op(_AT_LEAST, ranges[middle][0], 0, 1), _op(_JUMP, len(below)), *below, *above]
 
 
 class Filter:
@@ -121,6 +149,9 @@ def run(code: bytes, architecture: int, number: int, arguments: Iterable[int] = 
         at += 1
         if operation == _RETURN:
             return int(operand)
+        if operation == _JUMP:
+            at += operand
+            continue
         if operation == _LOAD:
             value = struct.unpack_from("I", data, operand)[0]
             continue
