@@ -38,6 +38,7 @@ from fluxlib.model import Network
 PROFILES = ("off", "minimal", "default", "strict")
 MB = 1024 * 1024
 _LIMITS = Limits(128 * MB, 500, 64, 1024, 1024 * MB, 64 * MB)
+_PROGRAM = Path("/bin/true")
 _WARM_UP = 20
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200, help="programs per row")
     parser.add_argument("--lab", action="store_true", help="measure in the lab's machine")
-    parser.add_argument("--binaries", type=Path, help="a directory with floor and program, built already")
+    parser.add_argument("--binaries", type=Path, help="a directory with the floor, built already")
     parser.add_argument("--json", action="store_true", help="figures instead of a table")
     options = parser.parse_args()
     figures = _in_the_lab(options.count) if options.lab else _here(options.count, options.binaries)
@@ -75,10 +76,9 @@ def _here(count: int, binaries: Path | None) -> dict[str, dict[str, float]]:
         built = binaries or directory
         if binaries is None:
             floor.build(built)
-            floor.build_program(built)
-        figures = {"floor": floor.measure(built / "floor", built / "program", count)}
+        figures = {"floor": floor.measure(built / "floor", _PROGRAM, count)}
         for profile in PROFILES:
-            with _executor(profile, directory / profile, built / "program") as (executor, job):
+            with _executor(profile, directory / profile) as (executor, job):
                 if executor is None:
                     continue
                 figures[profile] = _measure(executor, job, count)
@@ -98,11 +98,9 @@ def _in_the_lab(count: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as directory:
         here = Path(directory)
         floor.build(here)
-        floor.build_program(here)
         with Machine(debian(), here, one_clock=True, memory_mb=1536) as machine:
             machine.put_tree()
-            for name in ("floor", "program"):
-                machine.put(here / name, f"/opt/{name}")
+            machine.put(here / "floor", "/opt/floor")
             unit = "systemd-run -q --pipe --wait -p 'Delegate=cpu memory pids'"
             command = f"-m benchmarks.starts --json --binaries /opt --count {count}"
             output = machine.run(f"{unit} {machine.python} {command}", timeout=3600)
@@ -110,12 +108,12 @@ def _in_the_lab(count: int) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def _executor(profile: str, state: Path, program: Path) -> Iterator[tuple[Executor | None, Job]]:
+def _executor(profile: str, state: Path) -> Iterator[tuple[Executor | None, Job]]:
     code = state / "functions" / "program"
     code.mkdir(parents=True)
     for path in (state, code.parent, code):
         path.chmod(0o755)
-    shutil.copy(program, code / "program")
+    shutil.copy(_PROGRAM, code / "program")
     job = Job("start", (str(code / "program"),), {"PATH": "/usr/bin:/bin"}, code, limits=_LIMITS)
     config = read_agent(f"agent_id: starts\nisolation: {profile}\nstate_dir: {state}\n", state / "agent.yaml")
     try:
