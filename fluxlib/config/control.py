@@ -174,6 +174,14 @@ class ControlConfig:
         why="how long a draining node may finish its work",
         check=between(0, 86400),
     )
+    node_start_sec: float = setting(
+        "node_start_sec",
+        "number",
+        600.0,
+        unit="s",
+        why="how long a new node may take to run, and again to answer over SSH",
+        check=between(1, 7200),
+    )
     end_strays: bool = setting(
         "end_strays", "boolean", False, why="end cloud nodes of this installation that Flux no longer knows"
     )

@@ -7,12 +7,16 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fluxlib.config.control import ControlConfig
 from fluxlib.config.environment import prepare_grpc
 from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
 from fluxlib.pki import Authority
 from fluxlib.store import open_control_store
+
+if TYPE_CHECKING:
+    from fluxlib.control.node_parts import NodeParts
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ class Control:
         self._parts = Parts()
         self._loops: list[Loop] = []
         self._stopping = False
+        self._nodes: NodeParts | None = None
         try:
             self._build(config)
         except BaseException:
@@ -123,13 +128,30 @@ class Control:
             status.warn(renewal.warnings)
             self._watch(status.watch, Loop("renewal", renewal.tick, _RENEWAL_EVERY))
 
+        if config.providers.any():
+            from fluxlib.control.node_parts import build_nodes
+
+            self._nodes = build_nodes(
+                config,
+                authority or Authority.open(config.certs_dir),
+                store,
+                registry,
+                functions,
+                executions,
+                membership,
+                leadership,
+            )
+            status.warn(self._nodes.warnings)
+            for loop in self._nodes.loops:
+                self._watch(status.watch, loop)
+
         self.services = Services(
             config,
             functions,
             executions,
             membership,
             status,
-            nodes=None,
+            nodes=self._nodes.service if self._nodes is not None else None,
             enrolment=EnrolmentService(authority, registry, config.agent_port) if authority is not None else None,
         )
         self._server = WebServer(create_app(self.services), config)
@@ -158,6 +180,9 @@ class Control:
         answering = threading.Thread(target=self._server.stop, args=(deadline,), name="http-stop")
         answering.start()
         self._guarded("executions", lambda: self._executions.stop(Deadline(deadline.remaining() - _FAREWELL)))
+        nodes = self._nodes
+        if nodes is not None:
+            self._guarded("nodes", lambda: nodes.stop(deadline))
         for loop in self._loops:
             loop.stop(deadline)
         # Calls still in flight end as lost, and their callers are told.

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import paramiko
 
 log = logging.getLogger(__name__)
+# paramiko tells every attempt at a machine that still boots with a traceback.
+_WIRE_LOG = f"{__name__}.wire"
+logging.getLogger(_WIRE_LOG).setLevel(logging.CRITICAL)
 
 _RETRY_EVERY = 3.0
 _CONNECT_TIMEOUT = 15.0
@@ -183,6 +186,7 @@ def _attempt(
     import paramiko
 
     client = paramiko.SSHClient()
+    client.set_log_channel(_WIRE_LOG)
     client.set_missing_host_key_policy(policy)
     timeout = max(0.5, timeout)
     try:

@@ -1,0 +1,68 @@
+"""Executions that wait for room on nodes Flux could make, from every Flux of the store."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from fluxlib.control.leadership import Leadership
+from fluxlib.control.scaling import Wait
+from fluxlib.errors import FluxError, NotFound
+from fluxlib.model import Function, Platform
+from fluxlib.store.base import ControlStore
+
+log = logging.getLogger(__name__)
+
+# What a provider's nodes are, whichever type: Debian or Ubuntu; the architecture is the image's.
+_NODES = Platform("linux")
+
+
+class Demand:
+    """``publish`` in a process that follows, ``read`` in the one that leads."""
+
+    def __init__(
+        self,
+        store: ControlStore,
+        leadership: Leadership,
+        waiting: Callable[[], Mapping[str, int]],
+        lookup: Callable[[str], Function],
+    ) -> None:
+        self._store = store
+        self._leadership = leadership
+        self._waiting = waiting
+        self._lookup = lookup
+        self._published: Mapping[str, int] = {}
+
+    def publish(self) -> None:
+        """Tell the leader what waits here, when that has changed. Raises StoreUnavailable."""
+        waiting = dict(self._waiting())
+        if waiting != self._published:
+            self._store.set_fact(_fact(self._leadership.session), json.dumps(waiting, separators=(",", ":")))
+            self._published = waiting
+
+    def read(self) -> tuple[Wait, ...]:
+        """By function. Raises StoreUnavailable."""
+        counts = Counter(self._waiting())
+        for session in self._leadership.others:
+            counts.update(json.loads(self._store.get_fact(_fact(session)) or "{}"))
+        found = (self._wait(name, count) for name, count in sorted(counts.items()) if count > 0)
+        return tuple(wait for wait in found if wait is not None)
+
+    def _wait(self, name: str, count: int) -> Wait | None:
+        try:
+            function = self._lookup(name)
+        except NotFound:
+            return None  # deleted meanwhile
+        except FluxError as error:
+            log.warning("what %s asks of a node cannot be read: %s", name, error.message)
+            return None
+        if function.platforms and not any(_NODES.matches(wanted) for wanted in function.platforms):
+            return None
+        spec = function.spec
+        return Wait(name, count, memory_mb=spec.memory_mb, slots=spec.max_concurrency)
+
+
+def _fact(session: str) -> str:
+    return f"waiting/{session}"
