@@ -11,13 +11,12 @@ that it started nothing, or cannot have seen the request.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
+from fluxlib.control.asking import Asking, check_wanted
 from fluxlib.control.execution import AlreadyKnown, Execution, Outcome, Withdrawn, worth_keeping
-from fluxlib.control.ledger import Ledger
+from fluxlib.control.ledger import COMMIT_PATIENCE, Ledger
 from fluxlib.control.placement import Need
 from fluxlib.control.registry import Registry, Reservation
 from fluxlib.control.slots import Lookup, Slots
@@ -35,7 +34,7 @@ from fluxlib.errors import (
     StoreUnavailable,
 )
 from fluxlib.lifecycle import Timers
-from fluxlib.model import Behavior, ErrorKind, ExecutionRecord, Phase
+from fluxlib.model import ErrorKind, ExecutionRecord, Phase
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +67,7 @@ class Dispatcher:
         self.on_lost: Callable[[ExecutionRecord], None] = lambda record: None
         self._pool = ThreadPoolExecutor(_DISPATCH_THREADS, thread_name_prefix="dispatch")
         self.slots = Slots(registry, functions, timers, self._on_capacity)
+        self._asking = Asking(self.slots, ledger, cancel, self._answered)
         self.room = WaitingRoom(self._place_waiting, self._on_slot, max_waiting)
         registry.on_capacity(self._on_capacity)
 
@@ -132,11 +132,9 @@ class Dispatcher:
                     reservation = self._wait_for_slot(execution)
                     if reservation is None:
                         return None
-                self._assign(execution, reservation)
-                self._send(execution, reservation)
-                if execution.detached:
+                answer = self._asking.ask(execution, reservation)
+                if answer is None:
                     return None
-                answer = execution.wait()
                 if isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started:
                     return self.finish(execution, answer) if answer.status.ended else answer
                 turned_down = answer
@@ -193,9 +191,9 @@ class Dispatcher:
             if not refused.wait:
                 raise refused.error
             self.room.refuse_if_full(execution.function_name)
-        self._check(execution)
+        check_wanted(execution)
         if not execution.created:
-            self._ledger.create(execution, queued=True, keep_request=execution.asynchronous)
+            self._ledger.create(execution, queued=True, keep_request=execution.asynchronous).wait(COMMIT_PATIENCE)
         elif execution.agent_id:
             self._ledger.requeue(execution)
         execution.agent_id = ""
@@ -219,50 +217,6 @@ class Dispatcher:
             return outcome
         assert isinstance(outcome, FluxError)
         raise outcome
-
-    def _assign(self, execution: Execution, reservation: Reservation) -> None:
-        """Write who gets it; the slot is given back when that fails."""
-        execution.agent_id = reservation.agent_id
-        try:
-            self._check(execution)
-            if execution.created:
-                self._ledger.assign(execution)
-            else:
-                need = self.slots.last_need(execution.function_name)
-                may_wait = Behavior.WAIT in (need.when_full, need.when_pressed)
-                self._ledger.create(execution, queued=False, keep_request=execution.asynchronous and may_wait)
-        except BaseException:
-            self.slots.release(reservation)
-            raise
-
-    def _send(self, execution: Execution, reservation: Reservation) -> None:
-        """Ask the agent. Its answer is delivered, or driven on by the pool when nobody waits."""
-        request = execution.request
-        if request is None:
-            try:
-                request = self._ledger.request_of(execution)
-            except StoreUnavailable:
-                self.slots.release(reservation)
-                raise
-        connection = reservation.agent.connection
-        execution.reservation = reservation
-        execution.waited_ms = int((time.time() - execution.accepted_at) * 1000)
-        execution.pending = execution.sent = True
-        answered = partial(self._answered, execution, reservation)
-        # After ``sent``: from here on whoever stops it asks the agent.
-        stopped = execution.stop_reason
-        if stopped:
-            answered(Withdrawn(stopped))
-        elif request is None:
-            answered(NotFound("its request is no longer in the store"))
-        elif connection is None:
-            answered(AgentUnreachable(f"agent {reservation.agent_id} has just left"))
-        else:
-            connection.execute(request, answered)
-            stopped = execution.stop_reason
-            if stopped and execution.pending:
-                # It may have been stopped before the request was on its way, and unknown to the agent then.
-                self._cancel(execution, stopped)
 
     def _answered(self, execution: Execution, reservation: Reservation, answer: ExecutionRecord | FluxError) -> None:
         """On a thread of the connection: give the slot back at once, so that the next one starts."""
@@ -298,11 +252,7 @@ class Dispatcher:
             # Whatever else a connection says, it may have been started.
             known = isinstance(answer, (AgentLost, Withdrawn, NotFound))
             raise answer if known else AgentLost(answer.message)
-        self._check(execution)
-
-    def _check(self, execution: Execution) -> None:
-        if execution.stop_reason:
-            raise Withdrawn(execution.stop_reason)
+        check_wanted(execution)
 
     # -- ends ----------------------------------------------------------------------------
 

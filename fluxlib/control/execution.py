@@ -12,6 +12,7 @@ from fluxlib.errors import (
     AgentUnreachable,
     AtCapacity,
     FluxError,
+    Internal,
     InvalidInput,
     NotFound,
     Stopping,
@@ -42,6 +43,7 @@ class Execution:
     """
 
     __slots__ = (
+        "_decision",
         "_wake",
         "accepted_at",
         "agent_id",
@@ -84,6 +86,7 @@ class Execution:
         self.waited_ms = 0  # from acceptance until an agent was asked
         self._wake = threading.Lock()
         self._wake.acquire()
+        self._decision = threading.Lock()
 
     @property
     def accepted(self) -> bool:
@@ -95,10 +98,20 @@ class Execution:
         self._wake.release()
 
     def wait(self) -> Outcome:
-        self._wake.acquire()
-        outcome, self.outcome = self.outcome, None
+        outcome = self.wait_for(None)
         assert outcome is not None
         return outcome
+
+    def wait_for(self, seconds: float | None) -> Outcome | None:
+        """None when nothing was delivered in that time."""
+        if not self._wake.acquire(timeout=-1 if seconds is None else seconds):
+            return None
+        outcome, self.outcome = self.outcome, None
+        return outcome
+
+    def decide(self) -> bool:
+        """Whether the caller is the first to say if it is sent: the store's writer, or who waited too long for that."""
+        return self._decision.acquire(blocking=False)
 
     def record(self, phase: Phase) -> ExecutionRecord:
         """Its record while it has not ended."""
@@ -136,6 +149,14 @@ class Execution:
 
 class Withdrawn(FluxError):
     """Nobody wants it any more, and no agent has it. Becomes a cancelled record, never an answer."""
+
+
+class NotWritten(FluxError):
+    """The store did not take it, so nobody was asked. ``error`` is why."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error if isinstance(error, FluxError) else Internal(f"{type(error).__name__}: {error}")
+        super().__init__(self.error.message)
 
 
 class AlreadyKnown(Exception):

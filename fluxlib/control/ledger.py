@@ -22,7 +22,8 @@ from fluxlib.store.base import Commit, ControlStore, ExecutionEntry
 
 log = logging.getLogger(__name__)
 
-_COMMIT_PATIENCE = 10.0
+# How long a write may take (seconds) before its execution is given up.
+COMMIT_PATIENCE = 10.0
 
 
 class Ledger:
@@ -77,8 +78,8 @@ class Ledger:
 
     # -- the store -------------------------------------------------------------------
 
-    def create(self, execution: Execution, *, queued: bool, keep_request: bool) -> None:
-        """Write a new execution, assigned already unless it is queued; returns once that holds.
+    def create(self, execution: Execution, *, queued: bool, keep_request: bool) -> Commit:
+        """Write a new execution, assigned already unless it is queued; nothing may be done about it before that holds.
 
         Raises AlreadyKnown: nothing was written, its idempotency key was used before.
         """
@@ -97,16 +98,16 @@ class Ledger:
             del self._in_hand[execution_id]
             execution.created = False
             raise AlreadyKnown(known)
-        commit.wait(_COMMIT_PATIENCE)
+        return commit
 
     def assign(self, execution: Execution) -> None:
         """Write who gets it. Raises Conflict when it has ended meanwhile."""
-        self.store.assign_execution(execution.execution_id, execution.agent_id, self.session).wait(_COMMIT_PATIENCE)
+        self.store.assign_execution(execution.execution_id, execution.agent_id, self.session).wait(COMMIT_PATIENCE)
         self.changed(execution.execution_id)
 
     def requeue(self, execution: Execution) -> None:
         """Write that nobody has it. Raises Conflict when it has ended meanwhile."""
-        self.store.requeue_execution(execution.execution_id, self.session).wait(_COMMIT_PATIENCE)
+        self.store.requeue_execution(execution.execution_id, self.session).wait(COMMIT_PATIENCE)
 
     def put_back(self, execution: Execution) -> None:
         """Back into the queue that the next life finds; nobody waits for the write."""
@@ -150,7 +151,7 @@ class Ledger:
             try:
                 if commit is None:
                     commit = self.store.end_execution(record, keep_until)
-                commit.wait(_COMMIT_PATIENCE)
+                commit.wait(COMMIT_PATIENCE)
             except StoreUnavailable as error:
                 # Once is enough: the store is away, and the rest would wait as long each.
                 self._ends.append((None, record, keep_until))

@@ -17,7 +17,7 @@ an index, a page at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,12 +32,18 @@ class Commit(Protocol):
 
     def wait(self, timeout: float | None = None) -> None: ...
 
+    def then(self, call: Callable[[Exception | None], None]) -> None:
+        """Instead of waiting: ``call`` gets None when it holds, or what went wrong; perhaps at once. Must be quick."""
+
 
 class Committed:
     """A write that already holds."""
 
     def wait(self, timeout: float | None = None) -> None:
         return
+
+    def then(self, call: Callable[[Exception | None], None]) -> None:
+        call(None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,6 +24,9 @@ class Refused:
 
     def wait(self, timeout: float | None = None) -> None:
         raise self._error
+
+    def then(self, call: Callable[[Exception | None], None]) -> None:
+        call(self._error)
 
 
 class MemoryControlStore:

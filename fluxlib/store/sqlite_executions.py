@@ -80,7 +80,8 @@ class SqliteExecutions:
                 "UPDATE executions SET status = ?, phase = ?, agent = ?, keep_until = ?, record = ?, request = NULL"
                 " WHERE id = ? AND status = 'running'",
                 values,
-            )
+            ),
+            patient=True,
         )
 
     def execution(self, execution_id: str) -> ExecutionEntry | None:

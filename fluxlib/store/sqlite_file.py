@@ -51,12 +51,17 @@ class SqliteFile:
         self._thread = threading.Thread(target=self._run, args=(connection,), name=f"{name}-writer", daemon=True)
         self._thread.start()
 
-    def write(self, write: Write, *, durable: bool = False) -> Pending[Write]:
-        """Queue ``write``; it runs in the writer's transaction and must check before it changes anything."""
-        return self._queue.put(write, durable=durable)
+    def write(self, write: Write, *, durable: bool = False, patient: bool = False) -> Pending[Write]:
+        """Queue ``write``; it runs in the writer's transaction and must check before it changes anything.
+
+        ``patient``: nobody waits for it; it is written within 20 ms, and before anything is read.
+        """
+        return self._queue.put(write, durable=durable, patient=patient)
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """Rows of a query. Raises StoreUnavailable."""
+        if threading.current_thread() is not self._thread:
+            self._queue.catch_up(_BUSY_TIMEOUT)
         try:
             # As many connections as there are readers at once, whichever threads they are.
             connection = self._borrow()

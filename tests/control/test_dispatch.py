@@ -28,6 +28,9 @@ class Failing:
     def wait(self, timeout: float | None = None) -> None:
         raise StoreUnavailable("the store went away")
 
+    def then(self, call: Callable[[Exception | None], None]) -> None:
+        call(StoreUnavailable("the store went away"))
+
 
 class TrickyStore(MemoryControlStore):
     """Fails the writes named in ``fails`` (``after``: done all the same); calls ``hooks`` before a write."""
