@@ -231,7 +231,10 @@ class Flux(Program):
             return False
 
     def register(self, agent: Agent, **fields: Any) -> dict[str, Any]:
-        status, answer = self.api.call("POST", "/agents/register", {"address": agent.address, **fields})
+        return self.register_at(agent.address, **fields)
+
+    def register_at(self, address: str, **fields: Any) -> dict[str, Any]:
+        status, answer = self.api.call("POST", "/agents/register", {"address": address, **fields})
         assert status == 201, answer
         return dict(answer)
 
