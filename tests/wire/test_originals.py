@@ -81,12 +81,13 @@ def test_our_agent_under_the_original_flux(tmp_path: Path, with_tls: bool) -> No
     # The original listens on 7227 and keeps its certificates where it is told.
     ours = Flux(tmp_path, tls=with_tls)  # for its certificates only: it is never started
     config = {"api_key": API_KEY, "certs_dir": str(ours.certs), "disable_grpc_tls": not with_tls}
-    with RedisServer(tmp_path) as redis, Agent(tmp_path, ours, "new-1") as agent:
-        with _original(
-            "serverless-flux", tmp_path / "original", "FLUX_CONFIG", {**config, "redis_addr": redis.address}
-        ):
-            api = Api("http://127.0.0.1:7227")
-            wait_until(lambda: _serves(api), "the original to answer", 30)
-            status, answer = api.call("POST", "/agents/register", {"address": agent.address})
-            assert status == 201, answer
-            _works(api, "new-1")
+    with (
+        RedisServer(tmp_path) as redis,
+        Agent(tmp_path, ours, "new-1") as agent,
+        _original("serverless-flux", tmp_path / "original", "FLUX_CONFIG", {**config, "redis_addr": redis.address}),
+    ):
+        api = Api("http://127.0.0.1:7227")
+        wait_until(lambda: _serves(api), "the original to answer", 30)
+        status, answer = api.call("POST", "/agents/register", {"address": agent.address})
+        assert status == 201, answer
+        _works(api, "new-1")
