@@ -124,7 +124,12 @@ def account(records: dict[str, dict[str, Any]], accepted: Iterable[str], marks: 
 
 def alive(records: Iterable[str]) -> list[int]:
     """Processes whose environment names one of these executions."""
-    wanted = {f"FLUX_EXECUTION_ID={identifier}".encode() for identifier in records}
+    return having(f"FLUX_EXECUTION_ID={identifier}" for identifier in records)
+
+
+def having(variables: Iterable[str]) -> list[int]:
+    """Living processes with one of these (NAME=VALUE) in their environment."""
+    wanted = {variable.encode() for variable in variables}
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit():

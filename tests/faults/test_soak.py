@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
+from tests.faults.rig import having
 from tests.support.programs import API_KEY, Agent, Flux, Program, wait_until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(540)]
@@ -49,10 +49,12 @@ class Figures:
 
 
 class Client:
-    """One kept connection."""
+    """One kept connection, and a second one for calls it walks away from."""
 
     def __init__(self, port: int, seed: int) -> None:
+        self._port = port
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        self._accepted = ""
         self._random = random.Random(seed)
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[Any] = []
@@ -60,7 +62,8 @@ class Client:
     def run(self, count: int) -> None:
         for _ in range(count):
             kind = self._random.choices(
-                ["ok", "fail", "big", "child", "async", "cancel", "missing"], [50, 10, 5, 5, 20, 5, 5]
+                ["ok", "fail", "big", "child", "async", "follow", "cancel", "leave", "missing"],
+                [48, 10, 5, 5, 17, 3, 5, 2, 5],
             )[0]
             getattr(self, f"_{kind}")()
             self.outcomes[kind] += 1
@@ -72,9 +75,9 @@ class Client:
         with self._connection.getresponse() as response:
             return response.status, json.loads(response.read())
 
-    def _expect(self, found: tuple[int, Any], status: int, **fields: Any) -> Any:
-        if found[0] != status or any(found[1].get(name) != value for name, value in fields.items()):
-            self.wrong.append((status, fields, found))
+    def _expect(self, found: tuple[int, Any], code: int, **fields: Any) -> Any:
+        if found[0] != code or any(found[1].get(name) != value for name, value in fields.items()):
+            self.wrong.append((code, fields, found))
         return found[1]
 
     def _ok(self) -> None:
@@ -89,20 +92,52 @@ class Client:
     def _child(self) -> None:
         self._expect(self._ask("POST", "/execute/soak", {"args": ["child"]}), 200, output="ok\n")
 
+    def _submit(self, *args: str) -> str:
+        answer = self._expect(self._ask("POST", "/execute/soak/async", {"args": args}), 202, status="accepted")
+        return str(answer.get("execution_id"))
+
     def _async(self) -> None:
-        answer = self._expect(self._ask("POST", "/execute/soak/async", {"args": ["plain"]}), 202, status="accepted")
-        self._ask("GET", f"/executions/{answer['execution_id']}")
+        """Accept one; the one before must have ended well, or be on its way."""
+        before, self._accepted = self._accepted, self._submit("plain")
+        if before:
+            code, record = self._ask("GET", f"/executions/{before}")
+            if record.get("status") == "running":
+                self._accepted = before
+            else:
+                self._expect((code, record), 200, status="success", output="ok\n")
+
+    def _follow(self) -> None:
+        identifier = self._submit("plain")
+        self._connection.request("GET", f"/executions/{identifier}/output?follow=1", headers={"X-API-Key": API_KEY})
+        with self._connection.getresponse() as response:
+            found = response.status, response.read()
+        if found != (200, b"ok\n"):
+            self.wrong.append(("follow", found))
 
     def _cancel(self) -> None:
-        answer = self._expect(self._ask("POST", "/execute/soak/async", {"args": ["sleep", "20"]}), 202)
-        self._expect(self._ask("DELETE", f"/executions/{answer['execution_id']}"), 200, status="cancelled")
+        identifier = self._submit("sleep", "20")
+        self._expect(self._ask("DELETE", f"/executions/{identifier}"), 200, status="cancelled")
+
+    def _leave(self) -> None:
+        """A call nobody waits for any more: it must not go on for its hour."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        body = json.dumps({"args": ["sleep", "3600"]})
+        connection.request("POST", "/execute/soak", body, {"X-API-Key": API_KEY})
+        connection.close()
 
     def _missing(self) -> None:
         self._expect(self._ask("POST", "/execute/nothing", {}), 404)
 
 
 def test_twenty_thousand(tmp_path: Path) -> None:
-    spec = {"name": "soak", "handler": "run.sh", "max_concurrency": 100, "max_concurrency_behavior": "wait"}
+    mark = str(tmp_path)
+    spec = {
+        "name": "soak",
+        "handler": "run.sh",
+        "max_concurrency": 100,
+        "max_concurrency_behavior": "wait",
+        "env": {"SOAK": mark},
+    }
     with (
         Flux(tmp_path, execution_ttl=20) as flux,
         Agent(tmp_path, flux, "worker-1", execution_ttl=20) as first,
@@ -111,7 +146,7 @@ def test_twenty_thousand(tmp_path: Path) -> None:
         programs: tuple[Program, ...] = (flux, first, second)
         flux.register(first)
         flux.register(second)
-        flux.api.deploy(yaml.safe_load(yaml.safe_dump(spec)), {"run.sh": SCRIPT})
+        flux.api.deploy(spec, {"run.sh": SCRIPT})
         outcomes: Counter[str] = Counter()
 
         def load(count: int, seed: int) -> list[Figures]:
@@ -135,6 +170,7 @@ def test_twenty_thousand(tmp_path: Path) -> None:
         print(*(f"{program.name}: {a} -> {b}" for program, a, b in zip(programs, warm, done, strict=True)), sep="\n")
         print(outcomes)
         assert sum(outcomes.values()) >= COUNT - 2 * CONNECTIONS
+        wait_until(lambda: not having([f"SOAK={mark}"]), "no process of a function to be left", 10)
         for program, before, after in zip(programs, warm, done, strict=True):
             assert after.rss_mb < before.rss_mb * 1.25 + 25, (program.name, before, after)
             assert after.threads <= before.threads + 12, (program.name, before, after)
