@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # A launch whose answer was lost may show in the cloud's list only after this.
 _SEEN_WITHIN = 120.0
 _RETRY_EVERY = 30.0
+# After a start of Flux, how long an agent that drains may take to be reached before it counts as gone.
+_REACHED_WITHIN = 45.0
 # Its going away, and the end of its time, are noticed within this.
 _LOOK_EVERY = 1.0
 
@@ -83,8 +85,14 @@ class Retirer:
 
     def resume(self, agent_id: str, now: float) -> None:
         """Go on with one that is recorded as ending, not too often."""
-        if now >= self._retry_at.get(agent_id, 0.0):
-            self._crew.start(agent_id, lambda: self._retire(agent_id))
+        state = self._registry.get(agent_id)
+        if state is None or now < self._retry_at.get(agent_id, 0.0):
+            return
+        record = state.record
+        unreached = state.connection is None and not record.status.present and record.offline_since
+        if unreached and now < min(record.offline_since + _REACHED_WITHIN, notes_of(record).drain_until):
+            return  # this life has just begun: it may well be running something
+        self._crew.start(agent_id, lambda: self._retire(agent_id))
 
     def finish(self, agent_id: str) -> None:
         """End the machine now, then forget the node. Raises ProviderError; the record stays then, to be tried again."""
