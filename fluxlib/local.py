@@ -9,6 +9,7 @@ order.
 from __future__ import annotations
 
 import contextlib
+import locale
 import logging
 import os
 import socket
@@ -170,7 +171,7 @@ def _copy_log(source: IO[bytes]) -> None:
     """What the agent says goes where this process says it, until the agent has ended."""
     with source:
         for line in source:
-            sys.stderr.write(line.decode("utf-8", "replace").replace("\r\n", "\n"))
+            sys.stderr.write(line.decode(locale.getencoding(), "replace").replace("\r\n", "\n"))
 
 
 def _usable_port() -> int:

@@ -8,6 +8,7 @@ that handler returns or after 5 seconds.
 from __future__ import annotations
 
 import ctypes
+import io
 import sys
 import threading
 import traceback
@@ -67,6 +68,8 @@ def keep_open(run: Callable[[], int]) -> int:
     """Run the program; when it ends badly the window stays until somebody has read why."""
     _kernel32.SetConsoleTitleW("Flux")
     _end_quick_edit()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a folder may be called anything
     try:
         code = run()
     except Exception:

@@ -69,19 +69,26 @@ def install(service: Service) -> list[str]:
     Raises Forbidden without administrator's rights, Conflict when it is installed already; then nothing is left.
     """
     with _manager(advapi.SC_MANAGER_CONNECT | advapi.SC_MANAGER_CREATE_SERVICE) as manager:
-        command = _program(service)
         try:
             handle = advapi.CreateService(
                 *(manager, service.name, service.title, _all_rights()),
                 *(advapi.SERVICE_WIN32_OWN_PROCESS, advapi.SERVICE_AUTO_START, advapi.SERVICE_ERROR_NORMAL),
                 # A service's own environment need not say where ProgramData is.
-                *(f'{command} service run --directory "{service.directory}"', None, None, None, service.account, None),
+                *(
+                    f'{_command(service)} service run --directory "{service.directory}"',
+                    None,
+                    None,
+                    None,
+                    service.account,
+                    None,
+                ),
             )
         except OSError as error:
             if error.winerror == advapi.ERROR_SERVICE_EXISTS:
                 raise Conflict(f"the service {service.name} is installed already: remove it first") from error
             raise _translated(error, f"the service {service.name} cannot be registered") from error
         try:
+            _copy_program(service)
             _configure(handle, service)
             make_private(service.directory, service.account)
             advapi.StartService(handle, 0, None)
@@ -117,6 +124,8 @@ def remove(service: Service) -> list[str]:
                     raise
             _wait_for(handle, advapi.SERVICE_STOPPED, service)
             advapi.DeleteService(handle)
+            with contextlib.suppress(OSError):  # it may be the very program that runs this
+                _program(service).unlink()
         except OSError as error:
             raise _translated(error, f"the service {service.name} cannot be removed") from error
         finally:
@@ -206,19 +215,26 @@ def _all_rights() -> int:
     )
 
 
-def _program(service: Service) -> str:
-    """The quoted command of the program, copied to Program Files when it is one file."""
-    if not getattr(sys, "frozen", False):
-        return f'"{sys.executable}" "{Path(sys.argv[0]).resolve()}"'
-    source = Path(sys.executable)
-    target = program_files() / "Flux" / f"{service.name}.exe"
-    if source != target:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-        except OSError as error:
-            raise _translated(error, f"{target} cannot be written") from error
-    return f'"{target}"'
+def _program(service: Service) -> Path:
+    return program_files() / "Flux" / f"{service.name}.exe"
+
+
+def _command(service: Service) -> str:
+    """How it is started: the copy in Program Files, or Python with this script where nothing is frozen."""
+    if getattr(sys, "frozen", False):
+        return f'"{_program(service)}"'
+    return f'"{sys.executable}" "{Path(sys.argv[0]).resolve()}"'
+
+
+def _copy_program(service: Service) -> None:
+    source, target = Path(sys.executable), _program(service)
+    if not getattr(sys, "frozen", False) or source == target:
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise _translated(error, f"{target} cannot be written") from error
 
 
 def _configure(handle: int, service: Service) -> None:

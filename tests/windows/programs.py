@@ -28,7 +28,12 @@ _SOURCES = ("fluxlib/**/*.py", "flux.py", "flux_agent.py", "flux.spec", "require
 
 
 def built(lab: Lab) -> Path:
-    """The directory with flux.exe and flux-agent.exe of this tree; built when something changed, in a minute or two."""
+    """The directory with flux.exe and flux-agent.exe of this tree; built when something changed, in a minute or two.
+
+    ``FLUX_WINDOWS_PROGRAMS`` names another one, with programs that are to be tested as they are.
+    """
+    if os.environ.get("FLUX_WINDOWS_PROGRAMS"):
+        return Path(os.environ["FLUX_WINDOWS_PROGRAMS"])
     directory = TOP / "dist" / "windows"
     stamp = directory / ".sources"
     digest = hashlib.sha256()

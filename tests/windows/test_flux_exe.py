@@ -118,6 +118,7 @@ def test_cancel_kills_the_tree(first: DoubleClicked, program: bytes, tmp_path: P
     assert_still([tmp_path / "beat.parent", tmp_path / "beat.child"])
 
 
+@pytest.mark.leaks("its second life is ended by the module's fixture")
 def test_second_start_uses_the_same_state(first: DoubleClicked, program: bytes, tmp_path: Path) -> None:
     """Ended the hard way with something running: the agent notices, ends it and knows why."""
     key = first.config["api_key"]

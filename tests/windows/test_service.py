@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +19,18 @@ pytestmark = [pytest.mark.windows, pytest.mark.timeout(480)]
 
 @pytest.fixture
 def program_data(lab: Lab) -> Iterator[Path]:
-    """Where the services keep their things; empty, and nothing is installed."""
+    """Where the services keep their things; empty, and nothing is installed, before and after."""
     directory = lab.prefix / "drive_c" / "ProgramData"
-    directories = [directory / "flux", directory / "flux-agent"]
+    clean(lab, directory)
     yield directory
-    for name in ("flux", "flux-agent"):
-        subprocess.run(["wine", "sc", "delete", name], env=lab.environment(), capture_output=True)
-    for one in directories:
-        if one.exists():
-            import shutil
+    clean(lab, directory)
 
-            shutil.rmtree(one)
+
+def clean(lab: Lab, directory: Path) -> None:
+    for name in ("flux", "flux-agent"):
+        for word in ("stop", "delete"):
+            subprocess.run(["wine", "sc", word, name], env=lab.environment(), capture_output=True, timeout=60)
+        shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def command(lab: Lab, exe: Path, *words: str) -> tuple[int, str]:
