@@ -135,15 +135,15 @@ def test_a_cpu_hog_leaves_its_victim_its_share(default: GuestAgent) -> None:
         assert record["cpu_seconds"] <= 0.13 * record["duration_ms"] / 1000 + 0.3, record
     beside_unlimited, _ = _share_beside(default, "unlimited")
     assert beside_limited > 0.75
-    assert beside_unlimited < 0.6
+    assert beside_unlimited < 0.65
 
 
 def _share_beside(agent: GuestAgent, hog: str) -> tuple[float, list[dict[str, Any]]]:
     """The part of 3 s that a victim computed beside four of ``hog``; the hogs' records."""
     hogs = [agent.start(hog, "spin", "60") for _ in range(4)]
     for identifier in hogs:
-        wait_until(lambda identifier=identifier: agent.record(identifier).get("run_started_at"), "hogs to run")
-    count, seconds = agent.run("victim", "spin", "3")["output"].split()
+        agent.said(identifier, "spinning")
+    _, count, seconds = agent.run("victim", "spin", "3")["output"].split()
     print(f"beside {hog}: {int(count) / 3:.0f} rounds a second, {float(seconds) / 3:.0%} of a processor")
     for identifier in hogs:
         agent.cancel(identifier)

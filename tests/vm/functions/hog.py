@@ -114,6 +114,7 @@ def files():
 
 def spin(seconds):
     """How much work gets done in ``seconds`` of the clock."""
+    print("spinning", flush=True)
     deadline = time.monotonic() + float(seconds)
     count = 0
     while time.monotonic() < deadline:
