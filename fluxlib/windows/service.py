@@ -32,6 +32,7 @@ from fluxlib.windows import advapi
 log = logging.getLogger(__name__)
 
 _STATE_CHANGES_WITHIN = 60.0
+_SHOWS_WITHIN = 5.0
 _RESTART_AFTER_MS = (5_000, 30_000, 60_000)
 _FORGET_FAILURES_AFTER = 3600
 # At shutdown Windows ends services after 5 seconds.
@@ -68,20 +69,14 @@ def install(service: Service) -> list[str]:
 
     Raises Forbidden without administrator's rights, Conflict when it is installed already; then nothing is left.
     """
+    # A service's own environment need not say where ProgramData is.
+    line = f'{_command(service)} service run --directory "{service.directory}"'
     with _manager(advapi.SC_MANAGER_CONNECT | advapi.SC_MANAGER_CREATE_SERVICE) as manager:
         try:
             handle = advapi.CreateService(
                 *(manager, service.name, service.title, _all_rights()),
                 *(advapi.SERVICE_WIN32_OWN_PROCESS, advapi.SERVICE_AUTO_START, advapi.SERVICE_ERROR_NORMAL),
-                # A service's own environment need not say where ProgramData is.
-                *(
-                    f'{_command(service)} service run --directory "{service.directory}"',
-                    None,
-                    None,
-                    None,
-                    service.account,
-                    None,
-                ),
+                *(line, None, None, None, service.account, None),
             )
         except OSError as error:
             if error.winerror == advapi.ERROR_SERVICE_EXISTS:
@@ -93,6 +88,7 @@ def install(service: Service) -> list[str]:
             make_private(service.directory, service.account)
             advapi.StartService(handle, 0, None)
             _wait_for(handle, advapi.SERVICE_RUNNING, service)
+            _see_it_stay(handle, service)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 advapi.DeleteService(handle)
@@ -281,6 +277,17 @@ def _wait_for(handle: int, state: int, service: Service) -> None:
             break
         pause(0.2)
     raise FluxError(f"the service {service.name} did not come up or down: see {service.log_file}")
+
+
+def _see_it_stay(handle: int, service: Service) -> None:
+    """A port that is taken shows after a moment only. Raises FluxError."""
+    deadline = time.monotonic() + _SHOWS_WITHIN
+    status = advapi.SERVICE_STATUS()
+    while time.monotonic() < deadline:
+        pause(0.2)
+        advapi.QueryServiceStatus(handle, byref(status))
+        if status.dwCurrentState != advapi.SERVICE_RUNNING:
+            raise FluxError(f"the service {service.name} ended at once: {service.log_file} says why")
 
 
 def _translated(error: OSError, what: str) -> FluxError:

@@ -84,5 +84,5 @@ def test_shell_scripts_parse(top: Path) -> None:
     shell = shutil.which("bash")
     if shell is None:
         pytest.skip("no bash")
-    for script in [".ci/run", "scripts/setup"]:
+    for script in [".ci/run", "scripts/setup", "windows/build-wine.sh"]:
         subprocess.run([shell, "-n", top / script], check=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,22 @@ def test_install_serves_and_remove_leaves_the_data(lab: Lab, program_data: Path)
     assert "stopped" in (home / "flux.log").read_text()
     code, words = command(lab, exe, "service", "remove")
     assert (code, "there is no service flux" in words) == (1, True)
+
+
+def test_a_service_that_cannot_start_is_not_left_installed(lab: Lab, program_data: Path) -> None:
+    home = program_data / "flux"
+    home.mkdir(parents=True)
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = {"api_key": "k" * 32, "port": taken.getsockname()[1], "listen_host": "127.0.0.1"}
+        config |= {"state_dir": "state", "certs_dir": "certs"}
+        (home / "flux.yaml").write_text(yaml.safe_dump(config))
+        code, words = command(lab, built(lab) / "flux.exe", "service", "install")
+    assert code == 1
+    assert "flux.log" in words
+    assert "another program does" in (home / "flux.log").read_text()
+    assert "there is no service flux" in command(lab, built(lab) / "flux.exe", "service", "remove")[1]
 
 
 def test_an_agent_without_configuration_is_told_how_to_get_one(lab: Lab, program_data: Path) -> None:
