@@ -89,7 +89,7 @@ class Sessions:
                 return None
             session = self._sessions.get(name)
             if session is None:
-                session = self._sessions[name] = Session(name, self._runs.with_output)
+                session = self._sessions[name] = Session(name, self._runs.with_output, lambda: self._runs.active)
                 # It may have been given up before: its asynchronous runs go on all the while.
                 made = session
                 self._runs.own_again(name, lambda asynchronous: _final(made, with_output=not asynchronous))

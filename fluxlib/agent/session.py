@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from fluxlib.lifecycle import Timer
 from fluxlib.model import ExecutionRecord
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
+from fluxlib.rpc.pace import Pace
 
 # Answers that travel in one frame at most; a large output travels alone.
 _BATCH = 64
@@ -38,16 +40,21 @@ class Session:
     """One life of one Flux. Pushed to from any thread, drained by the stream that is attached.
 
     ``fetch`` completes a record whose output lies in a file; only while its frame is made, so that large
-    outputs do not wait in memory.
+    outputs do not wait in memory. ``running`` tells how many runs there are now.
     """
 
-    def __init__(self, name: str, fetch: Callable[[ExecutionRecord], ExecutionRecord]) -> None:
+    def __init__(
+        self, name: str, fetch: Callable[[ExecutionRecord], ExecutionRecord], running: Callable[[], int]
+    ) -> None:
         self.name = name
         self.condition = threading.Condition()
         self.generation = 0  # of the stream attached last; an older one must end
         self.grace: Timer | None = None
         self.refused: set[str] = set()  # functions refused at capacity since they last had room
         self._fetch = fetch
+        self._running = running
+        self._gathering = False  # the stream has something to bring, and waits for more
+        self._pace = Pace()
         self._answers: deque[Owed] = deque()
         self._cancelled: deque[pb.CancelAnswer] = deque()
         self._freed: set[str] = set()
@@ -63,7 +70,8 @@ class Session:
                 self._unacknowledged[owed.record.execution_id] = owed
                 self._owed_bytes += owed.size
             self._answers.append(owed)
-            self.condition.notify()
+            if not self._gathering:
+                self.condition.notify()
 
     def cancel_answered(self, answer: pb.CancelAnswer) -> None:
         with self.condition:
@@ -105,6 +113,8 @@ class Session:
         with self.condition:
             while self.generation == generation:
                 if self._answers or self._cancelled or self._freed or self._stopping:
+                    if self._gather():
+                        continue
                     batch = self._batch()
                     break
                 if self._finishing:
@@ -118,6 +128,18 @@ class Session:
             self._stopping = False
         frame.executed.extend(self._encoded(owed) for owed in batch)
         return frame
+
+    def _gather(self) -> bool:
+        """Whether it has waited for more to bring, and must look again. With the condition held."""
+        now = time.monotonic()
+        left = self._pace.left(self._running(), now)
+        if left <= 0 or self._cancelled or self._freed or self._stopping or self._finishing:
+            self._pace.went(now)
+            return False
+        self._gathering = True
+        self.condition.wait(left)
+        self._gathering = False
+        return True
 
     def finish(self) -> None:
         """The stream attached now brings what waits, and ends. Call it with the condition held."""

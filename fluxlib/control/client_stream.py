@@ -23,6 +23,7 @@ from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus
 from fluxlib.rpc.gen import flux_pb2 as pb
+from fluxlib.rpc.pace import Pace
 from fluxlib.rpc.status import nobody_listens, reason_of
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class AgentStream:
         self._acks: list[str] = []
         self._acked_bytes = 0
         self._dozing = False  # the writer waits until it is told
+        self._gathering = False  # it has a frame to send, and waits for more to put in
+        self._pace = Pace()
         self._attachment: _Attachment | None = None
         self._attached = False
         self._instance_id = ""
@@ -97,7 +100,8 @@ class AgentStream:
             error = self._cannot_send() or self._table.add(request, on_answer)
             if error is None:
                 self._outbox.append(message)
-                self._work.notify()
+                if not self._gathering:
+                    self._work.notify()
         if error is not None:
             on_answer(error)
 
@@ -283,11 +287,25 @@ class AgentStream:
                 if attachment.greeted:
                     urgent = len(self._acks) >= _ACK_COUNT or self._acked_bytes >= _ACK_BYTES
                     if self._outbox or self._cancels or urgent or (due and self._acks):
+                        if self._gather():
+                            continue
                         return self._frame()
                 # With nothing in flight no ack can come up, and none is left: no need to look again.
                 self._dozing = not attachment.greeted or not (self._acks or len(self._table))
                 due = not self._work.wait(None if self._dozing else _ACK_DELAY)
                 self._dozing = False
+
+    def _gather(self) -> bool:
+        """Whether it has waited for more to send, and must look again."""
+        now = time.monotonic()
+        left = self._pace.left(len(self._table), now)
+        if left <= 0 or self._cancels:
+            self._pace.went(now)
+            return False
+        self._gathering = True
+        self._work.wait(left)
+        self._gathering = False
+        return True
 
     def _frame(self) -> pb.ControlFrame:
         frame = pb.ControlFrame(received=self._acks, cancel=self._cancels)

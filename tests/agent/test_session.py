@@ -18,7 +18,7 @@ def final(name: str, output: bytes | None = b"x", size: int | None = None) -> Ow
 
 
 def session(fetch: Fetch = lambda record: record) -> Session:
-    made = Session("s", fetch)
+    made = Session("s", fetch, lambda: 0)
     made.generation = 1
     return made
 

@@ -6,13 +6,13 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, WSGITask
-from waitress.utilities import RequestEntityTooLarge
+from waitress.utilities import RequestEntityTooLarge, build_http_date
 
 from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.early import UNQUESTIONED
@@ -24,22 +24,59 @@ log = logging.getLogger(__name__)
 # How long a client may go on sending what was refused.
 _DISCARD_SECONDS = 10.0
 _DISCARDED_AT_ONCE = 262_144
+# Bodies up to this (bytes) are sent together with their header.
+_SHORT = 64 * 1024
 
 
-class _Closing:
-    """Connections are not kept open while the server stops."""
+class _Lean:
+    """Connections are not kept open while the server stops; a short answer costs one packet and little else."""
 
     channel: Any
+    request: Any
+    version: str
+    status: str
+    complete: bool
+    wrote_header: bool
+    has_body: bool
+    content_length: int | None
+    content_bytes_written: int
+    response_headers: list[tuple[str, str]]
+    start_time: float
     set_close_on_finish: Callable[[], None]
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
             self.set_close_on_finish()
-        header: bytes = super().build_response_header()  # type: ignore[misc]
-        return header
+        headers = self.response_headers
+        # As the front and the errors make them; whatever is not so plain waitress looks at.
+        if self.version != "1.1" or "CONNECTION" in self.request.headers or headers[-1:] != [self._length_header()]:
+            header: bytes = super().build_response_header()  # type: ignore[misc]
+            return header
+        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in headers)]
+        lines += (f"Server: {self.channel.adj.ident}", f"Date: {http_date(int(self.start_time))}", "", "")
+        return "\r\n".join(lines).encode("latin-1")
+
+    def _length_header(self) -> tuple[str, str]:
+        return "Content-Length", str(self.content_length)
+
+    def write(self, data: bytes) -> None:
+        # waitress sends the header by itself: a second packet, and the GIL let go and waited for once more.
+        if self.wrote_header or not self.complete or len(data) != self.content_length or len(data) > _SHORT:
+            super().write(data)  # type: ignore[misc]
+            return
+        header = self.build_response_header()
+        self.wrote_header = True
+        self.content_bytes_written += len(data)
+        self.channel.write_soon(header + data if self.has_body else header)
 
 
-class ApiTask(_Closing, WSGITask):  # type: ignore[misc]
+@lru_cache(maxsize=2)
+def http_date(seconds: int) -> str:
+    """The Date header of that second."""
+    return str(build_http_date(seconds))
+
+
+class ApiTask(_Lean, WSGITask):  # type: ignore[misc]
     """A request for the application, which finds ``flux.on_gone`` in its environment."""
 
     def get_environment(self) -> dict[str, Any]:
@@ -48,7 +85,7 @@ class ApiTask(_Closing, WSGITask):  # type: ignore[misc]
         return environ
 
 
-class ApiErrorTask(_Closing, ErrorTask):  # type: ignore[misc]
+class ApiErrorTask(_Lean, ErrorTask):  # type: ignore[misc]
     """What waitress itself refuses (no HTTP, too large), said in JSON as everything else."""
 
     def execute(self) -> None:
@@ -134,12 +171,29 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
     def write_soon(self, data: Any) -> int:
         left = False
         with self.outbuf_lock:
-            count: int = super().write_soon(data)
+            count: int = self._sent_at_once(data) or super().write_soon(data)
             if self.total_outbufs_len and not self._unsent:
                 self._unsent = left = True
         if left or self.will_close:
             self._changed()
         return count
+
+    def _sent_at_once(self, data: Any) -> int:
+        """All of it by one call, without a buffer in between; 0 when that cannot be or could not be done."""
+        if self.total_outbufs_len or not self.connected or not isinstance(data, bytes) or len(data) > 2 * _SHORT:
+            return 0
+        try:
+            sent = self.send(data, do_close=False)
+        except OSError:
+            return 0  # it says so again, and is marked for its end
+        if sent == len(data):
+            self.last_activity = time.time()
+            return len(data)
+        if sent:
+            # The rest is kept as if all of it had been buffered.
+            super().write_soon(data[sent:])
+            return len(data)
+        return 0
 
     def _changed(self) -> None:
         """From a worker: what this connection waits for is another thing now."""
