@@ -232,5 +232,5 @@ def test_purging_leaves_nothing(host: Host) -> None:
     assert left.split() == []
     assert host.machine.status("getent passwd flux flux-runner") != 0
     assert host.machine.status("getent group flux flux-runner") != 0
-    assert host.run("systemctl list-unit-files --no-legend 'flux*'") == ""
+    assert host.run("systemctl list-unit-files --no-legend 'flux*' || true") == ""
     assert host.run("find /sys/fs/cgroup -name '*flux*'") == ""
