@@ -12,7 +12,8 @@ from fluxlib.model.functions import ANYWHERE, Platform
 from fluxlib.model.times import rfc3339
 
 AGENT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-RESERVED_AGENT_IDS = frozenset({"flux", "flux-agent"})
+# The names of certificates, and /agents/register, which is a path of its own.
+RESERVED_AGENT_IDS = frozenset({"flux", "flux-agent", "register"})
 
 
 class AgentStatus(str, Enum):

@@ -216,7 +216,7 @@ def check_agent_id(agent_id: str) -> None:
     if agent_id in RESERVED_AGENT_IDS or not AGENT_ID.fullmatch(agent_id):
         raise InvalidInput(
             f"{agent_id[:80]!r} cannot be an agent's ID: 1 to 63 lower-case letters, digits and inner hyphens,"
-            " and neither flux nor flux-agent"
+            f" and none of {', '.join(sorted(RESERVED_AGENT_IDS))}"
         )
 
 

@@ -169,6 +169,9 @@ class TestPaths:
         assert reply.status == 405
         assert set(reply.headers["Allow"].split(", ")) == {"GET", "HEAD", "PUT"}
         assert "PATCH" in reply.json["error"]
+        for method in ("DELETE", "GET", "PUT"):
+            reply = client(method, "/agents/register")
+            assert (reply.status, reply.headers["Allow"]) == (405, "POST")
 
 
 def _unquoted(path: str) -> str:

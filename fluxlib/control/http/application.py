@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flask import Flask, Response, request
@@ -39,9 +40,12 @@ def create_app(services: Services, *, front: bool = True, attempts: FailedAttemp
     app.config["PROPAGATE_EXCEPTIONS"] = False
     routes = build_routes(services.config)
     pipeline = Pipeline(services, attempts)
+    literal: dict[str, list[str]] = {}
     for route in routes:
+        if not route.parameter_names:
+            literal.setdefault(route.path, []).extend(["GET", "HEAD"] if route.method == "GET" else [route.method])
         _add(app, route, pipeline)
-    app.before_request(lambda: _before(app, pipeline))
+    app.before_request(lambda: _before(pipeline, literal))
     app.register_error_handler(Exception, lambda error: _failed(error, pipeline))
     app.early_check = EarlyCheck(pipeline, routes)
     app.extensions["flux"] = {"routes": routes, "pipeline": pipeline}
@@ -63,16 +67,18 @@ def _add(app: Flask, route: Route, pipeline: Pipeline) -> None:
     )
 
 
-def _before(app: Flask, pipeline: Pipeline) -> Response | None:
-    """What is settled before it matters whether the path is known."""
+def _before(pipeline: Pipeline, literal: Mapping[str, list[str]]) -> Response | None:
+    """What is settled before a view is called. ``literal``: the methods of each path without parameters."""
     try:
         check_path(request.environ)
     except FluxError as error:
         return _response(problem(error, request.path).with_headers(pipeline.cors.headers(request.environ)))
-    if request.method == "OPTIONS" and pipeline.cors.enabled:
-        methods = _methods(request.routing_exception)
-        if methods:
-            return _response(Answer(204, headers=pipeline.cors.preflight(request.environ, methods)))
+    # DELETE /agents/register is not about an agent called register: there can be none.
+    methods = sorted(literal.get(request.path, ())) or _methods(request.routing_exception)
+    if request.method == "OPTIONS" and pipeline.cors.enabled and methods:
+        return _response(Answer(204, headers=pipeline.cors.preflight(request.environ, methods)))
+    if request.path in literal and request.method not in methods:
+        raise MethodNotAllowed(valid_methods=methods)
     return None
 
 
