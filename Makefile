@@ -62,7 +62,7 @@ test-soak:
 
 fuzz:
 	@scripts/setup dev $(TEST_PACKAGES)
-	@$(PY) -m pytest -m fuzz tests $(ARGS)
+	@$(PY) -m pytest -n 3 -m fuzz tests $(ARGS)
 
 VM_PACKAGES = qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils debootstrap=debootstrap mke2fs=e2fsprogs ssh=openssh-client
 test-vm:
