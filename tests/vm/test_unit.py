@@ -99,4 +99,5 @@ def test_a_crash_of_the_agent_kills_what_ran_and_accounts_for_it(ready: GuestAge
     ready.connect()
     for identifier in running:
         record = ready.record(identifier)
-        assert (record["status"], record["error"]) == ("failed", "agent restarted while it ran")
+        assert (record["status"], record["error_kind"]) == ("failed", "agent_stopped")
+        assert "agent restarted while it ran" in record["error"]
