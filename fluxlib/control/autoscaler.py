@@ -101,6 +101,7 @@ class Autoscaler:
                     fleet.due_at = now + fleet.cloud.scaling.poll_interval_sec
                     self._look(fleet, waits, now)
         except StoreUnavailable as error:
+            self._loaded = False  # what was decided and not kept is forgotten
             log.warning("nothing is scaled while the store is away: %s", error.message)
         except LeaseLost as error:
             self._leadership.lost(error)

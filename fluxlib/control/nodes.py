@@ -139,12 +139,16 @@ class NodeService:
         """Take up what is neither done nor under way. ``now`` is epoch seconds."""
         if not self._leadership.leads:
             return
-        for state in self._registry.agents():
-            if state.record.provider and not self._crew.busy(state.agent_id):
-                try:
+        for agent_id in [state.agent_id for state in self._registry.agents() if state.record.provider]:
+            if self._crew.busy(agent_id):
+                continue
+            # Read after that look: what was under way a moment ago may have ended it.
+            state = self._registry.get(agent_id)
+            try:
+                if state is not None:
                     self._take_up(state, now)
-                except FluxError as error:
-                    log.warning("node %s cannot be gone on with: %s", state.agent_id, error.message)
+            except FluxError as error:
+                log.warning("node %s cannot be gone on with: %s", agent_id, error.message)
 
     def stop(self, deadline: Deadline) -> None:
         """Break off what is under way; it is recorded, and gone on with by the next life."""

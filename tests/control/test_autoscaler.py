@@ -1,0 +1,395 @@
+"""The autoscaler over invented clouds and times: what it sees, what it does, what it remembers."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from fluxlib.errors import ProviderError, StoreUnavailable
+from fluxlib.model import AgentStatus, Behavior, Platform
+from fluxlib.store.memory import MemoryControlStore
+from tests.support.clouds import CloudFleet, cloud, with_scaling
+from tests.support.fleet import spec
+from tests.support.programs import make_zip, wait_until
+
+CODE = make_zip({"run.sh": "#!/bin/sh\n"})
+
+
+def fleet_of(*clouds: object, **settings: object) -> CloudFleet:
+    return CloudFleet(*(clouds or (cloud(min_nodes=1, max_nodes=3),)), now=100_000.0, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fleet() -> Iterator[CloudFleet]:
+    made = fleet_of()
+    yield made
+    made.close()
+
+
+def hold(fleet: CloudFleet, cpu: float, seconds: float, memory: float = 10.0) -> None:
+    """This load for so long, looked at every ten seconds."""
+    for _ in range(int(seconds / 10)):
+        fleet.load(cpu, memory)
+        fleet.later(10)
+
+
+def declare(fleet: CloudFleet, name: str = "hello", **fields: object) -> None:
+    fields.setdefault("resource_pressure_behavior", Behavior.WAIT)
+    fleet.functions.put(spec(name, **fields))
+    fleet.functions.deploy(name, CODE)
+
+
+# -- growing and shrinking ---------------------------------------------------------------
+
+
+def test_nothing_is_made_before_anybody_asked(fleet: CloudFleet) -> None:
+    hold(fleet, 0, 100)
+    assert fleet.cloud().running() == []
+    assert "nothing waits" in fleet.last()["reason"]
+
+
+def test_a_hot_fleet_grows_by_one_of_the_smallest_and_then_cools_down(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    hold(fleet, 95, 50)
+    assert len(fleet.node_ids()) == 1
+    hold(fleet, 95, 20)
+    assert len(fleet.node_ids()) == 2
+    assert {state.record.instance_type for state in fleet.registry.agents()} == {"small"}
+    hold(fleet, 95, 280)
+    assert len(fleet.node_ids()) == 2
+    assert "cooling down" in fleet.last()["reason"]
+    hold(fleet, 95, 40)
+    assert len(fleet.node_ids()) == 3
+
+
+def test_a_cold_fleet_shrinks_to_its_minimum_one_by_one(fleet: CloudFleet) -> None:
+    fleet.clouds[0] = with_scaling(fleet.clouds[0])
+    fleet.nodes.initialize()
+    hold(fleet, 95, 420)
+    assert len(fleet.node_ids()) == 3
+    hold(fleet, 5, 370)
+    assert len(fleet.node_ids()) == 2
+    hold(fleet, 5, 310)
+    assert len(fleet.node_ids()) == 1
+    hold(fleet, 5, 700)
+    assert len(fleet.node_ids()) == len(fleet.cloud().running()) == 1
+
+
+def test_agents_added_by_hand_are_invisible(fleet: CloudFleet) -> None:
+    fleet.wire.add("manual")
+    fleet.membership.register("manual:50052", legacy=False)
+    fleet.nodes.initialize()
+    # The one by hand is idle all the time: it does not keep the others from being hot.
+    hold(fleet, 95, 70)
+    assert len(fleet.cloud().running()) == 2
+    hold(fleet, 5, 400)
+    assert "manual" in {state.agent_id for state in fleet.registry.agents()}
+    assert "manual" not in fleet.conditions()
+
+
+def test_at_the_maximum_a_small_node_is_drained_and_replaced_by_the_largest() -> None:
+    fleet = fleet_of(cloud(min_nodes=2, max_nodes=2))
+    try:
+        fleet.nodes.initialize()
+        first, second = fleet.node_ids()
+        slot = fleet.registry.reserve(second, "hello")
+        for _ in range(6):
+            fleet.load(95)
+            fleet.later(10)
+        fleet.load(95)
+        fleet.later(10)
+        kinds = [fleet.state(agent_id).record.instance_type for agent_id in fleet.node_ids()]
+        assert first not in fleet.node_ids()
+        fleet.later(10)
+        kinds = sorted(fleet.state(agent_id).record.instance_type for agent_id in fleet.node_ids())
+        assert kinds == ["large", "small"]
+        assert second in fleet.node_ids()
+        assert slot is not None
+    finally:
+        fleet.close()
+
+
+def test_a_replacement_survives_a_restart_in_every_step() -> None:
+    fleet = fleet_of(cloud(min_nodes=2, max_nodes=2))
+    try:
+        fleet.nodes.initialize()
+        first = fleet.node_ids()[0]
+        for agent_id in fleet.node_ids():
+            assert fleet.registry.reserve(agent_id, "hello") is not None
+        for _ in range(7):
+            fleet.load(95)
+            fleet.pass_time(10)
+            fleet.autoscaler.tick(fleet.now)
+        wait_until(lambda: fleet.state(first).record.status is AgentStatus.DRAINING, "it to drain")
+        fleet = fleet.again()
+        assert fleet.conditions()[first] == "leaving"
+        fleet.later(10)
+        wait_until(lambda: first not in fleet.cloud().running(), "it to go")
+        fleet = fleet.again(session="s3")
+        fleet.later(1)
+        kinds = sorted(fleet.state(agent_id).record.instance_type for agent_id in fleet.node_ids())
+        assert kinds == ["large", "small"]
+    finally:
+        fleet.close()
+
+
+# -- healing -----------------------------------------------------------------------------
+
+
+def test_a_fleet_heals_below_its_minimum(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    fleet.nodes.terminate(fleet.node_ids()[0])
+    fleet.later(10)
+    assert len(fleet.node_ids()) == len(fleet.cloud().running()) == 1
+    assert "min_nodes is 1" in fleet.autoscaler.report()["providers"]["aws"]["decisions"][0]["reason"]
+
+
+def test_delete_nodes_is_not_healed_until_initialize(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    fleet.nodes.remove_all()
+    fleet.waiting["hello"] = 5
+    hold(fleet, 0, 100)
+    assert fleet.cloud().running() == []
+    assert "POST /initialize" in fleet.last()["reason"]
+    fleet.waiting.clear()
+    fleet.nodes.initialize()
+    fleet.nodes.terminate(fleet.node_ids()[0])
+    fleet.later(10)
+    assert len(fleet.cloud().running()) == 1
+
+
+def test_failed_launches_are_tried_again_more_and_more_rarely(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    fleet.cloud().faults.launch[""] = ProviderError("aws: InsufficientInstanceCapacity")
+    fleet.nodes.terminate(fleet.node_ids()[0])
+    tried = []
+    for _ in range(40):
+        before = len(fleet.cloud().calls)
+        fleet.later(10)
+        tried += [fleet.now] if len(fleet.cloud().calls) > before else []
+    pauses = [later - earlier for earlier, later in itertools.pairwise(tried)]
+    assert pauses[:4] == [30, 60, 120, 240][: len(pauses[:4])]
+    report = fleet.autoscaler.report()["providers"]["aws"]
+    assert "InsufficientInstanceCapacity" in report["last_decision"]["reason"]
+    assert "InsufficientInstanceCapacity" in report["failures"][0]["error"]
+    fleet.cloud().faults.launch.clear()
+    fleet.later(600)
+    assert len(fleet.cloud().running()) == 1
+    assert fleet.autoscaler.report()["providers"]["aws"]["paused_sec"] == 0
+
+
+def test_a_node_offline_for_too_long_is_replaced_and_ended() -> None:
+    fleet = fleet_of(cloud(min_nodes=2, max_nodes=3))
+    try:
+        fleet.nodes.initialize()
+        dead, alive = fleet.node_ids()
+        fleet.wire.machines[fleet.state(dead).record.address].up = False
+        for _ in range(4):
+            fleet.round()
+        assert fleet.conditions() == {dead: "offline", alive: "online"}
+        fleet.later(10)
+        assert len(fleet.cloud().running()) == 2
+        for _ in range(32):
+            fleet.round()
+        fleet.later(10)
+        fleet.later(10)
+        assert dead not in fleet.node_ids()
+        assert dead not in fleet.cloud().running()
+        assert len(fleet.node_ids()) == 2
+    finally:
+        fleet.close()
+
+
+# -- executions that wait ----------------------------------------------------------------
+
+
+def test_what_waits_makes_a_node_from_none_at_once() -> None:
+    fleet = fleet_of(cloud(min_nodes=0))
+    try:
+        declare(fleet)
+        fleet.waiting["hello"] = 1
+        fleet.later(1)
+        assert len(fleet.node_ids()) == 1
+        assert "1 execution of hello wait" in fleet.autoscaler.report()["providers"]["aws"]["decisions"][0]["reason"]
+        fleet.waiting.clear()
+        hold(fleet, 5, 400)
+        assert fleet.cloud().running() == []
+    finally:
+        fleet.close()
+
+
+def test_a_burst_that_is_over_by_the_next_look_makes_no_node(fleet: CloudFleet) -> None:
+    declare(fleet)
+    fleet.nodes.initialize()
+    fleet.waiting["hello"] = 50
+    fleet.later(10)
+    fleet.waiting.clear()
+    fleet.later(10)
+    assert len(fleet.node_ids()) == 1
+    fleet.waiting["hello"] = 50
+    fleet.later(10)
+    fleet.later(10)
+    assert len(fleet.node_ids()) == 2
+
+
+def test_what_no_node_could_take_makes_none() -> None:
+    fleet = fleet_of(cloud(min_nodes=0))
+    try:
+        declare(fleet, "exe", platforms=(Platform("windows"),))
+        declare(fleet, "huge", memory_mb=10**6)
+        fleet.waiting.update(exe=3, huge=3, deleted=3)
+        hold(fleet, 0, 50)
+        assert fleet.cloud().running() == []
+    finally:
+        fleet.close()
+
+
+def test_what_waits_at_another_flux_is_demand_too() -> None:
+    store = MemoryControlStore()
+    leader = fleet_of(cloud(min_nodes=0), store=store, shared=True)
+    follower = fleet_of(cloud(min_nodes=0), store=store, shared=True, session="s2", clock=leader.time)
+    try:
+        leader.leadership.tick(leader.now)
+        declare(leader)
+        follower.waiting["hello"] = 2
+        follower.autoscaler.tick(follower.now)
+        assert follower.cloud().running() == []
+        leader.later(1)
+        assert len(leader.cloud().running()) == 1
+        follower.waiting.clear()
+        follower.autoscaler.tick(follower.now)
+        assert leader.demand.read() == ()
+    finally:
+        follower.close()
+        leader.close()
+
+
+# -- two providers -----------------------------------------------------------------------
+
+
+def two(**settings: object) -> CloudFleet:
+    return fleet_of(cloud("aws", **settings), cloud("gcp", **settings))
+
+
+def test_two_providers_do_not_both_answer_one_heat() -> None:
+    fleet = two(min_nodes=1, max_nodes=3)
+    try:
+        fleet.nodes.initialize()
+        gate = fleet.setup.gates["install flux-agent"] = threading.Event()
+        for _ in range(12):
+            fleet.load(95)
+            fleet.pass_time(10)
+            fleet.autoscaler.tick(fleet.now)
+        wait_until(lambda: len(fleet.cloud("aws").running()) == 2, "the launch")
+        assert len(fleet.cloud("gcp").running()) == 1
+        gate.set()
+        fleet.quiet()
+        hold(fleet, 95, 50)
+        # The new node has not had a whole window to take its share.
+        assert len(fleet.cloud("gcp").running()) == 1
+        hold(fleet, 95, 30)
+        assert len(fleet.cloud("gcp").running()) == 2
+    finally:
+        fleet.close()
+
+
+def test_two_providers_do_not_both_answer_one_queue() -> None:
+    fleet = two(min_nodes=0, max_nodes=1)
+    try:
+        declare(fleet)
+        fleet.waiting["hello"] = 1
+        fleet.later(1)
+        assert (len(fleet.cloud("aws").running()), len(fleet.cloud("gcp").running())) == (1, 0)
+        # The first is full, and it lasts: the second one's turn.
+        hold(fleet, 50, 20)
+        assert len(fleet.cloud("gcp").running()) == 1
+    finally:
+        fleet.close()
+
+
+def test_the_second_provider_answers_when_the_first_cannot() -> None:
+    fleet = two(min_nodes=0, max_nodes=5)
+    try:
+        declare(fleet)
+        fleet.cloud("aws").faults.launch[""] = ProviderError("aws: quota")
+        fleet.waiting["hello"] = 1
+        fleet.later(1)
+        fleet.later(10)
+        assert (len(fleet.cloud("aws").running()), len(fleet.cloud("gcp").running())) == (0, 1)
+    finally:
+        fleet.close()
+
+
+# -- what is remembered ------------------------------------------------------------------
+
+
+def test_a_restart_forgets_neither_cooldown_nor_samples(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    hold(fleet, 95, 50)
+    again = fleet.again()
+    try:
+        hold(again, 95, 20)
+        assert len(again.node_ids()) == 2
+        third = again.again(session="s3")
+        try:
+            hold(third, 95, 100)
+            assert len(third.node_ids()) == 2
+            assert "cooling down" in third.last()["reason"]
+            decisions = third.autoscaler.report()["providers"]["aws"]["decisions"]
+            assert "hot" in decisions[0]["reason"]
+        finally:
+            third.close()
+    finally:
+        again.close()
+
+
+def test_a_store_that_is_away_scales_nothing(fleet: CloudFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet.nodes.initialize()
+    hold(fleet, 95, 50)
+
+    def away(*_: object) -> None:
+        raise StoreUnavailable("the store is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fleet.store, "set_fact", away)
+        fleet.load(95)
+        fleet.time[0] += 10
+        fleet.autoscaler.tick(fleet.now)
+        assert len(fleet.cloud().running()) == 1
+    hold(fleet, 95, 10)
+    assert len(fleet.cloud().running()) == 2
+
+
+def test_a_follower_decides_nothing_and_takes_over_with_what_the_leader_knew() -> None:
+    store = MemoryControlStore()
+    leader = fleet_of(store=store, shared=True)
+    follower = fleet_of(cloud(min_nodes=1, max_nodes=3), store=store, shared=True, session="s2", clock=leader.time)
+    try:
+        leader.nodes.initialize()
+        hold(leader, 95, 50)
+        follower.autoscaler.tick(follower.now)
+        assert follower.autoscaler.report()["providers"]["aws"]["last_decision"] == leader.last()
+        leader.leadership.resign()
+        follower.time[0] += 10
+        follower.leadership.tick(follower.now)
+        assert follower.leadership.leads
+        follower.autoscaler.tick(follower.now)
+        remembered = follower.autoscaler._fleets["aws"].state
+        assert remembered.wish.value == "kept"
+    finally:
+        follower.close()
+        leader.close()
+
+
+def test_the_report_shows_samples_conditions_and_reasons(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    hold(fleet, 42, 30)
+    report = fleet.autoscaler.report()["providers"]["aws"]
+    (node,) = report["nodes"]
+    assert node["condition"] == "online"
+    assert [sample["cpu_percent"] for sample in node["samples"]] == [42, 42, 42]
+    assert report["enabled"] is True
+    assert report["last_decision"]["reason"]
