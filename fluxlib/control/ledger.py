@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # How long a write may take (seconds) before its execution is given up.
 COMMIT_PATIENCE = 10.0
+_SMALL_OUTPUT = 4096
 
 
 class Ledger:
@@ -121,8 +122,8 @@ class Ledger:
 
         ``keep=False``: forgotten at the next expiry, for what the caller was never told the ID of.
         """
-        if record.output is not None:
-            record = replace(record, output=None)
+        if record.output is not None and len(record.output) > _SMALL_OUTPUT:
+            record = replace(record, output=None)  # it is kept here until the write holds
         now = time.time()
         keep_until = now + self._keep_for if keep else now
         try:

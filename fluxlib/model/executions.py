@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import Any
@@ -150,6 +150,64 @@ class ExecutionRecord:
         if with_output:
             data["output"] = (self.output or b"").decode("utf-8", "replace")
         return data
+
+    def to_row(self) -> list[Any]:
+        """Everything but its output, at half of what ``to_json`` costs. The order is that of stores and wire."""
+        return [
+            self.execution_id,
+            self.function_name,
+            self.agent_id,
+            self.status.value,
+            self.phase.value,
+            self.asynchronous,
+            self.output_bytes,
+            self.truncated,
+            self.error,
+            int(self.error_kind),
+            self.exit_code,
+            self.signal,
+            self.duration_ms,
+            self.queue_ms,
+            self.started_at,
+            self.run_started_at,
+            self.status_at,
+            self.peak_memory_bytes,
+            self.cpu_seconds,
+            self.warnings,
+        ]
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> ExecutionRecord:
+        """What ``to_row`` made."""
+        (
+            execution_id,
+            function_name,
+            agent_id,
+            status,
+            phase,
+            asynchronous,
+            output_bytes,
+            truncated,
+            error,
+            error_kind,
+            *more,
+            warnings,
+        ) = row
+        return cls(
+            execution_id,
+            function_name,
+            agent_id,
+            ExecutionStatus(status),
+            Phase(phase),
+            asynchronous,
+            None,
+            output_bytes,
+            truncated,
+            error,
+            ErrorKind(error_kind),
+            *more,
+            tuple(warnings),
+        )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExecutionRecord:

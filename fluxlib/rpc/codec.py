@@ -142,9 +142,10 @@ def record_to_json(record: ExecutionRecord, *, with_output: bool = True) -> byte
 
 
 def record_from_json(data: bytes) -> ExecutionRecord:
-    """A record from an agent. Raises ValueError for what is none."""
+    """A record from an agent, as an object or as the row of an answer. Raises ValueError for what is none."""
     try:
-        return ExecutionRecord.from_json(json.loads(data))
+        value = json.loads(data)
+        return ExecutionRecord.from_row(value) if isinstance(value, list) else ExecutionRecord.from_json(value)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an execution record: {error!r}") from error
 
@@ -172,7 +173,7 @@ def response_from_record(record: ExecutionRecord, *, with_output: bool = True) -
         error=original_text(record), duration_ms=record.duration_ms, error_kind=cast("Any", int(record.error_kind))
     )
     if record.status.ended and not record.error_kind.nothing_started:
-        response.record = record_to_json(record, with_output=False)
+        response.record = json.dumps(record.to_row(), separators=(",", ":")).encode()
     if with_output and record.output:
         response.output = record.output
     return response

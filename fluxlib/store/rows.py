@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from fluxlib.model import (
@@ -75,17 +74,12 @@ def request_from_bytes(data: bytes, execution_id: str, function_name: str, async
 
 
 def record_to_text(record: ExecutionRecord) -> str:
-    """Without output; times as numbers, so that nothing is lost to rounding."""
-    data = record.to_json(with_output=False)
-    data["times"] = [record.started_at, record.run_started_at, record.status_at]
-    return dump(data)
+    """Without output."""
+    return dump(record.to_row())
 
 
 def record_from_text(text: str | bytes) -> ExecutionRecord:
-    data: Mapping[str, Any] = json.loads(text)
-    record = ExecutionRecord.from_json(data)
-    started_at, run_started_at, status_at = data["times"]
-    return replace(record, started_at=started_at, run_started_at=run_started_at, status_at=status_at, output=None)
+    return ExecutionRecord.from_row(json.loads(text))
 
 
 def open_record(
