@@ -65,7 +65,10 @@ def test_a_refusal_at_capacity_is_told_first_also_of_an_asynchronous_call(client
         refused = client.run(f"o-full-2-{number}", "echo", name="narrow", asynchronous=asynchronous)
         assert refused.error_kind is ErrorKind.AT_CAPACITY
     assert [name for name, _ in client.told.said] == ["full", "answer", "full", "answer"]
-    assert client.connection.cancel("o-full-1", reason="room", timeout=10) is ExecutionStatus.CANCELLED
+    # The original answers "not found" until the program has been started.
+    wait_until(
+        lambda: client.connection.cancel("o-full-1", reason="room", timeout=10) is ExecutionStatus.CANCELLED, "room"
+    )
     assert first.record(0).status is ExecutionStatus.CANCELLED
 
 

@@ -71,10 +71,14 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+def off_executor(directory: Path) -> OffExecutor:
+    config = read_agent(b"agent_id: worker\n", directory / "agent.yaml")
+    return OffExecutor(config, directory / "state", "a test")
+
+
 @pytest.fixture
 def executor(directory: Path) -> Iterator[OffExecutor]:
-    config = read_agent(b"agent_id: worker\n", directory / "agent.yaml")
-    executor = OffExecutor(config, directory / "state", "a test")
+    executor = off_executor(directory)
     yield executor
     executor.stop(time.monotonic() + 5)
 
@@ -116,6 +120,23 @@ def test_programs_get_signals_as_they_should_be(executor: OffExecutor, directory
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD, signal.SIGTERM):
         assert not masks["SigIgn:"] >> (number - 1) & 1, number
     assert masks["SigBlk:"] == 0
+
+
+def test_what_the_agents_starter_ignored_is_no_programs_affair(directory: Path) -> None:
+    """nohup ignores SIGHUP, a script's & SIGQUIT, and exec keeps that."""
+    ours = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        executor = off_executor(directory)
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    try:
+        run = Run(executor, directory, "grep SigIgn /proc/self/status")
+        run.end()
+        ignored = int(run.output.split()[1], 16)
+        assert not [number for number in signal.valid_signals() if ignored >> (number - 1) & 1]
+    finally:
+        executor.stop(time.monotonic() + 10)
 
 
 def test_no_descriptor_of_ours_is_inherited(executor: OffExecutor, directory: Path) -> None:

@@ -83,7 +83,7 @@ class Spawner:
         self._answers: list[tuple[Any, ...]] = []
         self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
         self._signal_read, signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in _HANDLED:
+        for number in _handled():
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(signal_write, warn_on_full_buffer=False)
 
@@ -259,6 +259,12 @@ class Spawner:
             return []
         running = {job.execution_id for job in self._jobs.values()}
         return [pid for pid in adopted if (owner := _execution_of(pid)) == execution_id or owner not in running]
+
+
+def _handled() -> set[int]:
+    """Also what whoever started the agent made it ignore: nohup, or a script that ends a line with &."""
+    others = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    return {*_HANDLED, *(number for number in others if signal.getsignal(number) is signal.SIG_IGN)}
 
 
 def _execution_of(pid: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ class Verdict:
 class Supervised:
     """A job with its limits of time.
 
-    ``timeout`` is seconds (0 = none), ``grace`` the seconds between asking the tree to stop and killing it.
+    ``timeout`` is the seconds the program may run (0 = none), ``grace`` those between asking the tree to stop and
+    killing it.
     """
 
     __slots__ = (
@@ -43,6 +45,7 @@ class Supervised:
         "_on_end",
         "_reason",
         "_running",
+        "_started_at",
         "_timeout",
         "_timeout_timer",
         "_timers",
@@ -66,6 +69,7 @@ class Supervised:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._running: RunningJob | None = None
+        self._started_at: float | None = None
         self._timeout_timer: Timer | None = None
         self._kill_timer: Timer | None = None
         self._why = ErrorKind.NONE
@@ -74,7 +78,12 @@ class Supervised:
 
     def start(self, on_output: Callable[[bytes], None], on_started: Callable[[int], None]) -> None:
         """Raises what Executor.start raises; then ``on_end`` is never called."""
-        running = self._executor.start(self._job, on_output, self._exited, on_started)
+
+        def started(pid: int) -> None:
+            self._started_at = time.monotonic()
+            on_started(pid)
+
+        running = self._executor.start(self._job, on_output, self._exited, started)
         with self._lock:
             self._running = running
             stopping = self._why is not ErrorKind.NONE
@@ -94,6 +103,13 @@ class Supervised:
             self._ask_to_stop(running, self._grace if grace is None else grace)
 
     def _timed_out(self) -> None:
+        # Counted from its own start, which a busy machine may have delayed; a start that never comes ends too.
+        left = self._timeout - (time.monotonic() - self._started_at) if self._started_at is not None else 0.0
+        if left > 0:
+            with self._lock:
+                if not self._end:
+                    self._timeout_timer = self._timers.after(left, self._timed_out)
+            return
         self.stop(ErrorKind.TIMEOUT, f"execution timed out after {self._timeout:g}s")
 
     def _ask_to_stop(self, running: RunningJob, grace: float) -> None:

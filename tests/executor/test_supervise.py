@@ -1,0 +1,95 @@
+"""A job's limits of time, with invented times: nothing is started and nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from fluxlib.agent.executor import supervise
+from fluxlib.agent.executor.base import Executor, Exit, Job
+from fluxlib.agent.executor.supervise import Supervised, Verdict
+from fluxlib.lifecycle import Timers
+from fluxlib.model import ErrorKind, ExecutionStatus
+
+
+class Clock:
+    """A clock, its timers, and an executor whose one job starts and ends when the test says."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+        self.signals: list[str] = []
+        self.verdicts: list[Verdict] = []
+        self.started: Callable[[int], None]
+        self.exited: Callable[[Exit], None]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def after(self, seconds: float, call: Callable[[], None]) -> Clock:
+        self.timers.append((self.now + seconds, call))
+        return self
+
+    def cancel(self) -> None:
+        """Every timer is its own clock here; a cancelled one is simply never fired."""
+
+    def start(
+        self, job: Job, on_output: Any, on_exit: Callable[[Exit], None], on_started: Callable[[int], None]
+    ) -> Clock:
+        self.started, self.exited = on_started, on_exit
+        return self
+
+    def terminate(self) -> None:
+        self.signals.append("TERM")
+
+    def kill(self) -> None:
+        self.signals.append("KILL")
+
+    def fire(self) -> None:
+        """The next timer, at its time."""
+        self.now, call = self.timers.pop(0)
+        call()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=clock.monotonic))
+    job = Job("e-1", ("/bin/true",), {}, Path("/"))
+    supervised = Supervised(
+        cast(Executor, clock), cast(Timers, clock), job, 10.0, 2.0, lambda verdict: clock.verdicts.append(verdict)
+    )
+    supervised.start(lambda data: None, lambda pid: None)
+    return clock
+
+
+def test_the_timeout_counts_from_its_own_start(clock: Clock) -> None:
+    clock.now += 4
+    clock.started(7)
+    clock.fire()
+    assert (clock.now, clock.signals) == (1010.0, []), "it has run for six seconds only"
+    clock.fire()
+    assert (clock.now, clock.signals) == (1014.0, ["TERM"])
+    clock.fire()
+    assert (clock.now, clock.signals) == (1016.0, ["TERM", "KILL"])
+    clock.exited(Exit(signal=9))
+    verdict = clock.verdicts[0]
+    assert (verdict.status, verdict.kind) == (ExecutionStatus.FAILED, ErrorKind.TIMEOUT)
+    assert verdict.error == "execution timed out after 10s"
+
+
+def test_a_start_that_never_comes_ends_too(clock: Clock) -> None:
+    clock.fire()
+    assert (clock.now, clock.signals) == (1010.0, ["TERM"])
+
+
+def test_one_that_has_ended_is_left_alone(clock: Clock) -> None:
+    clock.started(7)
+    clock.exited(Exit(exit_code=0))
+    clock.fire()
+    assert clock.signals == []
+    assert clock.verdicts[0].status is ExecutionStatus.SUCCESS
