@@ -25,7 +25,7 @@ def set_up(level: str = "INFO", *, timestamps: bool = True, file: Path | None = 
         handler = logging.handlers.RotatingFileHandler(
             file, maxBytes=_FILE_BYTES, backupCount=_OLD_FILES, encoding="utf-8"
         )
-    handler.setFormatter(logging.Formatter(_FORMAT if timestamps else _FORMAT.partition(" ")[2]))
+    handler.setFormatter(_OneLine(_FORMAT if timestamps else _FORMAT.partition(" ")[2]))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -33,7 +33,19 @@ def set_up(level: str = "INFO", *, timestamps: bool = True, file: Path | None = 
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _OneLine(logging.Formatter):
+    """What agents, clouds and clients say is in messages: no line of theirs may look like one of ours."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        message = super().formatMessage(record)
+        return message if message.isprintable() else _escaped(message)
+
+
 def one_line(text: str, limit: int = 500) -> str:
     """Text from outside made safe for a log line: no control characters, bounded."""
-    cleaned = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text[: limit + 1])
+    cleaned = _escaped(text[: limit + 1])
     return cleaned if len(cleaned) <= limit else cleaned[:limit] + "…"
+
+
+def _escaped(text: str) -> str:
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)

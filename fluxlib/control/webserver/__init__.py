@@ -72,7 +72,10 @@ class _Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
         super().del_channel(map)
 
     def maintenance(self, now: float) -> None:
-        """Closes idle connections, and those whose client has stopped reading."""
+        """Closes idle connections, those whose client has stopped reading, and those that drip a request."""
+        for channel in list(self.active_channels.values()):
+            if channel.dawdles(now):
+                channel.handle_close()
         if not self.poller.watches:
             super().maintenance(now)
             return

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # How long a client may go on sending what was refused.
 _DISCARD_SECONDS = 10.0
 _DISCARDED_AT_ONCE = 262_144
+# For a head, and for a body that nobody was asked about: whoever drips them holds a connection for nothing.
+_REQUEST_SECONDS = 60.0
 # Bodies up to this (bytes) are sent together with their header.
 _SHORT = 64 * 1024
 
@@ -116,6 +118,12 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
         self.error: Any
         self._channel = channel
         self._asked = False
+        self.begun = time.time()
+
+    @property
+    def questioned(self) -> bool:
+        """Whether it is large, and its sender was found to have a key for it."""
+        return bool(self.headers_finished and (self.chunked or self.content_length > UNQUESTIONED))
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
@@ -123,7 +131,7 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
             self._asked = True
             # What waitress finds too large is asked about as well: it may have no key, or no such path.
             fits = self.error is None or isinstance(self.error, RequestEntityTooLarge)
-            if fits and (self.chunked or self.content_length > UNQUESTIONED):
+            if fits and self.questioned:
                 self._ask()
         if self.error is not None:
             # waitress would ask a client that waits for it to send all the same.
@@ -222,6 +230,11 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
                 self.outbuf_lock.release()
 
     # -- input ---------------------------------------------------------------------
+
+    def dawdles(self, now: float) -> bool:
+        """Whether a request has been coming in for too long; each byte of it looks like activity. From the loop."""
+        request = self.request
+        return request is not None and not request.questioned and now - request.begun > _REQUEST_SECONDS
 
     def readable(self) -> bool:
         if self._discard_until:
