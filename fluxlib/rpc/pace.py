@@ -8,7 +8,7 @@ never waits.
 
 from __future__ import annotations
 
-_EACH, _LONGEST = 0.0001, 0.002  # seconds
+_EACH, _LONGEST = 0.00025, 0.004  # seconds
 
 
 class Pace:

@@ -3,7 +3,8 @@
 A program that writes many small pieces would cost a wake-up each. After a few
 quick reads its pipe is enlarged and looked at every 20 ms instead: 200 000 lines
 cost hundreds of reads. A program's end is told by the spawner, not by the pipe,
-so a short program never waits for that.
+so a short program never waits for that; and most are so short that their pipe
+is read once, at their end, and never watched.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 _READ_SIZE = 256 * 1024
 _QUICK_READS = 8
 _COALESCE = 0.02
+# A new pipe is watched from then on: a program that fills it at once waits no longer than this (seconds).
+_UNWATCHED = 0.005
 _PIPE_SIZE = 1024 * 1024
 _READABLE = select.EPOLLIN
 _SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
@@ -49,6 +52,7 @@ class Reactor:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._pipes: dict[int, OutputPipe] = {}
         self._resting: deque[tuple[float, OutputPipe]] = deque()
+        self._new: deque[tuple[float, OutputPipe]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poller.register(self._wake_read, select.EPOLLIN)
@@ -79,9 +83,11 @@ class Reactor:
                 self._poller.unregister(fd)
 
     def add_pipe(self, pipe: OutputPipe) -> None:
+        """From any thread. Something must wake the reactor soon, as the spawner's word of the start does."""
         os.set_blocking(pipe.fd, False)
         self._pipes[pipe.fd] = pipe
-        self._poller.register(pipe.fd, select.EPOLLIN)
+        pipe.resting = True
+        self._new.append((time.monotonic() + _UNWATCHED, pipe))
 
     def drain(self, pipe: OutputPipe) -> None:
         """Read what is left and close. On the reactor's thread, when no writer is alive any more."""
@@ -105,10 +111,7 @@ class Reactor:
 
     def _run(self) -> None:
         while not self._stopping:
-            timeout = -1.0
-            if self._resting:
-                timeout = max(0.0, self._resting[0][0] - time.monotonic())
-            for fd, _ in self._poller.poll(timeout):
+            for fd, _ in self._poller.poll(self._timeout()):
                 try:
                     self._handle(fd)
                 except Exception:
@@ -119,6 +122,16 @@ class Reactor:
                     self._calls.popleft()()
                 except Exception:
                     log.exception("a call on the output thread failed")
+
+    def _timeout(self) -> float:
+        """Seconds until the next pipe is to be watched, -1 = none."""
+        ends = []
+        for waiting in (self._new, self._resting):
+            while waiting and waiting[0][1].fd < 0:
+                waiting.popleft()
+            if waiting:
+                ends.append(waiting[0][0])
+        return max(0.0, min(ends) - time.monotonic()) if ends else -1.0
 
     def _handle(self, fd: int) -> None:
         if fd == self._wake_read:
@@ -151,11 +164,12 @@ class Reactor:
 
     def _end_rests(self) -> None:
         now = time.monotonic()
-        while self._resting and self._resting[0][0] <= now:
-            pipe = self._resting.popleft()[1]
-            pipe.resting = False
-            if pipe.fd >= 0:
-                self._poller.register(pipe.fd, select.EPOLLIN)
+        for waiting in (self._new, self._resting):
+            while waiting and waiting[0][0] <= now:
+                pipe = waiting.popleft()[1]
+                pipe.resting = False
+                if pipe.fd >= 0:
+                    self._poller.register(pipe.fd, select.EPOLLIN)
 
     def _read(self, pipe: OutputPipe) -> bool | None:
         """True after some data, False at the end, None when nothing is there now."""
