@@ -9,7 +9,7 @@ GEN = fluxlib/rpc/gen
 # Modules mypy sees nothing of elsewhere.
 ONLY_ON_WINDOWS = fluxlib/windows $(wildcard fluxlib/agent/executor/win*.py) fluxlib/agent/executor/jobobject.py
 
-.PHONY: run test check format proto docs lock bench test-vm test-windows test-faults test-soak fuzz deb clean
+.PHONY: run test check format proto docs lock bench test-vm test-packages test-windows test-faults test-soak fuzz deb clean
 
 run:
 	@scripts/setup run
@@ -64,10 +64,16 @@ fuzz:
 	@scripts/setup dev $(TEST_PACKAGES)
 	@$(PY) -m pytest -n 3 -m fuzz tests $(ARGS)
 
-VM_PACKAGES = qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils debootstrap=debootstrap mke2fs=e2fsprogs ssh=openssh-client
+DEB_PACKAGES = dpkg-buildpackage=dpkg-dev dh=debhelper objdump=binutils python3-config=python3-dev lintian=lintian
+VM_PACKAGES = $(DEB_PACKAGES) qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils debootstrap=debootstrap mke2fs=e2fsprogs ssh=openssh-client
 test-vm:
 	@scripts/setup dev $(TEST_PACKAGES) $(VM_PACKAGES)
 	@$(PY) -m pytest -m vm tests/vm $(ARGS)
+
+# What the packages hold: builds them, and takes a few minutes for it.
+test-packages:
+	@scripts/setup dev $(TEST_PACKAGES) $(DEB_PACKAGES)
+	@$(PY) -m pytest -m slow tests $(ARGS)
 
 # flux and flux-agent for Debian and Ubuntu, into dist/.
 deb:
