@@ -1,22 +1,23 @@
-"""What every test gets: a state directory of its own, and a detector that is always on.
+"""What every test gets: a state directory of its own, and a detector of leaks that is always on.
 
-A test that leaves a thread, a child process or a temporary CA behind fails.
+A test that leaves a thread or a child process behind fails. So does the whole run
+when something is left after the last fixture's end: of a module's fixture, or a
+function's program whose agent is gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
-# gRPC's own event threads and hypothesis' live as long as the process.
-_NOT_OURS = ("grpc", "_channel_spin", "pydev", "asyncio_", "Thread-")
+from tests.support.leaks import Detector, Places
+
+_SESSION = pytest.StashKey[tuple[Detector, Places]]()
+_FOUND = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(autouse=True)
@@ -24,62 +25,13 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Threads and children that appear during a test must be gone at its end.
 
     Waits a moment for those on their way out; module- and session-wide fixtures
-    set up before the test are not counted. Mark ``leaks`` with a reason to opt out.
+    set up before the test are not counted. Mark ``leaks`` with a reason to have
+    them looked for at the end of the session only.
     """
-    threads_before = set(threading.enumerate())
-    children_before = set(_children(os.getpid()))
+    detector = Detector()
     yield
-    if request.node.get_closest_marker("leaks") is not None:
-        return
-    deadline = time.monotonic() + 5
-    gone = threading.Event()
-    while True:
-        threads = [
-            thread.name
-            for thread in threading.enumerate()
-            if thread not in threads_before and not thread.name.startswith(_NOT_OURS)
-        ]
-        children = [child for child in _processes(set(_children(os.getpid())) - children_before) if _alive(child)]
-        if not threads and not children:
-            return
-        if time.monotonic() > deadline:
-            break
-        gone.wait(0.02)
-    for child in children:
-        child.kill()
-    pytest.fail(f"left behind: threads {threads}, processes {[_describe(child) for child in children]}")
-
-
-def _children(pid: int) -> list[int]:
-    """Children and theirs. psutil would look at every process of the machine, twice for each test."""
-    if not Path("/proc/self/task").is_dir():
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
-                found += [int(child) for child in file.read().split()]
-    return found + [one for child in found for one in _children(child)]
-
-
-def _processes(pids: set[int]) -> Iterator[psutil.Process]:
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            yield psutil.Process(pid)
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _describe(process: psutil.Process) -> str:
-    try:
-        return f"{process.pid} {' '.join(process.cmdline())[:120]}"
-    except psutil.NoSuchProcess:
-        return str(process.pid)
+    if request.node.get_closest_marker("leaks") is None and (left := detector.left(5)):
+        pytest.fail(f"left behind: {left}")
 
 
 @pytest.fixture
@@ -98,5 +50,43 @@ def top() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaks(reason): this test may leave threads or processes behind")
+    config.stash[_FOUND] = []
     # Children the tests start must not need an installed package.
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+
+
+# -- the end of a session: under xdist each worker has its own and reports what it found --
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput") and session.config.getoption("numprocesses", None):
+        return  # xdist's own process runs no test, and its workers are its children
+    places = Places()
+    places.watch()
+    session.config.stash[_SESSION] = (Detector(), places)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    # After the others: the last fixtures end in one of them.
+    yield
+    config = session.config
+    if _SESSION in config.stash:
+        detector, places = config.stash[_SESSION]
+        places.add(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+        config.stash[_FOUND] = detector.left(10, places.orphans)
+    if hasattr(config, "workerinput"):
+        config.workeroutput["left_behind"] = config.stash[_FOUND]  # type: ignore[attr-defined]
+    elif config.stash[_FOUND]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash[_FOUND] += getattr(node, "workeroutput", {}).get("left_behind", [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for one in config.stash[_FOUND]:
+        terminalreporter.write_line(f"LEFT BEHIND at the end of the session: {one}", red=True)
