@@ -117,7 +117,7 @@ class GuestAgent:
         """The ended record, with ``output`` as text."""
         request = pb.ExecutionRequest(function_name=name, args=args, execution_id=self._identifier())
         answer = self._stub.ExecuteFunction(request, timeout=timeout)
-        record = json.loads(answer.record) if answer.record else {}
+        record = codec.record_from_json(answer.record).to_json(with_output=False) if answer.record else {}
         return {**record, "error": answer.error, "output": answer.output.decode(errors="replace")}
 
     def start(self, name: str, *args: str) -> str:
