@@ -11,6 +11,7 @@ import os
 import queue
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # Of one owner, kept empty: as many as may run at once on a busy node.
 _SPARE = 64
+# File systems stamp changes with the time of the last clock tick: older than this (ns), a stamp is no later change's.
+_TICK = 50_000_000
 
 
 class WorkDirectories:
@@ -29,6 +32,7 @@ class WorkDirectories:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._spare: dict[int, list[str]] = {}  # by owner
+        self._stamps: dict[str, int] = {}  # of the last change before one was found empty
         self._queue: queue.SimpleQueue[tuple[str, Callable[[], None] | None] | None] = queue.SimpleQueue()
         if root.exists():
             discard(root)
@@ -72,15 +76,25 @@ class WorkDirectories:
         reads everybody's output.
         """
         found = os.lstat(path)
-        if found.st_mode != stat.S_IFDIR | 0o700 or os.listdir(path):
-            return False
-        if not hasattr(os, "listxattr") or os.listxattr(path, follow_symlinks=False):
+        if self._stamps.get(path) != found.st_ctime_ns and not self._is_as_new(path, found):
+            self._stamps.pop(path, None)
             return False
         uid = found.st_uid if os.geteuid() == 0 else -1
         spare = self._spare.setdefault(uid, [])
         if len(spare) >= _SPARE:
+            self._stamps.pop(path, None)
             return False
         spare.append(path)
+        return True
+
+    def _is_as_new(self, path: str, found: os.stat_result) -> bool:
+        """A look inside. What is done to it later changes a stamp that nobody can set: then there is another look."""
+        if found.st_mode != stat.S_IFDIR | 0o700 or os.listdir(path):
+            return False
+        if not hasattr(os, "listxattr") or os.listxattr(path, follow_symlinks=False):
+            return False
+        if time.time_ns() - found.st_ctime_ns > _TICK:
+            self._stamps[path] = found.st_ctime_ns
         return True
 
     def stop(self, timeout: float) -> None:

@@ -91,7 +91,8 @@ class Reactor:
 
     def drain(self, pipe: OutputPipe) -> None:
         """Read what is left and close. On the reactor's thread, when no writer is alive any more."""
-        while pipe.fd >= 0 and self._read(pipe):
+        # A read that took less than it could has taken all there is: nobody is left to write more.
+        while pipe.fd >= 0 and self._read(pipe) and pipe.flowing:
             pass
         self._close(pipe)
 

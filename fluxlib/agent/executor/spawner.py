@@ -50,6 +50,7 @@ _INTS = struct.Struct("i")
 # to the whole foreground group, and stopping is the agent's to say.
 _HANDLED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD]
 _SWEEPS = 200
+_PART = 2048  # the kernel gives such a file a page at a time: less than half of one is its end
 _WITHOUT_PLAN = 9  # the parts of a request
 # Absent on macOS.
 _CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -82,6 +83,7 @@ class Spawner:
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._answers: list[tuple[Any, ...]] = []
         self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
+        self._adopted = -1
         self._signal_read, signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for number in _handled():
             signal.signal(number, lambda *_: None)
@@ -250,10 +252,16 @@ class Spawner:
     def _orphans(self, execution_id: bytes) -> list[int]:
         """Adopted children of this execution, or of none that still runs (their environment was wiped)."""
         try:
-            with open(self._adopted_file, "rb") as file:
-                children = [int(pid) for pid in file.read().split()]
+            if self._adopted < 0:
+                self._adopted = os.open(self._adopted_file, os.O_RDONLY | os.O_CLOEXEC)
+            # From its beginning each time, which makes the kernel write it anew.
+            listed = piece = os.pread(self._adopted, 65536, 0)
+            while len(piece) >= _PART:
+                piece = os.pread(self._adopted, 65536, len(listed))
+                listed += piece
         except OSError:
             return []  # not Linux, or /proc is hidden: the process group has to do
+        children = [int(pid) for pid in listed.split()]
         adopted = [pid for pid in children if pid not in self._jobs]
         if not adopted:
             return []
