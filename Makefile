@@ -73,7 +73,7 @@ test-vm:
 # What the packages hold: builds them, and takes a few minutes for it.
 test-packages:
 	@scripts/setup dev $(TEST_PACKAGES) $(DEB_PACKAGES)
-	@$(PY) -m pytest -m slow tests $(ARGS)
+	@$(PY) -m pytest -m slow tests/packaging $(ARGS)
 
 # flux and flux-agent for Debian and Ubuntu, into dist/.
 deb:
