@@ -13,7 +13,7 @@ from fluxlib.config.agent import load_agent
 from fluxlib.config.control import ControlConfig, load_control
 from fluxlib.config.first_start import random_key
 from fluxlib.config.key_file import with_key, without_key
-from fluxlib.config.keys import ApiKey
+from fluxlib.config.keys import ADMIN_OF_ALL, ApiKey
 from fluxlib.config.reference import settings_markdown
 from fluxlib.errors import ConfigInvalid, Conflict, FluxError, InvalidInput
 from fluxlib.pki.authority import Authority, check_agent_id, enrolment_files
@@ -75,6 +75,8 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
 
 def add_key(path: Path, name: str, role: str, functions: tuple[str, ...]) -> int:
     """Make a key, keep its hash in flux.yaml, print the key: nobody can see it again."""
+    if functions and role == "admin":
+        raise InvalidInput(f"--function {ADMIN_OF_ALL}")
     made = random_key()
     entry = ApiKey(name=name, role=role, key_hash=hashlib.sha256(made.encode()).hexdigest(), functions=functions)
     _rewrite(path, with_key(_read(path), entry, path))

@@ -10,6 +10,7 @@ from fluxlib.config.reader import Faults, one_of, setting, take
 from fluxlib.model import FUNCTION_NAME
 
 ROLES = ("admin", "deploy", "invoke", "read")
+ADMIN_OF_ALL = "cannot limit an admin, who adds agents, and each agent holds every function: choose another role"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -63,6 +64,10 @@ def read_api_keys(section: Any, faults: Faults) -> tuple[ApiKey, ...]:
         if len(faults.found) > before:
             continue
         key = ApiKey(**values)
+        if key.functions and key.role == "admin":
+            faults.add(f"{path}.functions", ADMIN_OF_ALL)
+        if entry.get("functions") == []:
+            faults.add(f"{path}.functions", "is empty: leave it out for all functions, or name some")
         if any(other.name == key.name for other in keys):
             faults.add(f"{path}.name", f"{key.name} appears twice")
         if any(other.key_hash == key.key_hash for other in keys):

@@ -83,6 +83,9 @@ def test_keys_are_made_listed_and_removed(home: Path) -> None:
     again = run(home, "keys", "add", "ci", "--role", "read")
     assert again.returncode == 1
     assert "already" in again.stderr
+    limited = run(home, "keys", "add", "boss", "--role", "admin", "--function", "hello")
+    assert (limited.returncode, limited.stdout) == (1, "")
+    assert "cannot limit an admin" in limited.stderr
     assert run(home, "keys", "remove", "ci").returncode == 0
     assert "ci" not in run(home, "keys", "list").stdout
 

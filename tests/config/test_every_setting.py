@@ -176,6 +176,8 @@ def test_thousands_of_faults_are_counted_not_listed() -> None:
         ("flux", {**FLUX, "api_keys": {"a": 1}}, "api_keys: must be a list"),
         ("flux", {**FLUX, "api_keys": [KEY, KEY]}, "api_keys[1].name: ci appears twice"),
         ("flux", {**FLUX, "api_keys": [KEY, {**KEY, "name": "b"}]}, "is another key's too"),
+        ("flux", {**FLUX, "api_keys": [{**KEY, "role": "admin", "functions": ["a"]}]}, "cannot limit an admin"),
+        ("flux", {**FLUX, "api_keys": [{**KEY, "functions": []}]}, "functions: is empty: leave it out"),
         ("flux", {**FLUX, "agent_package_url": "https://x/y"}, "goes with agent_package_sha256"),
         ("flux", {**FLUX, "redis_addr": "redis://:secret@"}, "redis_addr: must be host:port"),
         ("flux", {**FLUX, "cors_origins": ["https://a.b/path"]}, "cors_origins[0]: is no origin"),
