@@ -22,7 +22,7 @@ def remove_tree(path: str | Path) -> None:
     """All of it. Raises OSError when something stays."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            shutil.rmtree(path, onerror=_make_writable_and_retry)
+            shutil.rmtree(path, onerror=None if _is_root() else _make_writable_and_retry)
             return
         except OSError:
             if attempt == _ATTEMPTS:
@@ -36,6 +36,14 @@ def discard(path: str | Path) -> None:
         remove_tree(path)
     except OSError as error:
         log.warning("%s cannot be removed: %s", path, error)
+
+
+def _is_root() -> bool:
+    """Who needs no write bit, and must do nothing again by its path.
+
+    A program that still runs may put a link in a directory's place meanwhile. rmtree itself goes by descriptors.
+    """
+    return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def _make_writable_and_retry(function: Callable[..., object], path: str, _info: object) -> None:
