@@ -32,6 +32,8 @@ _STATES = {
 # Seconds between two looks, at an address and in the SDK's waiter.
 _ADDRESS_POLL = 2.0
 _WAITER_DELAY = 5
+# Without a size EC2 answers with everything at once, or not at all.
+_PAGE = 500
 _UNKNOWN = "InvalidInstanceID.NotFound"
 
 
@@ -108,7 +110,11 @@ class Aws:
         ]
         pages = self._ask(
             "listing instances",
-            lambda: list(self._ec2.get_paginator("describe_instances").paginate(Filters=filters)),
+            lambda: list(
+                self._ec2.get_paginator("describe_instances").paginate(
+                    Filters=filters, PaginationConfig={"PageSize": _PAGE}
+                )
+            ),
         )
         return [
             self._node(instance)
