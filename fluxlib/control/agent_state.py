@@ -7,9 +7,9 @@ from fluxlib.control.ranking import Key, Ranking
 from fluxlib.model import AgentRecord, FunctionState, NodeFigures, Platform
 from fluxlib.model.agents import AgentStatus
 
-# An agent that runs one task more than it last reported counts as this much
-# less free, before its own figures show it.
-_PER_TASK = 0.02
+# A task more than an agent last reported counts as so much of its CPU, before its own figures show it. Figures
+# are seconds old: the agent that was idle then must not get the whole of a burst.
+_CPU_PER_TASK = 0.1
 
 
 class AgentState:
@@ -119,9 +119,13 @@ class AgentState:
 
 def free_share(agent: AgentState) -> float:
     """Headroom when nobody says otherwise: the mean free share of CPU, memory and slots."""
-    if agent.figures is None:
-        return 0.5 - _PER_TASK * agent.total
-    cpu = 1 - agent.figures.cpu_percent / 100
-    memory = 1 - agent.figures.memory_percent / 100
+    figures = agent.figures
+    if figures is None:
+        return 0.5 - _CPU_PER_TASK / 3 * agent.total
+    reported, total = agent._total_at_report, agent.total
+    used = figures.cpu_percent / 100
+    # Those that ended since the report have given back their share of what it shows.
+    used = used * total / reported if total < reported else used + _CPU_PER_TASK * (total - reported)
+    memory = 1 - figures.memory_percent / 100
     slots = 1 - agent.expected_active / agent.max_tasks if agent.max_tasks else 1.0
-    return (cpu + memory + slots) / 3 - _PER_TASK * agent.sent_since_report
+    return (1 - used + memory + slots) / 3

@@ -179,20 +179,8 @@ class ExecutionRecord:
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> ExecutionRecord:
         """What ``to_row`` made."""
-        (
-            execution_id,
-            function_name,
-            agent_id,
-            status,
-            phase,
-            asynchronous,
-            output_bytes,
-            truncated,
-            error,
-            error_kind,
-            *more,
-            warnings,
-        ) = row
+        execution_id, function_name, agent_id, status, phase, asynchronous, size, truncated, error, kind = row[:10]
+        exit_code, signal, duration_ms, queue_ms, started, run_started, at, memory, cpu, warnings = row[10:]
         return cls(
             execution_id,
             function_name,
@@ -201,11 +189,19 @@ class ExecutionRecord:
             Phase(phase),
             asynchronous,
             None,
-            output_bytes,
+            size,
             truncated,
             error,
-            ErrorKind(error_kind),
-            *more,
+            ErrorKind(kind),
+            exit_code,
+            signal,
+            duration_ms,
+            queue_ms,
+            started,
+            run_started,
+            at,
+            memory,
+            cpu,
             tuple(warnings),
         )
 

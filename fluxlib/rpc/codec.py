@@ -33,6 +33,7 @@ from fluxlib.model.times import epoch, rfc3339
 from fluxlib.rpc.gen import flux_pb2 as pb
 
 _DEFAULT_CONCURRENCY = 5
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 # ---- functions ---------------------------------------------------------------
@@ -138,7 +139,7 @@ def request_from_message(message: pb.ExecutionRequest) -> ExecutionRequest:
 
 def record_to_json(record: ExecutionRecord, *, with_output: bool = True) -> bytes:
     """The record of GetExecution."""
-    return json.dumps(record.to_json(with_output=with_output), separators=(",", ":")).encode()
+    return _ENCODER.encode(record.to_json(with_output=with_output)).encode()
 
 
 def record_from_json(data: bytes) -> ExecutionRecord:
@@ -173,7 +174,7 @@ def response_from_record(record: ExecutionRecord, *, with_output: bool = True) -
         error=original_text(record), duration_ms=record.duration_ms, error_kind=cast("Any", int(record.error_kind))
     )
     if record.status.ended and not record.error_kind.nothing_started:
-        response.record = json.dumps(record.to_row(), separators=(",", ":")).encode()
+        response.record = _ENCODER.encode(record.to_row()).encode()
     if with_output and record.output:
         response.output = record.output
     return response

@@ -17,9 +17,11 @@ from fluxlib.model import (
     Platform,
 )
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
 
 def dump(data: Any) -> str:
-    return json.dumps(data, separators=(",", ":"))
+    return _ENCODER.encode(data)
 
 
 def function_to_text(function: Function) -> str:

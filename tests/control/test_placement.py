@@ -220,3 +220,37 @@ def test_ten_thousand_agents_cost_no_more_than_a_hundred() -> None:
         return min(rounds)
 
     assert cost(10_000) < 8 * cost(100)
+
+
+def test_one_that_looks_idle_does_not_get_the_whole_of_a_burst() -> None:
+    """Sixteen at a time, each over before the next: the others had just started, and said so."""
+    registry = Registry()
+    for n in range(3):
+        join(registry, f"starting-{n}", figures=NodeFigures(95, 30, 4096, 1200, 0, 256))
+    join(registry, "idle", figures=NodeFigures(2, 30, 4096, 1200, 0, 256))
+    need = replace(NEED, slots=0)
+    taken: dict[str, int] = {}
+    held = []
+    for _ in range(100):
+        reservation = registry.place("f", chooser(need, {}))
+        assert reservation is not None
+        taken[reservation.agent_id] = taken.get(reservation.agent_id, 0) + 1
+        held.append(reservation)
+        if len(held) == 16:
+            registry.release(held.pop(0))
+    assert len(taken) == 4
+    assert max(taken.values()) < 75
+
+
+def test_what_ended_since_the_report_gives_back_no_more_than_there_is() -> None:
+    registry = Registry()
+    join(registry, "was-busy", figures=NodeFigures(0, 30, 4096, 1200, 0, 0))
+    join(registry, "idle", figures=NodeFigures(0, 30, 4096, 1200, 0, 0))
+    before = [registry.reserve("was-busy", "f") for _ in range(20)]
+    registry.report("was-busy", NodeFigures(100, 30, 4096, 1200, 20, 0), at=1.0)
+    for reservation in before:
+        assert reservation is not None
+        registry.release(reservation)
+    need = replace(NEED, slots=0)
+    taken = [place(registry, need) for _ in range(20)]
+    assert 8 <= taken.count("was-busy") <= 14

@@ -48,12 +48,15 @@ class Answer:
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
 def json_bytes(data: Any) -> bytes:
     """As people read it with curl: UTF-8 as it is, a line feed at the end.
 
     A lone surrogate (an argument echoed in a message) would not encode: it becomes a question mark.
     """
-    return json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return _ENCODER.encode(data).encode("utf-8", "replace") + b"\n"
 
 
 def json_answer(status: int, data: Any, headers: Headers = ()) -> Answer:

@@ -60,6 +60,10 @@ def _no_constant(name: str) -> Any:
     raise InvalidInput(f"{name} is no JSON")
 
 
+# Made once: json.loads with a hook would make one for each body.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
 def _deeper_than(value: Any, levels: int) -> bool:
     if not isinstance(value, dict | list):
         return False
@@ -72,7 +76,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     if not data.strip():
         return {}
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = _DECODER.decode(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InvalidInput(f"the body is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
