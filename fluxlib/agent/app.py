@@ -78,7 +78,7 @@ class Agent:
         monitor = Monitor(state)
         monitor.start()
         parts.add("monitor", monitor.stop)
-        expiry = Loop("record-expiry", records.tick, _EXPIRE_EVERY).start()
+        expiry = Loop("record-expiry", records.tick, min(_EXPIRE_EVERY, config.execution_ttl_sec / 2)).start()
         parts.add("record expiry", expiry.stop)
         self._runs = Runs(_settings(config), packages, records, executor, timers)
 

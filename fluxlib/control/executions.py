@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
@@ -23,8 +22,6 @@ from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store.base import ControlStore, ExecutionFilter, Lease, Page
 
-# How many idempotency keys are remembered for the moment when nothing can be accepted.
-_KEYS = 10_000
 # How often a cancel looks again at one that was between two states.
 _LOOKS = 20
 
@@ -61,8 +58,6 @@ class ExecutionService:
         self._recovery = Recovery(self._ledger, registry, self._dispatcher, self._calls, shared=shared)
         self._outputs = Outputs(self._ledger, self._calls, self._recovery)
         self._stopping = False
-        self._keys: OrderedDict[tuple[str, str], str] = OrderedDict()
-        self._keys_lock = threading.Lock()
 
     # -- starting one ------------------------------------------------------------------
 
@@ -83,13 +78,12 @@ class ExecutionService:
         """See services.Executions. Answers once an agent has accepted it, or once it is queued for good."""
         execution = self._execution(call, asynchronous=True)
         execution.idempotency_key = call.idempotency_key
-        key = (call.function_name, call.idempotency_key)
         reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
         if reservation is None and call.idempotency_key:
-            # What was accepted before is no matter of room: the store would know it, but only by a write.
-            known = self._keys.get(key)
-            if known is not None and self._ledger.entry(known) is not None:
-                return known
+            # What was accepted before is no matter of room.
+            known = self._store.execution_by_key(call.function_name, call.idempotency_key)
+            if known is not None and not (known.record.status.ended and known.keep_until <= time.time()):
+                return known.execution_id
         try:
             self._dispatcher.drive(execution, reservation)
         except AlreadyKnown as known_as:
@@ -100,11 +94,6 @@ class ExecutionService:
                 self._ledger.settle(time.time())
                 self._store.expire_executions(time.time())
             raise
-        if call.idempotency_key:
-            with self._keys_lock:
-                self._keys[key] = execution.execution_id
-                if len(self._keys) > _KEYS:
-                    self._keys.popitem(last=False)
         return execution.execution_id
 
     def _execution(self, call: Call, *, asynchronous: bool) -> Execution:

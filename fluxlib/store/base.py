@@ -145,6 +145,9 @@ class ControlStore(Protocol):
 
     def execution(self, execution_id: str) -> ExecutionEntry | None: ...
 
+    def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
+        """The one that this key stands for."""
+
     def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page: ...
 
     def open_executions(self, agent_id: str) -> list[ExecutionEntry]:

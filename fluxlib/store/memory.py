@@ -159,6 +159,11 @@ class MemoryControlStore:
         self.ping()
         return self._entries.get(execution_id)
 
+    def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
+        with self._lock:
+            self.ping()
+            return self._entries.get(self._keys.get((function_name, idempotency_key), ""))
+
     def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         with self._lock:
             self.ping()

@@ -70,6 +70,11 @@ class RedisExecutions:
         values = self._link.read(lambda client: client.hmget(self._key(f"execution:{execution_id}"), fields))
         return _entry(values)
 
+    def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
+        key = self._key(f"idempotent:{function_name}:{idempotency_key}")
+        known = self._link.read(lambda client: client.get(key))
+        return self.execution(known.decode()) if known else None
+
     def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         index = _index(where)
         if index is None:

@@ -88,6 +88,13 @@ class SqliteExecutions:
         found = self._file.read(f"SELECT {_COLUMNS} FROM executions WHERE id = ?", (execution_id,))
         return _entry(found[0]) if found else None
 
+    def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
+        found = self._file.read(
+            f"SELECT {_COLUMNS} FROM executions WHERE function = ? AND idempotency_key = ?",
+            (function_name, idempotency_key),
+        )
+        return _entry(found[0]) if found else None
+
     def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         conditions, values = ["sequence < ?"], [int(cursor) if cursor else 2**62]
         extra: list[Any] = []

@@ -204,6 +204,19 @@ class TestAsync:
         assert len(agent.asked) == 1
         assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
 
+    def test_a_repeated_key_is_known_to_the_next_life_before_it_has_an_agent(self, store: ControlStore) -> None:
+        with_agent = Plane(store)
+        with_agent.functions.add("f")
+        with_agent.agent(script=accept)
+        first = with_agent.submit(idempotency_key="k")
+        with_agent.close()
+        plane = Plane(store, session="s2")
+        plane.functions.add("f")
+        assert plane.submit(idempotency_key="k") == first
+        with pytest.raises(NoAgentFits):
+            plane.submit(idempotency_key="another")
+        plane.close()
+
     def test_a_key_that_was_turned_away_can_try_again(self, plane: Plane) -> None:
         agent = plane.agent(script=refuse(ErrorKind.AT_CAPACITY))
         with pytest.raises(AtCapacity):

@@ -158,6 +158,11 @@ def test_an_idempotency_key_stands_for_one_execution(store: ControlStore) -> Non
     commit.wait()
     assert known == "e-1"
     assert store.execution("e-2") is None
+    found = store.execution_by_key("f", "key: 1")
+    assert found is not None
+    assert found.execution_id == "e-1"
+    assert store.execution_by_key("f", "key") is None
+    assert store.execution_by_key("g", "key: 1") is None
     # For another function it is another key.
     assert store.create_execution(entry("e-3", "g", idempotency_key="key: 1"), durable=False)[0] == "e-3"
     end(store, first, 2000.0)
