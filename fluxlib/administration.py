@@ -81,13 +81,13 @@ def add_key(path: Path, name: str, role: str, functions: tuple[str, ...]) -> int
     entry = ApiKey(name=name, role=role, key_hash=hashlib.sha256(made.encode()).hexdigest(), functions=functions)
     _rewrite(path, with_key(_read(path), entry, path))
     print(made)
-    print(f"This is the key of {name} ({role}); only its hash is in {path}. Restart Flux to use it.", file=sys.stderr)
+    print(f"This is the key of {name} ({role}); only its hash is in {path}. A running Flux takes it within seconds.", file=sys.stderr)
     return 0
 
 
 def remove_key(path: Path, name: str) -> int:
     _rewrite(path, without_key(_read(path), name, path))
-    print(f"The key of {name} is gone from {path}. Restart Flux, so that it is refused.", file=sys.stderr)
+    print(f"The key of {name} is gone from {path}. A running Flux refuses it within seconds.", file=sys.stderr)
     return 0
 
 

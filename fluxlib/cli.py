@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import fluxlib
@@ -54,6 +56,7 @@ def _parser(default: str) -> argparse.ArgumentParser:
     agent = commands.add_parser("agent", help="run an agent")
     # How `flux run` holds its agent: see fluxlib.local.
     agent.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    agent.add_argument("--port", type=int, help=argparse.SUPPRESS)
     agent.set_defaults(run=_agent)
 
     check = commands.add_parser("check-config", help="say what is wrong with a configuration file, all of it")
@@ -125,6 +128,8 @@ def _agent(options: argparse.Namespace) -> int:
     from fluxlib.config.agent import load_agent
 
     config = load_agent(find_config("AGENT_CONFIG", "agent.yaml", "flux-agent"))
+    if options.port:
+        config = replace(config, port=options.port)
     _log(config.log_level)
     stop = _stop_signal()
     if options.until_stdin_closes:
@@ -133,7 +138,8 @@ def _agent(options: argparse.Namespace) -> int:
 
 
 def _stop_with_stdin(stop: StopSignal) -> None:
-    while sys.stdin.buffer.read(4096):
+    # Not sys.stdin: its lock, held by a thread that waits, makes the interpreter abort when it ends.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     stop.set()
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -27,9 +28,9 @@ from fluxlib.config.control import ControlConfig
 from fluxlib.config.environment import for_child
 from fluxlib.config.files import AGENT_PORT
 from fluxlib.config.first_start import write_new
-from fluxlib.control.app import Control
-from fluxlib.errors import AgentError, CannotStart, Conflict
-from fluxlib.lifecycle import Deadline, Loop, StopSignal
+from fluxlib.control.app import Control, say_what_is_odd
+from fluxlib.errors import CannotStart, FluxError
+from fluxlib.lifecycle import Deadline, Loop, StopSignal, pause
 from fluxlib.pki.authority import Authority, enrolment_files
 
 log = logging.getLogger(__name__)
@@ -38,17 +39,32 @@ LOCAL_ID = "local"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 # Its own shutdown_sec, and the time it gives itself to kill what is left.
 _AGENT_STOPS_WITHIN = 7.0
+# How long the greeting waits for the agent, and how often it looks.
+_COMES_UP_WITHIN, _LOOK_EVERY = 5.0, 0.02
+# An agent that has lived for this long has not failed in a row.
+_STABLE = 60.0
 
 
 def prepare_agent(config: ControlConfig, directory: Path) -> Path:
-    """The local agent's configuration in ``directory``, made on the first start; its path."""
+    """The local agent's configuration in ``directory``, made on the first start; its path. Raises CannotStart."""
     path = directory / "agent.yaml"
-    if path.exists():
-        return path
+    try:
+        if not path.exists():
+            _make_agent(config, path)
+    except OSError as error:
+        where = error.filename or directory
+        raise CannotStart(
+            f"{where} cannot be written: {error.strerror}. Name a directory of your own with --state"
+        ) from error
+    return path
+
+
+def _make_agent(config: ControlConfig, path: Path) -> None:
+    directory = path.parent
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     settings = {
         "agent_id": LOCAL_ID,
-        "port": _usable_port(),
+        "port": AGENT_PORT,
         "listen_host": "127.0.0.1",
         "state_dir": "state",
         # A development machine is neither set up nor meant to hold strangers' programs apart; Windows' jobs need
@@ -65,32 +81,46 @@ def prepare_agent(config: ControlConfig, directory: Path) -> Path:
             with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(content)
     write_new(path, "# The agent of this machine, made by Flux.\n" + yaml.safe_dump(settings, sort_keys=False))
-    return path
 
 
 class LocalAgent:
-    """Keeps the agent's process alive. ``register(address)`` makes it known to Flux."""
+    """Keeps the agent's process alive, on a port that is free at each start."""
 
-    def __init__(self, config_file: Path, register: Callable[[str], object]) -> None:
+    def __init__(self, config_file: Path) -> None:
         self._config_file = config_file
-        self._register = register
-        self._address = f"127.0.0.1:{load_agent(config_file).port}"
+        self._wanted_port = load_agent(config_file).port
+        self._port = 0
+        self._join: Callable[[str], object] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._registered = False
+        self._launched_at = 0.0
+        self._joined = False
         self._failures = 0
         self._not_before = 0.0
+        self._problem = ""
         self._lock = threading.Lock()
         self._stopping = False
         self._watch = Loop("local-agent", self.tick, 0.5)
 
     def start(self) -> LocalAgent:
-        """Starts the process; what it needs to come up goes on beside the caller. Raises CannotStart."""
-        self._launch()
-        self._watch.start()
+        """Starts the process; it comes up beside the caller. Raises CannotStart."""
+        self._launch(time.time())
         return self
 
+    def join(self, join: Callable[[str], object], within: Deadline) -> None:
+        """``join(address)`` makes it known to Flux, now and whenever it has moved; waits for the first time."""
+        self._join = join
+        while not (answers := self._answers()) and within.remaining() and self._lives():
+            pause(_LOOK_EVERY)
+        if answers:
+            self.tick(time.time())
+        self._watch.start()
+
+    def warnings(self) -> list[str]:
+        """Why there is no agent on this machine now."""
+        return [f"the agent of this machine: {self._problem}"] if self._problem else []
+
     def tick(self, now: float) -> None:
-        """Register it once it answers; start it again when it has ended. ``now`` is epoch seconds."""
+        """Make it known once it answers; start it again when it has ended. ``now`` is epoch seconds."""
         with self._lock:
             if self._stopping:
                 return
@@ -98,15 +128,30 @@ class LocalAgent:
                 self._ended(self._process.returncode, now)
             if self._process is None:
                 if now >= self._not_before:
-                    self._launch()
+                    self._launch(now)
                 return
-        if not self._registered and self._answers():
-            try:
-                self._register(self._address)
-                self._registered = True
-                self._failures = 0
-            except (AgentError, Conflict) as error:
-                log.warning("the local agent cannot be registered yet: %s", error.message)
+        if self._failures and now - self._launched_at > _STABLE:
+            self._failures = 0
+        if not self._joined and now >= self._not_before and self._join is not None and self._answers():
+            self._make_known(now)
+
+    def _make_known(self, now: float) -> None:
+        assert self._join is not None
+        try:
+            self._join(f"127.0.0.1:{self._port}")
+            self._joined, self._problem = True, ""
+        except FluxError as error:
+            if error.message != self._problem:
+                log.warning("the local agent cannot be taken in yet: %s", error.message)
+            self._problem = error.message
+            self._not_before = now + self._pause()
+
+    def _lives(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _pause(self) -> float:
+        self._failures += 1
+        return min(_FIRST_PAUSE * float(2 ** min(self._failures - 1, 10)), _LONGEST_PAUSE)
 
     def stop(self, deadline: Deadline) -> None:
         self._watch.stop(deadline)
@@ -125,14 +170,18 @@ class LocalAgent:
             process.kill()
             process.wait()
 
-    def _launch(self) -> None:
+    def _launch(self, now: float) -> None:
+        port = _usable_port(self._wanted_port)
+        if port != self._port:
+            self._port, self._joined = port, False
+        self._launched_at = now
         program = [sys.executable] if getattr(sys, "frozen", False) else [sys.executable, "-m", "flux"]
         environment = for_child(AGENT_CONFIG=str(self._config_file))
         if not getattr(sys, "frozen", False):
             environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         try:
             self._process = subprocess.Popen(
-                [*program, "agent", "--until-stdin-closes"],
+                [*program, "agent", "--until-stdin-closes", "--port", str(port)],
                 stdin=subprocess.PIPE,
                 env=environment,
                 stderr=subprocess.PIPE if sys.platform == "win32" else None,
@@ -152,17 +201,16 @@ class LocalAgent:
             ).start()
 
     def _ended(self, code: int, now: float) -> None:
-        pause = min(_FIRST_PAUSE * 2**self._failures, _LONGEST_PAUSE)
-        self._failures += 1
-        log.error("the local agent ended with %d; starting it again in %.1f s", code, pause)
+        again_in = self._pause()
+        self._problem = f"it ended with {code}"
+        log.error("the local agent ended with %d; starting it again in %.1f s", code, again_in)
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
         self._process = None
-        self._not_before = now + pause
+        self._not_before = now + again_in
 
     def _answers(self) -> bool:
-        host, _, port = self._address.rpartition(":")
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1):
             return True
         return False
 
@@ -174,9 +222,9 @@ def _copy_log(source: IO[bytes]) -> None:
             sys.stderr.write(line.decode(locale.getencoding(), "replace").replace("\r\n", "\n"))
 
 
-def _usable_port() -> int:
-    """The usual port, or another one while that is taken (an agent that is installed here, say)."""
-    for port in (AGENT_PORT, 0):
+def _usable_port(wanted: int) -> int:
+    """The wanted port, or another one while that is taken (by an agent that is installed here, say)."""
+    for port in (wanted, 0):
         with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
             if sys.platform != "win32":
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -192,21 +240,26 @@ def serve_local(
 
     ``greet`` is called once Flux answers, for the person in front of it.
     """
-    agent_file = prepare_agent(config, directory / "agent")
-    control = Control(config)
-    agent: LocalAgent | None = None
+    say_what_is_odd(config)
+    # First, because it comes up while Flux is built, and would be missed by it otherwise.
+    agent = LocalAgent(prepare_agent(config, directory / "agent")).start()
+    control: Control | None = None
     try:
+        control = Control(config)
+        control.warn(agent.warnings)
         control.start()
-        agent = LocalAgent(agent_file, lambda address: control.services.agents.register(address, legacy=False)).start()
+        running = control
+        agent.join(lambda address: running.join_own(LOCAL_ID, address), Deadline(_COMES_UP_WITHIN))
         greet(config)
         stop.wait()
-        log.info("stopping")
+        log.info("stopping: what callers wait for may end for %.0f s; once more ends it at once", config.shutdown_sec)
     finally:
         # Flux first: what callers wait for may end; then the agent, which records what it has to end.
         # In a hurry each gets half of the time.
-        control.stop(Deadline(stop.seconds(2 * config.shutdown_sec) / 2))
-        if agent is not None:
-            agent.stop(Deadline(stop.seconds(2 * _AGENT_STOPS_WITHIN) / 2))
+        if control is not None:
+            control.stop(Deadline(stop.seconds(2 * config.shutdown_sec) / 2))
+        agent.stop(Deadline(stop.seconds(2 * _AGENT_STOPS_WITHIN) / 2))
+    log.info("stopped")
     return 0
 
 
@@ -217,14 +270,13 @@ def greet(config: ControlConfig) -> None:
 def welcome(config: ControlConfig) -> list[str]:
     """What to do next, in plain words."""
     url = f"http://127.0.0.1:{config.port}"
-    key = f"$(sed -n 's/^api_key: *//p' {config.path})"
     return [
         "",
         f"Flux answers at {url}, with one agent on this machine.",
         f"The key is in {config.path} (api_key).",
-        "Next, in a second terminal:",
-        f'  export KEY="{key}"',
-        f'  curl -H "X-API-Key: $KEY" {url}/functions',
+        "Next, in a second terminal here (the README goes on from there):",
+        f"  export KEY=$(sed -n 's/^api_key: *//p' {config.path}) FLUX={url}",
+        '  curl -H "X-API-Key: $KEY" -X PUT --data-binary @examples/hello-shell/function.yaml $FLUX/functions',
         "Ctrl-C stops both.",
         "",
     ]

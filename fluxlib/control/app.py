@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fluxlib.config.control import ControlConfig
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 _MB = 1024 * 1024
 _EXECUTIONS_EVERY = 1.0
-_RENEWAL_EVERY = 600.0
-_FIGURES_EVERY = 5.0
 # Of the time to stop, what is kept for telling callers that their execution was let go.
-_FAREWELL = 2.0
+_FAREWELL = 3.0
+# What the store gets for its last writes, even when no time is left.
+_FLUSH = 1.0
 
 
 class Control:
@@ -55,15 +55,16 @@ class Control:
         from fluxlib.control.health import HealthPoller
         from fluxlib.control.http import create_app
         from fluxlib.control.joining import Joiner
+        from fluxlib.control.key_reload import LOOK_EVERY, KeyReload
         from fluxlib.control.leadership import RENEW_EVERY, Leadership
         from fluxlib.control.membership import Membership
         from fluxlib.control.pushes import Pusher
         from fluxlib.control.registry import Registry
-        from fluxlib.control.renewal import OwnIdentity, Renewal
+        from fluxlib.control.renewal import CHECK_EVERY, OwnIdentity, Renewal
         from fluxlib.control.roster import Roster
         from fluxlib.control.services import Services
         from fluxlib.control.sharing import Sharing
-        from fluxlib.control.status import StatusService
+        from fluxlib.control.status import SAMPLE_EVERY, StatusService
         from fluxlib.control.webserver import WebServer
 
         session = secrets.token_hex(8)
@@ -71,7 +72,7 @@ class Control:
         with_tls = not config.disable_grpc_tls
 
         store = open_control_store(config.redis_addr, config.state_dir)
-        self._parts.add("store", lambda deadline: store.close())
+        self._parts.add("store", lambda deadline: store.close(max(_FLUSH, deadline.remaining())))
         authority = Authority.open(config.certs_dir) if with_tls else None
         own = OwnIdentity(authority) if authority is not None else None
         timers = Timers("control-timers").start()
@@ -114,19 +115,19 @@ class Control:
             lost_after=config.agent_lost_after_sec,
         )
 
-        status = StatusService(
+        status = self._status = StatusService(
             store, registry, tls=with_tls, leads=lambda: leadership.leads, stopping=lambda: self._stopping
         )
         self._watch(status.watch, poller.loop)
         self._watch(status.watch, Loop("leadership", leadership.tick, RENEW_EVERY))
         self._watch(status.watch, Loop("executions", executions.tick, _EXECUTIONS_EVERY))
-        self._watch(status.watch, Loop("own-figures", status.tick, _FIGURES_EVERY))
+        self._watch(status.watch, Loop("own-figures", status.tick, SAMPLE_EVERY))
         if shared:
             self._watch(status.watch, Loop("functions", functions.tick, REFRESH_EVERY))
         if authority is not None and own is not None:
             renewal = Renewal(authority, own, registry, leadership)
             status.warn(renewal.warnings)
-            self._watch(status.watch, Loop("renewal", renewal.tick, _RENEWAL_EVERY))
+            self._watch(status.watch, Loop("renewal", renewal.tick, CHECK_EVERY))
 
         if config.providers.any():
             from fluxlib.control.node_parts import build_nodes
@@ -154,7 +155,10 @@ class Control:
             nodes=self._nodes.service if self._nodes is not None else None,
             enrolment=EnrolmentService(authority, registry, config.agent_port) if authority is not None else None,
         )
-        self._server = WebServer(create_app(self.services), config)
+        app = create_app(self.services)
+        reload = KeyReload(config.path, app.extensions["flux"]["pipeline"].keys.take)
+        self._watch(status.watch, Loop("keys", reload.tick, LOOK_EVERY))
+        self._server = WebServer(app, config)
         self._parts.add("HTTP", self._server.stop)
 
     def start(self) -> None:
@@ -169,6 +173,20 @@ class Control:
         log.info("Flux answers on %s:%d", self._config.listen_host, self._server.port)
         if self._config.disable_grpc_tls:
             log.warning("agents are spoken to WITHOUT TLS (disable_grpc_tls): whoever reaches them can run programs")
+
+    def join_own(self, agent_id: str, address: str) -> None:
+        """Take in the agent this process has started itself: it listens elsewhere when its port was taken.
+
+        Raises AgentError with the reason, StoreUnavailable.
+        """
+        if any(view.record.agent_id == agent_id for view in self._membership.views()):
+            self._membership.node_ready(agent_id, address)
+        else:
+            self._membership.register(address, legacy=False)
+
+    def warn(self, warnings: Callable[[], Sequence[str]]) -> None:
+        """Let /health tell these as well."""
+        self._status.warn(warnings)
 
     def stop(self, deadline: Deadline) -> None:
         """Take nothing new, let what callers wait for end, then take the floor away.
@@ -202,12 +220,16 @@ class Control:
             log.exception("stopping the %s failed", name)
 
 
-def serve(config: ControlConfig, stop: StopSignal) -> int:
-    """Run the control plane until told to stop; the exit code. Raises FluxError when it cannot start."""
+def say_what_is_odd(config: ControlConfig) -> None:
     for warning in config.warnings:
         log.warning("%s: %s", config.path, warning)
     for note in config.notes:
         log.info("%s: %s", config.path, note)
+
+
+def serve(config: ControlConfig, stop: StopSignal) -> int:
+    """Run the control plane until told to stop; the exit code. Raises FluxError when it cannot start."""
+    say_what_is_odd(config)
     control = Control(config)
     try:
         control.start()

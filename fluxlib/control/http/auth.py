@@ -51,11 +51,16 @@ class Keys:
     """The keys of flux.yaml. ``identify`` takes as long for a wrong key as for a right one."""
 
     def __init__(self, config: ControlConfig) -> None:
-        own = hashlib.sha256(config.api_key.encode()).digest()
-        self._keys = [(own, Principal("api_key", "admin"))]
+        self._keys: list[tuple[bytes, Principal]] = []
+        self.take(config)
+
+    def take(self, config: ControlConfig) -> None:
+        """From now on these keys are good, and no others."""
+        keys = [(hashlib.sha256(config.api_key.encode()).digest(), Principal("api_key", "admin"))]
         for key in config.api_keys:
             principal = Principal(key.name, key.role, frozenset(key.functions))
-            self._keys.append((bytes.fromhex(key.key_hash), principal))
+            keys.append((bytes.fromhex(key.key_hash), principal))
+        self._keys = keys
 
     def identify(self, presented: bytes) -> Principal | None:
         digest = hashlib.sha256(presented).digest()

@@ -26,7 +26,8 @@ class Pipeline:
 
     def __init__(self, services: Services, attempts: FailedAttempts | None = None) -> None:
         self._services = services
-        self._door = Door(Keys(services.config), attempts or FailedAttempts())
+        self.keys = Keys(services.config)
+        self._door = Door(self.keys, attempts or FailedAttempts())
         self.budget = Budget(blocking_limit(services.config.max_blocking))
         self.cors = Cors(services.config.cors_origins)
 
