@@ -109,8 +109,10 @@ class AgentState:
 
     @property
     def shown_status(self) -> AgentStatus:
-        """The stored status, ``busy`` while every slot is taken."""
+        """The stored status; ``busy`` while every slot is taken, ``offline`` while executions cannot be sent."""
         status = self.record.status
+        if status.takes_work and not self.reachable:
+            return AgentStatus.OFFLINE
         if status.takes_work:
             full = bool(self.max_tasks) and self.expected_active >= self.max_tasks
             return AgentStatus.BUSY if full else AgentStatus.ONLINE

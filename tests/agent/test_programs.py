@@ -143,7 +143,7 @@ def test_what_cannot_be_started_says_why(agent: Running, handler: str, words: st
 
 
 def test_few_open_files_are_its_own_affair(agent: Running) -> None:
-    # The hard limit may come from outside a moment after the start: see executor.borrowed.
+    # The hard limit may come from outside, a moment after the start: see executor.borrowed.
     script = """#!/bin/sh
     for _ in $(seq 100); do [ "$(ulimit -Hn)" = 16 ] && break; sleep 0.05; done
     ulimit -Sn; ulimit -Hn; ulimit -n 4096 || echo no

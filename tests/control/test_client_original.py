@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -134,8 +135,9 @@ def test_killed_under_a_run_it_is_lost_not_unreachable(original_agent: OriginalA
         process.send_signal(signal.SIGKILL)
         assert isinstance(answer.get(10), AgentLost)
         process.wait(10)
-        # Now nothing can have been started: another agent may be asked.
-        assert isinstance(client.start("o-unreachable", "echo").get(10), AgentUnreachable)
+        # Once the channel has noticed nothing can have been started any more: another agent may be asked.
+        numbers = itertools.count()
+        wait_until(lambda: isinstance(client.start(f"o-gone-{next(numbers)}", "echo").get(10), AgentUnreachable), "it")
 
 
 def test_giving_up_and_closing(address: str, side: Side) -> None:

@@ -19,7 +19,7 @@ from fluxlib.pki import Identity
 from fluxlib.rpc import tls
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.rpc.gen import flux_pb2_grpc
-from tests.support.programs import Agent, Flux, free_port
+from tests.support.programs import Agent, Flux, free_port, wait_until
 from tests.trust.conftest import Forge, answering, names, trusting
 
 DAY = timedelta(days=1)
@@ -194,6 +194,6 @@ def test_a_flux_without_tls_says_so_at_start_and_names_the_mismatch(directory: P
         found, answer = plain.api.call("POST", "/agents/register", {"address": agent.address})
         assert (found, "speaks TLS and Flux does not" in answer["error"]) == (502, True)
         with Agent(directory, plain, "bare") as bare:
-            assert "TLS" in bare.log.read_text(), bare.log.read_text()
+            wait_until(lambda: "TLS" in bare.log.read_text(), "the warning")
             plain.register(bare)
             assert plain.api.call("POST", "/agents/x/enroll")[0] == 409

@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 
 _CAP_SYS_RESOURCE = 24
 # Enough for the spawner itself: with fewer it could not even be handed the next program's pipe.
 _OWN_FILES = 256
+# That moment is long when the machine is busy. 0 lets others run.
+_PAUSES_MS = (0,) * 20 + (1,) * 200
 
 
 class Borrowed:
@@ -79,9 +82,15 @@ class Borrowed:
         if not hasattr(resource, "prlimit"):
             return
         for which, value in rlimits.items():
-            # It may have ended by now.
-            with contextlib.suppress(OSError):
-                resource.prlimit(pid, which, (value, value))
+            for pause_ms in _PAUSES_MS:
+                try:
+                    resource.prlimit(pid, which, (value, value))
+                    break
+                except PermissionError:
+                    # The kernel lets the parent of a vfork go on a moment before exec gives the child its identity.
+                    select.poll().poll(pause_ms)
+                except OSError:
+                    break  # it has ended
 
 
 def _has_capability(number: int) -> bool:
