@@ -29,6 +29,8 @@ _MB = 1024 * 1024
 _EXPIRE_EVERY = 30.0
 _SPARE_THREADS = 64
 _KILL_TIME = 5.0
+# What the records get for their last writes (seconds).
+_FLUSH = 1.0
 _MAX_ARCHIVE = 2000 * _MB
 
 
@@ -66,7 +68,8 @@ class Agent:
             config.execution_ttl_sec,
             config.max_output_mb * _MB,
         )
-        parts.add("records", lambda deadline: records.close())
+        # Even when no time is left: what is not kept here is lost.
+        parts.add("records", lambda deadline: records.close(max(_FLUSH, deadline.remaining())))
         executor = build_executor(config, programs)
         # Stopped before the records close: it tells the end of what it still kills.
         parts.add("executor", lambda deadline: executor.stop(deadline.at))

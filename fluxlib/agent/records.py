@@ -177,9 +177,11 @@ class Records:
         self._journal.flush()
         self._store.flush()
 
-    def close(self) -> None:
-        self._journal.stop(Deadline(_CLOSE))
-        self._store.close()
+    def close(self, timeout: float = _CLOSE) -> None:
+        """Keeps everything first, within ``timeout`` seconds."""
+        deadline = Deadline(timeout)
+        self._journal.stop(deadline)
+        self._store.close(deadline.remaining())
 
     def _remember(self, record: ExecutionRecord) -> None:
         self._recent[record.execution_id] = record

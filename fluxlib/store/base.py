@@ -143,6 +143,12 @@ class ControlStore(Protocol):
     def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
         """The first end wins: a second one changes nothing and raises nothing. Drops the kept request."""
 
+    def forget_execution(self, execution_id: str) -> Commit:
+        """Leave no trace of one that was written and then not accepted: its idempotency key is free again.
+
+        One that nobody knows (any more) is no error.
+        """
+
     def execution(self, execution_id: str) -> ExecutionEntry | None: ...
 
     def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
@@ -189,8 +195,8 @@ class ControlStore(Protocol):
     def persistence(self) -> tuple[str, ...]:
         """Warnings about what a crash of the backend could lose; empty when nothing."""
 
-    def close(self) -> None:
-        """Commits what is on its way first."""
+    def close(self, timeout: float = 30.0) -> None:
+        """Commits what is on its way first, within ``timeout`` seconds."""
 
 
 class RecordStore(Protocol):
@@ -214,4 +220,5 @@ class RecordStore(Protocol):
     def expire(self, now: float, limit: int = 1000) -> list[str]:
         """Forget records whose time is over; their IDs, so that output files can go too."""
 
-    def close(self) -> None: ...
+    def close(self, timeout: float = 30.0) -> None:
+        """Keeps what is on its way first, within ``timeout`` seconds."""

@@ -155,6 +155,12 @@ class MemoryControlStore:
             heapq.heappush(self._expiring, (keep_until, record.execution_id))
             return _HOLDS
 
+    def forget_execution(self, execution_id: str) -> Commit:
+        with self._lock:
+            self.ping()
+            self._forget(execution_id)
+            return _HOLDS
+
     def execution(self, execution_id: str) -> ExecutionEntry | None:
         self.ping()
         return self._entries.get(execution_id)
@@ -201,10 +207,15 @@ class MemoryControlStore:
             self.ping()
             count = 0
             while count < limit and self._expiring and self._expiring[0][0] <= now:
-                entry = self._entries.pop(heapq.heappop(self._expiring)[1])
-                self._keys.pop((entry.record.function_name, entry.idempotency_key), None)
+                self._forget(heapq.heappop(self._expiring)[1])
                 count += 1
             return count
+
+    def _forget(self, execution_id: str) -> None:
+        entry = self._entries.pop(execution_id, None)
+        if entry is not None:
+            self._open[entry.record.agent_id].pop(execution_id, None)
+            self._keys.pop((entry.record.function_name, entry.idempotency_key), None)
 
     def count_open(self, function_name: str) -> int:
         with self._lock:
@@ -269,7 +280,8 @@ class MemoryControlStore:
     def persistence(self) -> tuple[str, ...]:
         return ("the store is in memory: everything is lost when Flux stops",)
 
-    def close(self) -> None:
+    def close(self, timeout: float = 30.0) -> None:
+        del timeout  # nothing is on its way
         self._closed = True
 
     def _check(self, lease: Lease | None) -> None:
@@ -315,7 +327,8 @@ class MemoryRecordStore:
                 del self._records[execution_id]
             return over
 
-    def close(self) -> None:
+    def close(self, timeout: float = 30.0) -> None:
+        del timeout  # nothing is on its way
         self._closed = True
 
     @contextmanager

@@ -104,13 +104,13 @@ class RedisRecordStore:
             self._link.write(_FORGET, *over[start : start + _AT_ONCE]).wait()
         return over
 
-    def close(self) -> None:
+    def close(self, timeout: float = 30.0) -> None:
         try:
-            self.flush(10)
+            self.flush(min(10.0, timeout))
         except StoreUnavailable:
             return
         finally:
-            self._link.close()
+            self._link.close(timeout)
 
     def _write(self, script: Script, *arguments: Argument) -> None:
         with self._lock:

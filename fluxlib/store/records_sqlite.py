@@ -60,10 +60,10 @@ class SqliteRecordStore:
             self._file.write(lambda db: db.executemany("DELETE FROM records WHERE id = ?", pairs)).wait()
         return over
 
-    def close(self) -> None:
+    def close(self, timeout: float = 30.0) -> None:
         try:
-            self.flush(10)
+            self.flush(min(10.0, timeout))
         except StoreUnavailable:
             return
         finally:
-            self._file.close()
+            self._file.close(timeout)

@@ -189,8 +189,8 @@ class RedisControlStore(RedisExecutions):
 
         return str(self._link.read(ask))
 
-    def close(self) -> None:
-        self._link.close()
+    def close(self, timeout: float = 30.0) -> None:
+        self._link.close(timeout)
 
 
 def _lease(name: str, values: Any) -> Lease | None:

@@ -65,6 +65,10 @@ class RedisExecutions:
         )
         return pending
 
+    def forget_execution(self, execution_id: str) -> Commit:
+        pending: Commit = self._link.write(scripts.FORGET, execution_id)
+        return pending
+
     def execution(self, execution_id: str) -> ExecutionEntry | None:
         fields = (*_FIELDS, "request")
         values = self._link.read(lambda client: client.hmget(self._key(f"execution:{execution_id}"), fields))

@@ -190,24 +190,30 @@ redis.call('DEL', P..'open:owner:'..from)
 return #ids / 2
 """,
 )
+_FORGET = """
+local function forget(P, id)
+  local h = P..'execution:'..id
+  local e = redis.call('HMGET', h, 'function', 'status', 'key', 'phase', 'agent', 'owner')
+  redis.call('ZREM', P..'expiring', id)
+  if not e[1] then return end
+  if e[2] == 'running' then displace(P, e[1], e[4], e[5], e[6], id) end
+  redis.call('ZREM', P..'executions', id)
+  redis.call('ZREM', P..'executions:f:'..e[1], id)
+  unlist(P, e[1], e[2], id)
+  if e[3] ~= '' then redis.call('DEL', P..'idempotent:'..e[1]..':'..e[3]) end
+  redis.call('DEL', h)
+end
+"""
+# P, id
+FORGET = Script.of(_INDEX, _FORGET, "forget(ARGV[1], ARGV[2])")
 # P, now, how many at most → how many
 EXPIRE = Script.of(
     _INDEX,
+    _FORGET,
     """
 local P, now, limit = unpack(ARGV)
 local ids = redis.call('ZRANGEBYSCORE', P..'expiring', '-inf', now, 'LIMIT', 0, limit)
-for _, id in ipairs(ids) do
-  local h = P..'execution:'..id
-  local e = redis.call('HMGET', h, 'function', 'status', 'key')
-  redis.call('ZREM', P..'expiring', id)
-  if e[1] then
-    redis.call('ZREM', P..'executions', id)
-    redis.call('ZREM', P..'executions:f:'..e[1], id)
-    unlist(P, e[1], e[2], id)
-    if e[3] ~= '' then redis.call('DEL', P..'idempotent:'..e[1]..':'..e[3]) end
-    redis.call('DEL', h)
-  end
-end
+for _, id in ipairs(ids) do forget(P, id) end
 return #ids
 """,
 )
@@ -258,6 +264,7 @@ ALL = (
     END,
     PAGE,
     ADOPT,
+    FORGET,
     EXPIRE,
     ACQUIRE,
     RELEASE,

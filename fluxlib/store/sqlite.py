@@ -174,8 +174,8 @@ class SqliteControlStore(SqliteExecutions):
     def persistence(self) -> tuple[str, ...]:
         return ()
 
-    def close(self) -> None:
-        if self._file.close():
+    def close(self, timeout: float = 30.0) -> None:
+        if self._file.close(timeout):
             self._lock.release()
 
 

@@ -84,6 +84,9 @@ class SqliteExecutions:
             patient=True,
         )
 
+    def forget_execution(self, execution_id: str) -> Commit:
+        return self._file.write(lambda db: db.execute("DELETE FROM executions WHERE id = ?", (execution_id,)))
+
     def execution(self, execution_id: str) -> ExecutionEntry | None:
         found = self._file.read(f"SELECT {_COLUMNS} FROM executions WHERE id = ?", (execution_id,))
         return _entry(found[0]) if found else None

@@ -266,6 +266,28 @@ def test_only_what_is_over_is_forgotten(store: ControlStore) -> None:
     assert store.executions(ExecutionFilter("f", ExecutionStatus.SUCCESS), "", 9).entries == ()
 
 
+def test_what_was_not_accepted_leaves_no_trace(store: ControlStore) -> None:
+    for phase, agent in ((Phase.QUEUED, ""), (Phase.STARTING, "a1")):
+        keep(store, "e1", agent=agent, phase=phase, idempotency_key="k", owner="s1")
+        store.forget_execution("e1").wait()
+        assert store.execution("e1") is None
+        assert store.execution_by_key("f", "k") is None
+        assert not store.open_executions(agent)
+        assert not store.executions_of("s1")
+        assert not store.executions(ExecutionFilter(), "", 10).entries
+        assert not store.executions(ExecutionFilter(function_name="f", queued=True), "", 10).entries
+        assert store.count_open("f") == 0
+    made = keep(store, "e1", idempotency_key="k")
+    end(store, made, keep_until=5.0)
+    keep(store, "e2")
+    store.forget_execution("e1").wait()
+    store.forget_execution("nobody").wait()
+    assert store.execution("e1") is None
+    assert store.expire_executions(10.0) in (0, 1)  # the memory's note of it may go then
+    assert [one.execution_id for one in store.executions(ExecutionFilter(), "", 10).entries] == ["e2"]
+    assert keep(store, "e3", idempotency_key="k").execution_id == "e3"
+
+
 def test_a_dead_process_is_inherited(store: ControlStore) -> None:
     keep(store, "e-1", agent="w", owner="dead")
     end(store, keep(store, "e-2", owner="dead"))

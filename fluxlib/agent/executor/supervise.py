@@ -98,9 +98,11 @@ class Supervised:
             if self._end or self._why is not ErrorKind.NONE:
                 return
             self._why, self._reason = why, reason
+            if grace is not None:
+                self._grace = grace  # also for a start that has not returned yet
             running = self._running
         if running is not None:
-            self._ask_to_stop(running, self._grace if grace is None else grace)
+            self._ask_to_stop(running, self._grace)
 
     def _timed_out(self) -> None:
         # Counted from its own start, which a busy machine may have delayed; a start that never comes ends too.
