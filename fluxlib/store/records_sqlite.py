@@ -17,7 +17,7 @@ CREATE TABLE records (
     keep_until REAL,
     record TEXT NOT NULL,
     output BLOB
-) WITHOUT ROWID;
+);
 CREATE INDEX records_running ON records (id) WHERE running;
 CREATE INDEX records_expiring ON records (keep_until) WHERE keep_until IS NOT NULL
 """
