@@ -11,9 +11,11 @@ from pathlib import Path
 
 from fluxlib.config.agent import load_agent
 from fluxlib.config.control import ControlConfig, load_control
+from fluxlib.config.document import load_mapping
+from fluxlib.config.files import read_file
 from fluxlib.config.first_start import random_key
 from fluxlib.config.key_file import with_key, without_key
-from fluxlib.config.keys import ADMIN_OF_ALL, ApiKey
+from fluxlib.config.keys import ADMIN_OF_ALL, ApiKey, function_problem, name_problem
 from fluxlib.config.reference import settings_markdown
 from fluxlib.errors import ConfigInvalid, Conflict, FluxError, InvalidInput
 from fluxlib.pki.authority import Authority, check_agent_id, enrolment_files
@@ -24,6 +26,13 @@ class CannotWrite(FluxError):
     """A file that a command should write cannot be written."""
 
 
+def _looks_like_an_agents(path: Path) -> bool:
+    with contextlib.suppress(FluxError):
+        document = load_mapping(read_file(path), str(path), ConfigInvalid)
+        return "agent_id" in document and "api_key" not in document
+    return False
+
+
 def show_settings() -> int:
     print(settings_markdown(), end="")
     return 0
@@ -31,6 +40,9 @@ def show_settings() -> int:
 
 def check_config(path: Path, *, agent: bool) -> int:
     """Print every fault and warning of a configuration file; 0 when it can be used."""
+    if not agent and _looks_like_an_agents(path):
+        print(f"{path} looks like an agent.yaml: flux check-config --agent {path}")
+        return 1
     try:
         config = load_agent(path) if agent else load_control(path)
     except ConfigInvalid as error:
@@ -77,11 +89,16 @@ def add_key(path: Path, name: str, role: str, functions: tuple[str, ...]) -> int
     """Make a key, keep its hash in flux.yaml, print the key: nobody can see it again."""
     if functions and role == "admin":
         raise InvalidInput(f"--function {ADMIN_OF_ALL}")
+    faults = [f"{name!r} {problem}"] if (problem := name_problem(name)) is not None else []
+    faults += [f"--function {one!r} {problem}" for one in functions if (problem := function_problem(one)) is not None]
+    if faults:
+        raise InvalidInput("the key cannot be made", faults)
     made = random_key()
     entry = ApiKey(name=name, role=role, key_hash=hashlib.sha256(made.encode()).hexdigest(), functions=functions)
     _rewrite(path, with_key(_read(path), entry, path))
     print(made)
-    print(f"This is the key of {name} ({role}); only its hash is in {path}. A running Flux takes it within seconds.", file=sys.stderr)
+    about = f"This is the key of {name} ({role}); only its hash is in {path}."
+    print(f"{about} A running Flux takes it within seconds.", file=sys.stderr)
     return 0
 
 

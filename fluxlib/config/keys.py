@@ -15,7 +15,8 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-def _name_problem(value: Any) -> str | None:
+def name_problem(value: Any) -> str | None:
+    """What is wrong with a key's name, or None."""
     return None if _NAME.fullmatch(value) else "must be 1 to 64 letters, digits, dots, hyphens and underscores"
 
 
@@ -23,7 +24,8 @@ def _hash_problem(value: Any) -> str | None:
     return None if _HASH.fullmatch(value) else "must be the key's SHA-256, 64 lower-case hexadecimal digits"
 
 
-def _function_problem(value: Any) -> str | None:
+def function_problem(value: Any) -> str | None:
+    """What is wrong with a function's name in a key, or None."""
     return None if FUNCTION_NAME.fullmatch(value) else "is no function's name"
 
 
@@ -31,7 +33,7 @@ def _function_problem(value: Any) -> str | None:
 class ApiKey:
     """One named key. The key itself is long and random, so that a plain hash cannot be searched."""
 
-    name: str = setting("name", "string", why="who uses it; appears in the audit log", check=_name_problem)
+    name: str = setting("name", "string", why="who uses it; appears in the audit log", check=name_problem)
     role: str = setting(
         "role",
         "string",
@@ -42,7 +44,7 @@ class ApiKey:
         "key_hash", "string", why="SHA-256 of the key in hexadecimal; `flux keys add` makes both", check=_hash_problem
     )
     functions: tuple[str, ...] = setting(
-        "functions", "strings", (), why="the only functions it is good for; absent = all", each=_function_problem
+        "functions", "strings", (), why="the only functions it is good for; absent = all", each=function_problem
     )
 
 

@@ -127,3 +127,19 @@ def test_a_missing_file_that_was_named_is_no_first_start(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "there is no" in done.stderr
     assert not (tmp_path / "flux.yaml").exists()
+
+
+def test_a_wrong_argument_is_the_arguments_fault(home: Path) -> None:
+    done = run(home, "keys", "add", "x y", "--role", "invoke", "--function", "a b")
+    assert done.returncode == 1
+    assert "'x y'" in done.stderr
+    assert "'a b'" in done.stderr
+    assert "flux.yaml" not in done.stderr
+
+
+def test_an_agents_file_is_known_as_one(home: Path) -> None:
+    (home / "agent.yaml").write_text("agent_id: worker-1\n")
+    done = run(home, "check-config", "agent.yaml")
+    assert done.returncode == 1
+    assert "--agent" in done.stdout
+    assert run(home, "check-config", "--agent", "agent.yaml").returncode == 0
