@@ -17,7 +17,7 @@ import pytest
 from tests.faults.rig import having
 from tests.support.programs import API_KEY, Agent, Flux, Program, wait_until
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 COUNT = int(os.environ.get("FLUX_SOAK_EXECUTIONS", "20000"))
 CONNECTIONS = 64
@@ -157,7 +157,7 @@ def test_twenty_thousand(tmp_path: Path) -> None:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(500)
+                thread.join(800)
             for client in clients:
                 assert not client.wrong, client.wrong[:3]
                 outcomes.update(client.outcomes)
