@@ -61,7 +61,7 @@ test-faults:
 
 test-soak:
 	@scripts/setup dev $(TEST_PACKAGES)
-	@$(PY) -m pytest $(PARALLEL) -m "soak or slow" tests $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) -m "soak or slow" tests --ignore=tests/packaging $(ARGS)
 
 fuzz:
 	@scripts/setup dev $(TEST_PACKAGES)
