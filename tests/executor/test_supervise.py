@@ -87,6 +87,20 @@ def test_a_start_that_never_comes_ends_too(clock: Clock) -> None:
     assert (clock.now, clock.signals) == (1010.0, ["TERM"])
 
 
+def test_a_stop_before_its_start_returns_keeps_its_grace(clock: Clock) -> None:
+    job = Job("e-2", ("/bin/true",), {}, Path("/"))
+    clock.signals.clear()
+
+    class Slow(Clock):
+        def start(self, *arguments: Any) -> Clock:
+            supervised.stop(ErrorKind.AGENT_STOPPED, "the agent ends now", grace=0)
+            return clock
+
+    supervised = Supervised(cast(Executor, Slow()), cast(Timers, clock), job, 0, 2.0, lambda verdict: None)
+    supervised.start(lambda data: None, lambda pid: None)
+    assert clock.signals == ["KILL"]
+
+
 def test_one_that_has_ended_is_left_alone(clock: Clock) -> None:
     clock.started(7)
     clock.exited(Exit(exit_code=0))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from fluxlib import lifecycle
-from fluxlib.lifecycle import Deadline, Loop, Parts, Timers
+from fluxlib.lifecycle import Deadline, Loop, Parts, Pool, Timers
 
 
 @pytest.fixture
@@ -208,3 +208,42 @@ def test_a_second_signal_ends_at_once(first: signal.Signals, second: signal.Sign
         assert process.stdout.readline() == b"stopping\n"
         process.send_signal(second)
         assert process.wait(10) == -second
+
+
+def test_a_pool_does_things_on_a_few_threads_and_outlives_failures() -> None:
+    pool = Pool("crew", 2)
+    together, done = threading.Barrier(2), threading.Semaphore(0)
+    names: set[str] = set()
+
+    def work(number: int) -> None:
+        if number < 2:
+            together.wait(10)
+        names.add(threading.current_thread().name)
+        done.release()
+        if number == 2:
+            raise ValueError("of no matter to the others")
+
+    for number in range(6):
+        assert pool.submit(work, number)
+    for _ in range(6):
+        assert done.acquire(timeout=10)
+    assert names == {"crew-0", "crew-1"}
+    assert pool.stop(Deadline(10)) == []
+    assert not pool.submit(work, 7)
+
+
+def test_a_pool_stops_by_its_deadline_and_gives_back_what_was_not_begun() -> None:
+    pool = Pool("crew", 1)
+    begun, end = threading.Event(), threading.Event()
+
+    def work(what: str) -> None:
+        begun.set()
+        end.wait(10)
+
+    pool.submit(work, "first")
+    begun.wait(10)
+    pool.submit(work, "second")
+    pool.submit(work, "third")
+    assert pool.stop(Deadline(0.01)) == [("second",), ("third",)]
+    end.set()
+    assert pool.stop(Deadline(10)) == []
