@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import startup
+from benchmarks import processes, startup
 from benchmarks.results import Section
 from benchmarks.system import Options, system
 
@@ -25,6 +26,7 @@ def _idle() -> Section:
     with system() as one:
         time.sleep(3)  # the first reports and probes are over
         rss = {name: size / 1e6 for name, size in one.usage().rss.items()}
+        held = sum(processes.proportional(pid) for pid in one.pids.values()) / 1e6
         before, began = one.usage(), time.monotonic()
         time.sleep(5)
         used = one.usage().cpu_since(before)
@@ -34,33 +36,39 @@ def _idle() -> Section:
         "Idle: Flux with one agent in step",
         ["process", "RSS MB", "CPU %"],
         [*([name, rss[name], idle[name]] for name in rss), ["together", total, sum(idle.values())]],
-        notes=["RSS counts shared pages of libraries once for each process; children are included."],
-        figures={"rss_mb": rss, "cpu_percent": idle},
+        notes=[
+            "RSS counts a library's pages once for each process that maps it; children are included."
+            f" Shared pages counted once, all of them hold {held:.0f} MB (PSS)."
+        ],
+        figures={"rss_mb": rss, "pss_mb": held, "cpu_percent": idle},
         promised={"idle": total},
     )
 
 
 def _startup(options: Options) -> Section:
-    """From the source tree, and the frozen programs where they have been built."""
-    frozen = startup.TOP / "build/frozen"
-    rows = startup.measure(frozen if (frozen / "flux/flux").exists() else None, 1 if options.smoke else 3)
+    """From the source tree, and the frozen programs where they have been built. In a process of its own: what it starts
+    would show this one's size as its peak."""
+    built = (startup.TOP / "build/frozen/flux/flux").exists()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        arguments = ["--rounds", "1" if options.smoke else "3", "--json", file.name, *([] if built else ["--source"])]
+        _run("benchmarks.startup", arguments)
+        rows = json.load(file)
     heads = ["program", "until", "ms", "CPU ms", "RSS MB"]
-    cells = [[row.program, row.what, row.wall_ms, row.cpu_ms, row.rss_mb] for row in rows]
-    figures = {f"{row.program}, {row.what}": {"wall_ms": row.wall_ms, "rss_mb": row.rss_mb} for row in rows}
-    return Section("Start-up", heads, cells, figures=figures)
+    cells = [[row["program"], row["what"], row["wall_ms"], row["cpu_ms"], row["rss_mb"]] for row in rows]
+    return Section("Start-up", heads, cells, figures={"rows": rows})
 
 
 def _starts(options: Options) -> Iterator[Section]:
     """In a process of its own: it becomes large on purpose."""
-    count = 40 if options.smoke else 300
-    here = _run(["--count", str(count)])
+    count = 40 if options.smoke else 1000
+    here = _starts_of(["--count", str(count)])
     promised = {}
     if "off" in here:
         promised["start off"] = here["off"]["cpu_ms"] / here["floor"]["cpu_ms"]
         promised["start large"] = here["off, large agent"]["cpu_ms"] / here["off"]["cpu_ms"]
     yield _starts_section("Starting a program through the executor, on this machine", here, promised)
     if options.lab:
-        lab = _run(["--lab", "--count", str(count)])
+        lab = _starts_of(["--lab", "--count", str(min(count, 200))])
         promised = {}
         if "default" in lab:
             promised["start default"] = lab["default"]["cpu_ms"] / lab["floor"]["cpu_ms"]
@@ -76,7 +84,10 @@ def _starts_section(title: str, figures: dict[str, Any], promised: dict[str, flo
     return Section(title, ["start", "ms", "CPU ms", "CPU x floor"], rows, figures=figures, promised=promised)
 
 
-def _run(arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.starts", "--json", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=startup.TOP)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+def _starts_of(arguments: list[str]) -> dict[str, Any]:
+    return dict(json.loads(_run("benchmarks.starts", ["--json", *arguments]).splitlines()[-1]))
+
+
+def _run(module: str, arguments: list[str]) -> str:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=startup.TOP).stdout

@@ -41,3 +41,10 @@ def usage(roots: dict[str, int]) -> Usage:
             except psutil.NoSuchProcess:
                 continue
     return Usage(cpu, rss)
+
+
+def proportional(root: int) -> int:
+    """Bytes a process and its children hold, each shared page divided by those who share it (Linux; else RSS)."""
+    process = psutil.Process(root)
+    infos = [one.memory_full_info() for one in (process, *process.children(recursive=True))]
+    return sum(getattr(info, "pss", info.rss) for info in infos)

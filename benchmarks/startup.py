@@ -48,12 +48,13 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.split("\n")[0])
     parser.add_argument("--frozen", type=Path, default=TOP / "build/frozen")
+    parser.add_argument("--source", action="store_true", help="the source tree alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = measure(frozen_programs(options.frozen), options.rounds)
+    rows = measure(None if options.source else frozen_programs(options.frozen), options.rounds)
     print(as_table(rows))
-    for name in ("flux", "flux-agent"):
+    for name in () if options.source else ("flux", "flux-agent"):
         print(f"{name}: {size(options.frozen / name) / 1e6:.0f} MB on disk")
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
