@@ -41,7 +41,7 @@ class Ec2:
     def __init__(self, addresses: Iterable[str] = ()) -> None:
         self.asked: list[tuple[str, dict[str, list[str]]]] = []
         self.on_terminate: Callable[[str], None] = lambda address: None
-        self._addresses = list(addresses)
+        self.addresses = list(addresses)
         self._given: dict[str, str] = {}  # instance ID → address
         self._faults: list[_Fault] = []
         self._lock = threading.RLock()
@@ -79,6 +79,11 @@ class Ec2:
 
     def actions(self, name: str) -> list[dict[str, list[str]]]:
         return [asked for action, asked in self.asked if action == name]
+
+    def given(self) -> list[str]:
+        """The addresses of instances that have not ended."""
+        with self._lock:
+            return list(self._given.values())
 
     def __enter__(self) -> Self:
         from moto.server import DomainDispatcherApplication, create_backend_app
@@ -132,7 +137,7 @@ class Ec2:
         chunks = b"".join(self._moto(inner, lambda status, headers, exc=None: answer.extend((status, headers))))
         if fault is not None:
             return self._refuse(fault, start_response)
-        if action in ("RunInstances", "DescribeInstances") and self._addresses:
+        if action in ("RunInstances", "DescribeInstances") and self.addresses:
             chunks = self._with_addresses(chunks)
         if action == "TerminateInstances":
             self._take_back(asked)
@@ -154,7 +159,7 @@ class Ec2:
             if instance is None or invented is None or not instance.text or not invented.text:
                 continue
             with self._lock:
-                free = [one for one in self._addresses if one not in self._given.values()]
+                free = [one for one in self.addresses if one not in self._given.values()]
                 address = self._given.get(instance.text) or (free[0] if free else "")
                 if address:
                     self._given[instance.text] = address
@@ -163,8 +168,8 @@ class Ec2:
 
     def _take_back(self, asked: dict[str, list[str]]) -> None:
         for key, (instance, *_) in asked.items():
-            if key.startswith("InstanceId"):
+            if key.startswith("InstanceId") and instance in self._given:
+                # Not given to the next one before it is as good as new.
+                self.on_terminate(self._given[instance])
                 with self._lock:
-                    address = self._given.pop(instance, "")
-                if address:
-                    self.on_terminate(address)
+                    del self._given[instance]

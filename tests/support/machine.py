@@ -128,6 +128,10 @@ class Machine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def is_on(self) -> bool:
+        return self._qemu is not None
+
     # -- use ---------------------------------------------------------------------------
 
     def run(self, command: str, *, stdin: bytes = b"", check: bool = True, timeout: float = 120) -> str:
