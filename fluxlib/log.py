@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Libraries whose INFO lines repeat what ours say, or say it per request.
@@ -40,11 +42,18 @@ class _OneLine(logging.Formatter):
         message = super().formatMessage(record)
         return message if message.isprintable() else _escaped(message)
 
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join("    " + (line if line.isprintable() else _escaped(line)) for line in _traceback(ei))
+
 
 def one_line(text: str, limit: int = 500) -> str:
     """Text from outside made safe for a log line: no control characters, bounded."""
     cleaned = _escaped(text[: limit + 1])
     return cleaned if len(cleaned) <= limit else cleaned[:limit] + "…"
+
+
+def _traceback(exc_info: Any) -> list[str]:
+    return "".join(traceback.format_exception(*exc_info)).rstrip("\n").split("\n")
 
 
 def _escaped(text: str) -> str:

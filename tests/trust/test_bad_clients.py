@@ -70,7 +70,7 @@ def test_no_line_of_the_log_can_be_made_up(capsys: pytest.CaptureFixture[str]) -
         forged = "is away\n2026-01-01 00:00:00,000 INFO fluxlib.audit: api_key from 10.0.0.1: DELETE /nodes: 200\x1b[2J"
         logging.getLogger("fluxlib.x").warning("agent w: %s", forged)
         try:
-            raise ValueError("a fault")
+            raise ValueError(f"a fault\n{forged}")
         except ValueError:
             logging.getLogger("fluxlib.x").exception("it broke")
     finally:
@@ -79,4 +79,5 @@ def test_no_line_of_the_log_can_be_made_up(capsys: pytest.CaptureFixture[str]) -
     assert r"is away\x0a2026-01-01" in first
     assert r"\x1b[2J" in first
     assert rest[0].endswith("it broke")
-    assert rest[1].startswith("Traceback")
+    assert rest[1] == "    Traceback (most recent call last):"
+    assert all(line.startswith("    ") and line.isprintable() for line in rest[1:])
