@@ -142,6 +142,10 @@ def test_its_limits_and_score(launched: Launched) -> None:
     limits = {resource.RLIMIT_NOFILE: 77, resource.RLIMIT_FSIZE: 1 << 20}
     output, _ = launched.run("ulimit -n; ulimit -c; cat /proc/self/oom_score_adj", rlimits=limits)
     assert output.split() == ["77", "0", "500"]
+    score = Path("oom_score_adj")
+    assert (f"/proc/{launched.link.pid}" / score).read_text() == ("/proc/self" / score).read_text(), (
+        "only while it clones"
+    )
 
 
 def test_another_functions_code_is_out_of_reach(launched: Launched, programs: Path) -> None:

@@ -12,15 +12,13 @@ is covered, and a frozen program's modules may lie there.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import mmap
 import os
-import resource
 import signal
-import struct
 from enum import IntEnum
 
-from fluxlib.agent.executor import mounts, syscalls
+from fluxlib.agent.executor import mounts, prepared, syscalls
 from fluxlib.agent.executor.landlock import Landlock
 from fluxlib.agent.executor.seccomp import Filter, instructions
 
@@ -33,13 +31,13 @@ DEFAULT, STRICT, MINIMAL = "default", "strict", "minimal"
 
 
 class Step(IntEnum):
-    """What a child does, in this order; a failure is told by its step."""
+    """What is done for a run, from OUTPUT on by the child, in this order; a failure is told by its step."""
 
-    CLONE = 0
-    OUTPUT = 1
-    SESSION = 2
-    CGROUP = 3
-    OUT_OF_MEMORY_SCORE = 4
+    OUT_OF_MEMORY_SCORE = 0
+    CLONE = 1
+    OUTPUT = 2
+    SESSION = 3
+    CGROUP = 4
     MOUNTS = 5
     CGROUP_VIEW = 6
     LIMITS = 7
@@ -54,13 +52,9 @@ class Step(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-_LIMITS_OF_ALL = {
-    resource.RLIMIT_CORE: 0,
-    resource.RLIMIT_MEMLOCK: 64 * 1024,
-    resource.RLIMIT_NICE: 0,
-    resource.RLIMIT_RTPRIO: 0,
-    resource.RLIMIT_MSGQUEUE: 819_200,
-}
+# By number, the same on both machines (asm-generic/resource.h): the module resource would be one more to clone.
+_CORE, _MEMLOCK, _MSGQUEUE, _NICE, _RTPRIO = 4, 8, 12, 13, 14
+_LIMITS_OF_ALL = {_CORE: 0, _MEMLOCK: 64 * 1024, _MSGQUEUE: 819_200, _NICE: 0, _RTPRIO: 0}
 # Functions go first when the machine itself has no memory left; an inherited -1000 would make their own OOM hang.
 _OUT_OF_MEMORY_SCORE = b"500"
 
@@ -97,14 +91,18 @@ class SetUpFailed(Exception):
 class Launcher:
     """Starts programs under one profile. Owns this process: build it once, before anything is started."""
 
+    failed = SetUpFailed
+
     def __init__(self, profile: str, programs: bytes, hidden: list[bytes]) -> None:
         self._profile = profile
         self._mounts = profile != MINIMAL
         self._programs = programs
         self._failures = _Failures()
+        with _step("read the out-of-memory score"):
+            self._score = _Expendable()
         with _step("lower the limits"):
             for which, value in _LIMITS_OF_ALL.items():
-                resource.setrlimit(which, (value, value))
+                prepared.make(prepared.limit(which, value))
         with _step("give up privileges"):
             syscalls.drop_bounding_set()
             syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
@@ -122,6 +120,18 @@ class Launcher:
             self._landlock = Landlock(syscalls.landlock_version()) if profile != DEFAULT else None
         os.umask(0o077)
         self._namespaces = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWIPC if self._mounts else 0
+        # What every child does alike.
+        self._first = [(Step.SESSION, *prepared.new_session())]
+        self._cgroup_view = [(Step.CGROUP_VIEW, *call) for call in mounts.hide_other_cgroups()]
+        self._no_privileges = [
+            (Step.USER, *prepared.clear_capabilities()),
+            # After the change of user, which clears it. A backup for when this process dies: it misses grandchildren.
+            (Step.USER, *prepared.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)),
+        ]
+        self._last = [
+            (Step.SYSTEM_CALL_FILTER, *prepared.install_filter(self._filter.program)),
+            (Step.EXEC, *prepared.close_range_on_exec(3)),
+        ]
 
     @property
     def notes(self) -> list[str]:
@@ -142,17 +152,27 @@ class Launcher:
         output: int,
         cgroup: int,
     ) -> tuple[int, int]:
-        """(process, slot): ask ``failure_of(slot)`` when it has ended. Raises OSError when it could not be cloned."""
-        slot = self._failures.take()
+        """(process, slot): ask ``failure_of(slot)`` when it has ended. Raises SetUpFailed when there is none."""
         planned = Plan(*plan)
         flags = self._namespaces | (syscalls.CLONE_NEWNET if planned.no_network else 0)
+        code, slot, step = -1, self._failures.take(), Step.MOUNTS
         try:
-            pid = syscalls.clone3(flags, signal.SIGCHLD, cgroup) if self._atomic else os.fork()
-        except OSError:
+            if self._mounts:
+                code = mounts.copy_of_code(planned.code)
+            step = Step.EXEC
+            calls = self._calls(argv, env, cwd, uid, rlimits, planned, (stdin, output, cgroup), code, flags)
+            step = Step.OUT_OF_MEMORY_SCORE
+            with self._score:
+                step = Step.CLONE
+                pid = syscalls.clone3(flags, signal.SIGCHLD, cgroup) if self._atomic else os.fork()
+                if pid == 0:
+                    self._become(calls, slot)
+        except (OSError, ValueError) as error:
             self._failures.give_back(slot)
-            raise
-        if pid == 0:
-            self._become(argv, env, cwd, uid, rlimits, planned, (stdin, output, cgroup), flags, slot)
+            raise SetUpFailed(step.words, getattr(error, "errno", None) or errno.EINVAL) from error
+        finally:
+            if code >= 0:
+                os.close(code)
         return pid, slot
 
     def failure_of(self, slot: int) -> tuple[str, int] | None:
@@ -164,7 +184,7 @@ class Launcher:
         with contextlib.suppress(OSError):
             _write("cgroup.kill", b"1", cgroup)
 
-    def _become(
+    def _calls(
         self,
         argv: list[bytes],
         env: dict[bytes, bytes],
@@ -173,63 +193,52 @@ class Launcher:
         rlimits: dict[int, int],
         plan: Plan,
         fds: tuple[int, int, int],
+        code: int,
         flags: int,
-        slot: int,
-    ) -> NoReturn:
-        """The child's whole life. The order matters: each step needs what the later ones take away."""
+    ) -> list[tuple[Any, ...]]:
+        """(step, function, arguments) of all that a child does. The order matters: each step needs what the
+        later ones take away. Raises ValueError for what no program can be given.
+        """
+        stdin, output, cgroup = fds
+        calls: list[tuple[Any, ...]] = [
+            (Step.OUTPUT, *prepared.duplicate(stdin, 0)),
+            (Step.OUTPUT, *prepared.duplicate(output, 1)),
+            (Step.OUTPUT, *prepared.duplicate(output, 2)),
+            *self._first,
+        ]
+        if not self._atomic:
+            calls.append((Step.CGROUP, _enter, (cgroup, flags)))
+        if self._mounts:
+            calls += [(Step.MOUNTS, *call) for call in mounts.mounts_of_run(code, uid, plan.tmp_bytes)]
+        if self._profile == STRICT:
+            calls += self._cgroup_view
+        calls += [(Step.LIMITS, *prepared.limit(which, value)) for which, value in rlimits.items()]
+        calls += [(Step.USER, *call) for call in prepared.become_user(uid)]
+        calls += self._no_privileges
+        if self._landlock is not None:
+            calls.append((Step.LANDLOCK, self._restrict, (plan,)))
+        calls.append((Step.CHANGE_DIRECTORY, *prepared.change_directory(cwd)))
+        calls += self._last
+        if not plan.trial:
+            calls.append((Step.EXEC, *prepared.execute(argv, env)))
+        return calls
+
+    def _become(self, calls: list[tuple[Any, ...]], slot: int) -> NoReturn:
+        """The child's whole life."""
         step = Step.OUTPUT
         try:
-            stdin, output, cgroup = fds
-            os.dup2(stdin, 0)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            step = Step.SESSION
-            os.setsid()
-            step = Step.CGROUP
-            if not self._atomic:
-                _write("cgroup.procs", b"0", cgroup)
-                if flags:
-                    syscalls.unshare(flags)
-            step = Step.OUT_OF_MEMORY_SCORE
-            _write("/proc/self/oom_score_adj", _OUT_OF_MEMORY_SCORE)
-            step = Step.MOUNTS
-            if self._mounts:
-                mounts.mount_run(plan.code, uid, plan.tmp_bytes)
-            step = Step.CGROUP_VIEW
-            if self._profile == STRICT:
-                mounts.hide_other_cgroups()
-            step = Step.LIMITS
-            for which, value in rlimits.items():
-                resource.setrlimit(which, (value, value))
-            step = Step.USER
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-            syscalls.clear_capabilities()
-            # After the change of user, which clears it. A backup for when this process dies: it misses grandchildren.
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            step = Step.LANDLOCK
-            if self._landlock is not None:
-                self._restrict(plan)
-            step = Step.CHANGE_DIRECTORY
-            os.chdir(cwd)
-            step = Step.SYSTEM_CALL_FILTER
-            syscalls.install_filter(self._filter.program)
-            step = Step.EXEC
-            if plan.trial:
-                os._exit(0)
-            syscalls.close_range_on_exec(3)
-            os.execve(argv[0], argv, env)
+            for step, function, arguments in calls:
+                if function(*arguments) < 0:
+                    self._failures.tell(slot, step, ctypes.get_errno())
+                    os._exit(127)
+            os._exit(0)  # a trial
         except OSError as error:
             self._failures.tell(slot, step, error.errno or errno.EIO)
-        except ValueError:
-            # What setrlimit raises for a limit that may not be raised.
-            self._failures.tell(slot, step, errno.EPERM)
         except BaseException:
             self._failures.tell(slot, step, errno.ENOTRECOVERABLE)
         os._exit(127)
 
-    def _restrict(self, plan: Plan) -> None:
+    def _restrict(self, plan: Plan) -> int:
         assert self._landlock is not None
         if self._mounts:
             # Mounted anew in this child, so not the directory that was opened beforehand.
@@ -237,6 +246,7 @@ class Launcher:
         else:
             code = os.path.join(self._programs, plan.code)
             self._landlock.restrict((code,), (plan.work,) if plan.work else ())
+        return 0
 
 
 class _Failures:
@@ -245,10 +255,8 @@ class _Failures:
     It costs a run nothing, where a pipe would cost it five system calls.
     """
 
-    _ENTRY = struct.Struct("HH")
-
     def __init__(self, slots: int = 16_384) -> None:
-        self._memory = mmap.mmap(-1, slots * self._ENTRY.size)
+        self._memory = syscalls.shared_numbers(2 * slots)  # step + 1 and errno of each
         self._slots = slots
         self._used = 0
         # Grows with use: every page of this process is paid for by each clone.
@@ -263,15 +271,41 @@ class _Failures:
         return self._used - 1
 
     def tell(self, slot: int, step: int, number: int) -> None:
-        self._ENTRY.pack_into(self._memory, slot * self._ENTRY.size, step + 1, number)
+        self._memory[2 * slot + 1] = number
+        self._memory[2 * slot] = step + 1
 
     def give_back(self, slot: int) -> tuple[str, int] | None:
-        step, number = self._ENTRY.unpack_from(self._memory, slot * self._ENTRY.size)
+        step = self._memory[2 * slot]
         self._free.append(slot)
         if not step:
             return None
-        self._ENTRY.pack_into(self._memory, slot * self._ENTRY.size, 0, 0)
-        return Step(step - 1).words, number
+        self._memory[2 * slot] = 0
+        return Step(step - 1).words, self._memory[2 * slot + 1]
+
+
+class _Expendable:
+    """While entered, what this process clones is among the first to go when the machine has no memory left.
+
+    Inherited, because a child's own score has to be looked for in /proc, which costs as much as a mount.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        self._own = os.pread(self._file, 16, 0)
+
+    def __enter__(self) -> None:
+        os.pwrite(self._file, _OUT_OF_MEMORY_SCORE, 0)
+
+    def __exit__(self, *_: object) -> None:
+        os.pwrite(self._file, self._own, 0)
+
+
+def _enter(cgroup: int, flags: int) -> int:
+    """Where there is no clone3."""
+    _write("cgroup.procs", b"0", cgroup)
+    if flags:
+        syscalls.unshare(flags)
+    return 0
 
 
 @contextlib.contextmanager

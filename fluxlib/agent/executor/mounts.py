@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import os
 
-from fluxlib.agent.executor import syscalls
+from fluxlib.agent.executor import prepared, syscalls
 from fluxlib.agent.executor.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from fluxlib.agent.executor.prepared import Call
 
 CODE = "/run/flux/code"
 WORK = "/run/flux/work"
@@ -65,27 +67,44 @@ def prepare_namespace(programs: bytes, hidden: Iterable[bytes]) -> None:
     syscalls.mount(b"proc", b"/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, b"hidepid=invisible")
     # Not nodev: it would switch /dev off.
     syscalls.mount_setattr(b"/", syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
-    # The child writes its oom_score_adj there; a function owns nothing else in it.
+    # Programs name their threads there; a function owns nothing else in it.
     syscalls.mount_setattr(b"/proc", 0, clear=syscalls.MOUNT_ATTR_RDONLY)
 
 
-def mount_run(code: bytes, uid: int, size: int) -> None:
-    """In the child, in a mount namespace of its own: ``code`` relative to ``programs``, ``size`` in bytes."""
+def copy_of_code(code: bytes) -> int:
+    """A read-only mount of the directory ``code``, relative to ``programs``, not attached yet; a descriptor.
+
+    Taken by the spawner, whose namespace it is, and attached by the child in its own.
+    """
     tree = syscalls.open_tree(code)
-    syscalls.mount_setattr(b"", _READ_ONLY_CODE, tree=tree)
-    syscalls.move_mount(tree, _CODE)
+    try:
+        syscalls.mount_setattr(b"", _READ_ONLY_CODE, tree=tree)
+    except OSError:
+        os.close(tree)
+        raise
+    return tree
+
+
+def mounts_of_run(code: int, uid: int, size: int) -> list[Call]:
+    """For the child, in a mount namespace of its own: ``code`` from ``copy_of_code``, ``size`` in bytes."""
     options = b"size=%d,nr_inodes=%d,mode=" % (size, _INODES)
-    syscalls.mount(b"tmpfs", _WORK, MS_NOSUID | MS_NODEV, b"%s700,uid=%d,gid=%d" % (options, uid, uid))
-    syscalls.mount(b"tmpfs", b"/tmp", MS_NOSUID | MS_NODEV, options + b"1777")
-    syscalls.mount(b"tmpfs", b"/dev/shm", MS_NOSUID | MS_NODEV, options + b"1777")
+    anybody = options + b"1777"
+    return [
+        prepared.attach(code, _CODE),
+        prepared.mount(b"tmpfs", _WORK, MS_NOSUID | MS_NODEV, b"%s700,uid=%d,gid=%d" % (options, uid, uid)),
+        prepared.mount(b"tmpfs", b"/tmp", MS_NOSUID | MS_NODEV, anybody),
+        prepared.mount(b"tmpfs", b"/dev/shm", MS_NOSUID | MS_NODEV, anybody),
+    ]
 
 
-def hide_other_cgroups() -> None:
-    """The child's cgroup becomes the root of those it sees."""
-    syscalls.unshare(syscalls.CLONE_NEWCGROUP)
-    syscalls.unmount(CGROUPS)
-    syscalls.mount(b"cgroup2", CGROUPS, MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    syscalls.mount_setattr(CGROUPS, syscalls.MOUNT_ATTR_RDONLY)
+def hide_other_cgroups() -> list[Call]:
+    """For the child: its cgroup becomes the root of those it sees."""
+    return [
+        prepared.unshare(syscalls.CLONE_NEWCGROUP),
+        prepared.unmount(CGROUPS),
+        prepared.mount(b"cgroup2", CGROUPS, MS_NOSUID | MS_NODEV | MS_NOEXEC),
+        prepared.read_only(CGROUPS),
+    ]
 
 
 def _cover(directory: bytes) -> None:

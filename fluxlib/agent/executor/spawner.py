@@ -176,8 +176,8 @@ class Spawner:
         output, cgroup, stdin = fds[0], fds[1], fds[2] if len(fds) > 2 else self._null
         try:
             pid, slot = self._launcher.start(argv, env, cwd, uid, rlimits, plan, stdin, output, cgroup)
-        except OSError as error:
-            self._answers.append(("failed", identifier, "clone", error.errno or 0))
+        except self._launcher.failed as failed:
+            self._answers.append(("failed", identifier, failed.step, failed.number))
             return
         fds.remove(cgroup)  # kept, so that the tree can be ended when the agent is gone
         self._add(Job(identifier, pid, execution_id, cgroup, slot))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from ctypes import c_char_p, c_int, c_long, c_uint, c_uint32, c_uint64, c_ulong, c_void_p
+from ctypes import byref, c_char_p, c_int, c_long, c_uint, c_uint32, c_uint64, c_ulong, c_void_p
 
 MACHINE = os.uname().machine
 
@@ -56,7 +56,6 @@ PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
 PR_CAPBSET_DROP = 24
-PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -71,10 +70,10 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 # Naming a function here also finds it here, not in every child anew.
 _libc.syscall.restype = c_long
 _libc.mount.argtypes = [c_char_p, c_char_p, c_char_p, c_ulong, c_char_p]
-_libc.umount2.argtypes = [c_char_p, c_int]
 _libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
 _libc.unshare.argtypes = [c_int]
-_libc.capset.argtypes = [c_void_p, c_void_p]
+_libc.mmap.restype = c_void_p
+_libc.mmap.argtypes = [c_void_p, c_ulong, c_int, c_int, c_int, c_long]
 
 
 class _CloneArgs(ctypes.Structure):
@@ -89,10 +88,7 @@ class _CloneArgs(ctypes.Structure):
     ]
 
 
-_CLONE_ARGS_SIZE = c_ulong(ctypes.sizeof(_CloneArgs))
-
-
-class _MountAttr(ctypes.Structure):
+class MountAttributes(ctypes.Structure):
     """struct mount_attr."""
 
     _fields_ = [(name, c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
@@ -122,8 +118,8 @@ class _CapData(ctypes.Structure):
 # Made once: a child that makes a type pays for every page it touches doing so.
 _OWN_CAPABILITIES = _CapHeader(_CAPABILITY_VERSION_3, 0)
 _NO_CAPABILITIES = (_CapData * 2)()
-_OWN_CAPABILITIES_AT = ctypes.addressof(_OWN_CAPABILITIES)
-_NO_CAPABILITIES_AT = ctypes.addressof(_NO_CAPABILITIES)
+# Where capset(2) finds them.
+NO_CAPABILITIES = (ctypes.addressof(_OWN_CAPABILITIES), ctypes.addressof(_NO_CAPABILITIES))
 
 
 class FilterProgram(ctypes.Structure):
@@ -155,6 +151,10 @@ def clone3_is_there() -> bool:
     return True
 
 
+_clone_args = _CloneArgs()
+_CLONE3 = (c_long.from_param(CLONE3), byref(_clone_args), c_ulong.from_param(ctypes.sizeof(_clone_args)))
+
+
 def clone3(flags: int, exit_signal: int, cgroup: int) -> int:
     """Fork into the cgroup whose directory ``cgroup`` is; 0 in the child, its process ID in the parent.
 
@@ -164,17 +164,24 @@ def clone3(flags: int, exit_signal: int, cgroup: int) -> int:
     interpreter's can be held by somebody else, and what os.fork does about them (PyOS_BeforeFork,
     PyOS_AfterFork_Child) is left out: it would double the price, mostly in pages copied for it.
     """
-    arguments = _CloneArgs(flags=flags | CLONE_INTO_CGROUP, exit_signal=exit_signal, cgroup=cgroup)
-    return _call("clone3", CLONE3, ctypes.byref(arguments), _CLONE_ARGS_SIZE)
+    _clone_args.flags, _clone_args.exit_signal, _clone_args.cgroup = flags | CLONE_INTO_CGROUP, exit_signal, cgroup
+    # Nothing is made for the call: the child would pay for the pages it touches to free it.
+    pid = _libc.syscall(*_CLONE3)
+    return _checked(pid, "clone3") if pid < 0 else int(pid)
+
+
+def shared_numbers(count: int) -> ctypes.Array[ctypes.c_uint16]:
+    """``count`` numbers of 16 bits, 0 at first, in memory that children share until they become programs."""
+    kind = ctypes.c_uint16 * count
+    read_write, anonymous_shared = 3, 0x21
+    address = _libc.mmap(None, ctypes.sizeof(kind), read_write, anonymous_shared, -1, 0)
+    if address in (None, c_void_p(-1).value):
+        _checked(-1, "mmap")
+    return kind.from_address(address)
 
 
 def unshare(flags: int) -> None:
     _checked(_libc.unshare(flags), "unshare")
-
-
-def close_range_on_exec(first: int) -> None:
-    """Every descriptor from ``first`` on is closed by exec."""
-    _call("close_range", CLOSE_RANGE, c_uint(first), c_uint(0xFFFF_FFFF), c_uint(CLOSE_RANGE_CLOEXEC))
 
 
 def prctl(option: int, first: int = 0, second: int = 0) -> int:
@@ -192,10 +199,6 @@ def drop_bounding_set() -> None:
         prctl(PR_CAPBSET_DROP, capability)
 
 
-def clear_capabilities() -> None:
-    _checked(_libc.capset(_OWN_CAPABILITIES_AT, _NO_CAPABILITIES_AT), "capset")
-
-
 # -- mounts --------------------------------------------------------------------------------
 
 
@@ -206,10 +209,6 @@ def mount(kind: bytes, target: bytes, flags: int, options: bytes | None = None) 
 
 def set_propagation(target: bytes, flags: int) -> None:
     _checked(_libc.mount(None, target, None, flags, None), f"mount {os.fsdecode(target)}")
-
-
-def unmount(target: bytes) -> None:
-    _checked(_libc.umount2(target, MNT_DETACH), f"umount {os.fsdecode(target)}")
 
 
 def open_tree(path: bytes) -> int:
@@ -227,7 +226,7 @@ def mount_setattr(
     target: bytes, attributes: int, *, clear: int = 0, recursive: bool = False, tree: int = AT_FDCWD
 ) -> None:
     """Set and clear MOUNT_ATTR_*; with ``tree`` and an empty target, of a detached mount."""
-    attr = _MountAttr(attr_set=attributes, attr_clr=clear)
+    attr = MountAttributes(attr_set=attributes, attr_clr=clear)
     flags = (AT_RECURSIVE if recursive else 0) | (0 if target else AT_EMPTY_PATH)
     size = c_ulong(ctypes.sizeof(attr))
     _call("mount_setattr", MOUNT_SETATTR, c_int(tree), c_char_p(target), c_uint(flags), ctypes.byref(attr), size)
@@ -258,8 +257,3 @@ def landlock_allow(ruleset: int, beneath: int, access: int) -> None:
 
 def landlock_restrict_self(ruleset: int) -> None:
     _call("landlock_restrict_self", LANDLOCK_RESTRICT_SELF, c_int(ruleset), c_uint(0))
-
-
-def install_filter(program: FilterProgram) -> None:
-    """By prctl: seccomp(2) is outside what systemd's @system-service allows."""
-    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
