@@ -26,7 +26,8 @@ if sys.platform == "win32":
         os.lseek(descriptor, _RANGE_AT, os.SEEK_SET)
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError:
+        except OSError:
+            # EACCES; Wine says nothing. What else could fail is a bad descriptor, and this one was just opened.
             return False
         return True
 
