@@ -20,6 +20,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    # The instructions that one number comes to.
+    Outcome = tuple[bytes, ...]
+
 _X86 = "x86_64"
 _ARM = "aarch64"
 AUDIT_ARCHITECTURES = {_X86: 0xC000_003E, _ARM: 0xC000_00B7}
@@ -68,8 +71,7 @@ _LASTING = frozenset({"shmget", "semget", "msgget", "mq_open"})
 _NAMESPACES = 0x7E02_0000  # every CLONE_NEW* that clone can be given
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
 
-_LOAD, _JUMP, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
-_LONGEST_JUMP = 256
+_LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW = 0x7FFF_0000
 _ERRNO = 0x0005_0000
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
@@ -81,53 +83,59 @@ def instructions(machine: str, *, deny_lasting_ipc: bool) -> bytes:
     """The filter for a machine ("x86_64", "aarch64"). Raises KeyError for another one."""
     numbers = SYSCALLS[machine]
     outcomes = {
-        number: [_refuse(errno.ENOSYS if name in _ABSENT else errno.EPERM)]
+        number: (_refuse(errno.ENOSYS if name in _ABSENT else errno.EPERM),)
         for name, number in numbers.items()
         if deny_lasting_ipc or name not in _LASTING
     }
-    outcomes[numbers["clone"]] = [
+    outcomes[numbers["clone"]] = (
         *(_op(_LOAD, _FIRST_ARGUMENT), _op(_ANY_BIT, _NAMESPACES, 0, 1)),
         *(_refuse(errno.EPERM), _op(_RETURN, _ALLOW)),
-    ]
-    outcomes[numbers["socket"]] = [
+    )
+    outcomes[numbers["socket"]] = (
         _op(_LOAD, _FIRST_ARGUMENT),
         *(_op(_EQUALS, family, len(_FAMILIES) - at, 0) for at, family in enumerate(_FAMILIES)),
         *(_refuse(errno.EAFNOSUPPORT), _op(_RETURN, _ALLOW)),
-    ]
-    program = [
+    )
+    start = [
         _op(_LOAD, _ARCHITECTURE),
         # 32-bit calls have other numbers: the whole interface is closed.
         *(_op(_EQUALS, AUDIT_ARCHITECTURES[machine], 1, 0), _refuse(errno.ENOSYS)),
         _op(_LOAD, _NUMBER),
-        *_search(_ranges(outcomes)),
     ]
-    return b"".join(program)
+    ranges = _ranges(outcomes)
+    places, end = {}, len(start) + len(ranges) - 1
+    for outcome in dict.fromkeys(outcome for _, outcome in ranges):
+        places[outcome] = end
+        end += len(outcome)
+    return b"".join([*start, *_search(ranges, len(start), places), *(op for outcome in places for op in outcome)])
 
 
-def _ranges(outcomes: dict[int, list[bytes]]) -> list[tuple[int, list[bytes]]]:
+def _ranges(outcomes: dict[int, Outcome]) -> list[tuple[int, Outcome]]:
     """Where along the numbers the outcome changes, and to what; from 0 on, x32's numbers absent."""
-    allowed = [_op(_RETURN, _ALLOW)]
+    allowed = (_op(_RETURN, _ALLOW),)
     ranges = [(0, outcomes.get(0, allowed))]
     for number in range(1, max(outcomes) + 2):
         then = outcomes.get(number, allowed)
         if then != ranges[-1][1]:
             ranges.append((number, then))
-    return [*ranges, (_X32, [_refuse(errno.ENOSYS)])]
+    return [*ranges, (_X32, (_refuse(errno.ENOSYS),))]
 
 
-def _search(ranges: list[tuple[int, list[bytes]]]) -> list[bytes]:
-    """A binary search for the range of the loaded number.
+def _search(ranges: list[tuple[int, Outcome]], at: int, places: dict[Outcome, int]) -> list[bytes]:
+    """A binary search for the range of the loaded number, from instruction ``at`` on, to its outcome's place.
 
-    Each program that is started installs the filter anew: the kernel compiles it, and runs it once for
-    every call there is to learn which it always allows. A list of comparisons takes it several times as long.
+    Each program that is started installs the filter anew: the kernel compiles it, and runs it once for every
+    call there is to learn which it always allows. So it is short: one comparison per range, and every outcome
+    once. The whole is shorter than the longest jump (255).
     """
     if len(ranges) == 1:
-        return ranges[0][1]
+        return []
     middle = len(ranges) // 2
-    below, above = _search(ranges[:middle]), _search(ranges[middle:])
-    if len(below) < _LONGEST_JUMP:
-        return [_op(_AT_LEAST, ranges[middle][0], len(below), 0), *below, *above]
-    return [_op(_AT_LEAST, ranges[middle][0], 0, 1), _op(_JUMP, len(below)), *below, *above]
+    below = _search(ranges[:middle], at + 1, places)
+    above = _search(ranges[middle:], at + 1 + len(below), places)
+    to_above = len(below) if above else places[ranges[middle][1]] - at - 1
+    to_below = 0 if below else places[ranges[0][1]] - at - 1
+    return [_op(_AT_LEAST, ranges[middle][0], to_above, to_below), *below, *above]
 
 
 class Filter:
@@ -149,9 +157,6 @@ def run(code: bytes, architecture: int, number: int, arguments: Iterable[int] = 
         at += 1
         if operation == _RETURN:
             return int(operand)
-        if operation == _JUMP:
-            at += operand
-            continue
         if operation == _LOAD:
             value = struct.unpack_from("I", data, operand)[0]
             continue

@@ -14,8 +14,8 @@ socket and answers there:
 Without a plan (profile off) this process knows a tree by its process group and
 its environment, and tells an exit when nothing of it is left. With one, a cgroup
 holds the tree; that is the agent's, which ends it after the exit of the first
-process. It runs from source (``python -I -S spawner.py FD …``) and inside the
-frozen program alike, so it imports only the standard library at the top.
+process. It runs from source and inside the frozen program alike (``spawner_link``), so
+it imports only the standard library at the top.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _INTS = struct.Struct("i")
 # Python ignores the first two, and exec would keep that; a handler it resets. Ctrl-C in a terminal goes
 # to the whole foreground group, and stopping is the agent's to say.
 _HANDLED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD]
+_FDS_SIZE = socket.CMSG_SPACE(MAX_FDS * _INTS.size)
 _SWEEPS = 200
 _PART = 2048  # the kernel gives such a file a page at a time: less than half of one is its end
 _WITHOUT_PLAN = 9  # the parts of a request
@@ -76,7 +77,6 @@ class Spawner:
         self._control = control
         self._launcher = launcher
         self._borrowed = borrowed
-        self._buffer = memoryview(bytearray(MAX_MESSAGE))
         self._root = os.geteuid() == 0
         self._jobs: dict[int, Job] = {}  # by process
         self._pids: dict[int, int] = {}  # process by identifier
@@ -118,10 +118,9 @@ class Spawner:
                 self._sweep(job.execution_id)
 
     def _take(self) -> bool:
-        size, ancillary, _, _ = self._control.recvmsg_into(
-            [self._buffer], socket.CMSG_SPACE(MAX_FDS * _INTS.size), _CLOSED_ON_EXEC
-        )
-        if not size:
+        # Not into a buffer of our own: that is zeros to begin with, a megabyte that each clone would pay for.
+        message, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, _FDS_SIZE, _CLOSED_ON_EXEC)
+        if not message:
             return False
         fds = [
             fd
@@ -132,7 +131,7 @@ class Spawner:
         if not _CLOSED_ON_EXEC:
             for fd in fds:
                 os.set_inheritable(fd, False)
-        request = marshal.loads(self._buffer[:size])
+        request = marshal.loads(message)
         try:
             if request[0] == "run":
                 try:
@@ -317,6 +316,8 @@ def main(fd: int, arguments: list[str]) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
+    with contextlib.suppress(AttributeError):  # glibc's: what the start needed goes back to the kernel
+        ctypes.CDLL(None).malloc_trim(0)
     control.send(marshal.dumps([("ready", launcher.notes if launcher is not None else [])]))
     spawner.run()
     os._exit(0)
@@ -329,9 +330,3 @@ def _lower_this_process() -> None:
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-if __name__ == "__main__":
-    # Started as a file, without a search path: where this package lies is known all the same.
-    sys.path.insert(0, os.path.abspath(__file__).rsplit(os.sep, 4)[0])
-    main(int(sys.argv[1]), sys.argv[2:])

@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 # A frozen program has no interpreter to hand a file to: it is started again with this argument.
 SPAWNER_ARGUMENT = "--flux-spawner"
 _READY_TIMEOUT = 20.0
+_START = """
+import sys
+sys.path.insert(0, sys.argv[1].rsplit("/", 4)[0])
+from fluxlib.agent.executor.spawner import main
+main(int(sys.argv[2]), sys.argv[3:])
+"""
 
 
 class SetUpRefused(CannotStart):
@@ -104,5 +110,6 @@ def _command(fd: int) -> list[str]:
     if getattr(sys, "frozen", False):
         return [sys.executable, SPAWNER_ARGUMENT, str(fd)]
     # Isolated and without site: it starts in a third of the time and imports nothing from the working directory.
+    # Imported rather than run as a script: what compiling it would leave behind, every clone would pay for.
     script = Path(__file__).with_name("spawner.py")
-    return [sys.executable, "-I", "-S", os.fspath(script), str(fd)]
+    return [sys.executable, "-I", "-S", "-c", _START, os.fspath(script), str(fd)]
