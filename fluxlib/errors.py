@@ -129,6 +129,8 @@ class AtCapacity(Unavailable):
 class Stopping(Unavailable):
     """This process is shutting down and takes no further work."""
 
+    execution_id = ""  # of the one that was ended for that
+
 
 class AgentError(FluxError):
     http_status = 502

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from fluxlib.control.connection import AgentConnection
 from fluxlib.control.execution import Execution
 from fluxlib.control.registry import Registry
 from fluxlib.control.services import AgentAway
 from fluxlib.errors import AgentError
+from fluxlib.lifecycle import Deadline, Pool
 from fluxlib.model import AgentStatus, ExecutionRecord, ExecutionStatus
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class AgentCalls:
     def __init__(self, registry: Registry, kill_grace: float) -> None:
         self._registry = registry
         self.cancel_timeout = kill_grace + KILL_MARGIN
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="executions")
+        self._pool = Pool("executions", _THREADS)
 
     def soon(self, what: str, call: Callable[[], object]) -> None:
         """Do it on a thread of the pool; what goes wrong is logged. Nothing is done once closed."""
@@ -42,9 +42,7 @@ class AgentCalls:
             except Exception:
                 log.exception("%s failed", what)
 
-        try:
-            self._pool.submit(run)
-        except RuntimeError:
+        if not self._pool.submit(run):
             log.debug("%s: not done, Flux is stopping", what)
 
     def known(self, agent_id: str) -> bool:
@@ -82,14 +80,16 @@ class AgentCalls:
         except AgentError as error:
             raise self.away(record, error.message) from error
 
-    def cancel_soon(self, execution: Execution, reason: str) -> None:
+    def cancel_soon(self, execution: Execution, reason: str, *, wait: bool = True) -> None:
+        """``wait=False``: told once, and not again should the connection break before it is dead."""
         agent_id, execution_id = execution.agent_id, execution.execution_id
+        timeout = self.cancel_timeout if wait else 0.0
         connection = self.connection(agent_id)
         if connection is not None:
             self.soon(
                 f"cancelling {execution_id} at {agent_id}",
-                lambda: connection.cancel(execution_id, reason=reason, timeout=self.cancel_timeout),
+                lambda: connection.cancel(execution_id, reason=reason, timeout=timeout),
             )
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, deadline: Deadline) -> None:
+        self._pool.stop(deadline)

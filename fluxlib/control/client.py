@@ -84,7 +84,7 @@ class AgentClient:
         if self._stream is not None:
             return self._stream.cancel(execution_id, reason, timeout)
         deadline = Deadline(timeout)
-        request = pb.CancelExecutionRequest(execution_id=execution_id, reason=reason)
+        request = pb.CancelExecutionRequest(execution_id=execution_id, reason=reason, no_wait=timeout <= 0)
         while True:
             answer = self._ask("CancelExecution", request, max(_CANCEL, deadline.remaining()))
             if answer.success and self._unary.cancel_under_way(execution_id, deadline.remaining()):

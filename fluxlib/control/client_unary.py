@@ -57,6 +57,9 @@ class UnaryExecutions:
         call.future = self._line().future(
             lambda stub: stub.ExecuteFunction.future(message), lambda answer: self._answered(call, answer)
         )
+        if self._calls.get(request.execution_id) is not call:
+            # ``fail`` may have answered it while there was nothing to cancel yet; one that has ended takes no harm.
+            call.future.cancel()
 
     def cancel_under_way(self, execution_id: str, timeout: float) -> bool:
         """The agent said that it killed this: wait until its call is answered. False when none is open."""

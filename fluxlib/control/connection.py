@@ -65,6 +65,7 @@ class AgentConnection(Protocol):
     def cancel(self, execution_id: str, *, reason: str, timeout: float) -> ExecutionStatus | None:
         """Kill and wait (``timeout`` seconds) until it is dead: the status it then has; None = unknown there.
 
+        RUNNING: it was told and is not dead yet; with ``timeout`` 0 nothing is waited for.
         An execution that had ended before answers the status it ended with.
         """
 

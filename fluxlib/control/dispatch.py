@@ -11,8 +11,8 @@ that it started nothing, or cannot have seen the request.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from fluxlib.control.asking import Asking, check_wanted
 from fluxlib.control.execution import AlreadyKnown, Execution, Outcome, Withdrawn, worth_keeping
@@ -33,7 +33,7 @@ from fluxlib.errors import (
     Stopping,
     StoreUnavailable,
 )
-from fluxlib.lifecycle import Timers
+from fluxlib.lifecycle import Deadline, Pool, Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, Phase
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,9 @@ class Dispatcher:
         self._stopping = False
         # The agent may have come back before its call was found to be lost: then nobody else asks for its end.
         self.on_lost: Callable[[ExecutionRecord], None] = lambda record: None
-        self._pool = ThreadPoolExecutor(_DISPATCH_THREADS, thread_name_prefix="dispatch")
+        self._pool = Pool("dispatch", _DISPATCH_THREADS)
+        self._lock = threading.Lock()
+        self._paused: dict[str, Execution] = {}  # the store was away when they were to go on
         self.slots = Slots(registry, functions, timers, self._on_capacity)
         self._asking = Asking(self.slots, ledger, cancel, self._answered)
         self.room = WaitingRoom(self._place_waiting, self._on_slot, max_waiting)
@@ -81,6 +83,7 @@ class Dispatcher:
         """What no announcement tells: functions changed or deleted while executions wait for them."""
         for name in self.room.counts():
             self._refresh(name)
+        self.slots.tidy()
 
     def _on_capacity(self, agent_id: str, function_name: str | None) -> None:
         if function_name is not None and self.room.has(function_name):
@@ -107,7 +110,7 @@ class Dispatcher:
 
     def _on_slot(self, execution: Execution, reservation: Reservation) -> None:
         if execution.detached:
-            self._pool.submit(self.drive_detached, execution, reservation)
+            self._drive_soon(execution, reservation, None)
         else:
             execution.deliver(reservation)
 
@@ -172,15 +175,31 @@ class Dispatcher:
             self.drive(execution, reservation, turned_down)
         except StoreUnavailable as error:
             log.warning("execution %s goes on waiting: %s", execution.execution_id, error.message)
-            self._timers.after(_STORE_PAUSE, lambda: self._resume(execution))
+            self._pause(execution)
         except FluxError as error:
             log.info("execution %s: %s", execution.execution_id, error.message)
         except Exception:
             log.exception("execution %s cannot be dispatched", execution.execution_id)
 
+    def _drive_soon(self, execution: Execution, reservation: Reservation | None, turned_down: Outcome | None) -> None:
+        if not self._pool.submit(self.drive_detached, execution, reservation, turned_down):
+            self._put_back(execution)
+
+    def _pause(self, execution: Execution) -> None:
+        with self._lock:
+            self._paused[execution.execution_id] = execution
+        self._timers.after(_STORE_PAUSE, lambda: self._resume(execution))
+
     def _resume(self, execution: Execution) -> None:
-        if not self._stopping:
-            self._pool.submit(self.drive_detached, execution, None)
+        with self._lock:
+            mine = self._paused.pop(execution.execution_id, None) is not None
+        if mine:
+            self._drive_soon(execution, None, None)
+
+    def _put_back(self, execution: Execution) -> None:
+        """Nobody has it and nobody will send it in this life: the next one must not look for it at an agent."""
+        if execution.agent_id:
+            self._ledger.put_back(execution)
 
     def _wait_for_slot(self, execution: Execution) -> Reservation | None:
         """A slot, or None: it waits without a thread (asynchronous). Raises why it may not wait."""
@@ -201,6 +220,7 @@ class Dispatcher:
         if execution.request is not None and execution.asynchronous and not worth_keeping(execution.request):
             execution.request = None
         execution.detached = execution.asynchronous
+        self._ledger.changed(execution.execution_id)
         try:
             pressed = refused.pressed or bool(need.memory_mb or need.cpu_millicores)
             self.room.join(execution, pressed=pressed, invited=accepted)
@@ -234,15 +254,17 @@ class Dispatcher:
             self.slots.release(reservation)
         if not execution.detached:
             execution.deliver(answer)
+            if execution.accepted:
+                self._ledger.changed(execution.execution_id)
         elif isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started:
             if answer.status.ended:
                 self.finish(execution, answer)
             else:
                 self._ledger.changed(execution.execution_id)
         elif self._stopping:
-            self._ledger.put_back(execution)
+            self._put_back(execution)
         else:
-            self._pool.submit(self.drive_detached, execution, None, answer)
+            self._drive_soon(execution, None, answer)
 
     def _raise_unless_another_may_be_asked(self, execution: Execution, answer: Outcome) -> None:
         if isinstance(answer, ExecutionRecord):
@@ -264,12 +286,15 @@ class Dispatcher:
         return final
 
     def give_up(self, execution: Execution, error: FluxError) -> ExecutionRecord:
-        """Write an end that no agent had a part in. Unaccepted ones are forgotten soon: nobody knows their ID."""
+        """Write an end that no agent had a part in. Unaccepted ones are forgotten: nobody knows their ID."""
         execution.over = True
         self._ledger.drop(execution.execution_id)
         record = execution.given_up(error)
         if execution.created:
-            self._ledger.end(record, keep=isinstance(error, Withdrawn) or execution.detached)
+            if isinstance(error, Withdrawn) or execution.detached:
+                self._ledger.end(record)
+            else:
+                self._ledger.forget(execution)
         return record
 
     def withdraw(self, execution: Execution, reason: str, *, at_agent: bool = True) -> bool:
@@ -294,5 +319,11 @@ class Dispatcher:
             if not execution.detached:
                 execution.deliver(Stopping("Flux is stopping", retry_after=5))
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, deadline: Deadline) -> None:
+        """After ``stop``: what was to be driven on and was not begun goes back to the queue in the store."""
+        left = [execution for execution, *_ in self._pool.stop(deadline)]
+        with self._lock:
+            left += self._paused.values()
+            self._paused.clear()
+        for execution in left:
+            self._put_back(execution)

@@ -41,6 +41,17 @@ class Execution:
 
     ``deliver`` hands the driver what it waits for: a slot, an agent's answer, or the reason to give up.
     Whoever delivers has won the right to do so (took it off a queue, or is the answer of the one request).
+
+    Where it is, by its flags (a synchronous one is never ``detached``)::
+
+                                 created  detached  sent  pending
+        new                      no       no        no    no
+        waits for room           yes      async     no    no       (in the waiting room, ``agent_id`` is empty)
+        asked of an agent        yes      as before yes   yes
+        accepted (async)         yes      as before yes   no       (its end comes by itself)
+        turned down by an agent  yes      as before no    no       (``agent_id`` in the store until it moves on)
+
+    ``over`` is set for good by whoever takes it out of hand, whatever the others are then.
     """
 
     __slots__ = (
@@ -143,9 +154,41 @@ class Execution:
             execution_id=self.execution_id,
             agent_id=record.agent_id or self.agent_id,
             started_at=self.accepted_at,
-            queue_ms=self.waited_ms + record.queue_ms,
+            queue_ms=_queue_ms(self.accepted_at, record, self.waited_ms),
             asynchronous=self.asynchronous,
+            cpu_seconds=_microseconds(record.cpu_seconds),
         )
+
+
+def merged(ours: ExecutionRecord, theirs: ExecutionRecord) -> ExecutionRecord:
+    """An agent's record as callers see it, when we remember no more of it than the store does."""
+    waited = max(0, int((theirs.started_at - ours.started_at) * 1000)) if theirs.started_at else 0
+    return replace(
+        theirs,
+        execution_id=ours.execution_id,
+        function_name=ours.function_name,
+        agent_id=ours.agent_id,
+        asynchronous=ours.asynchronous,
+        started_at=ours.started_at,
+        queue_ms=_queue_ms(ours.started_at, theirs, waited),
+        cpu_seconds=_microseconds(theirs.cpu_seconds),
+    )
+
+
+def _queue_ms(accepted_at: float, record: ExecutionRecord, waited_ms: int) -> int:
+    """From acceptance until the program began, what lies between Flux's sending and the agent's taking included.
+
+    That is told by two clocks, so it is kept between what each of them has counted by itself.
+    """
+    least = waited_ms + record.queue_ms
+    if not record.run_started_at:
+        return least
+    most = int((time.time() - accepted_at) * 1000) - record.duration_ms
+    return max(least, min(most, int((record.run_started_at - accepted_at) * 1000)))
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return round(seconds, 6) if seconds is not None else None
 
 
 class Withdrawn(FluxError):

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from fluxlib.control.agent_calls import AgentCalls
+from fluxlib.control.cancelling import Cancelling
 from fluxlib.control.connection import ConnectionEvents
 from fluxlib.control.dispatch import Dispatcher
 from fluxlib.control.execution import AlreadyKnown, Execution, new_execution_id
 from fluxlib.control.ledger import Ledger
 from fluxlib.control.outputs import Outputs
-from fluxlib.control.recovery import Recovery, merged
+from fluxlib.control.recovery import Recovery
 from fluxlib.control.registry import Registry
 from fluxlib.control.services import Call, Caller, OutputStream
 from fluxlib.control.slots import Lookup
-from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, Stopping
+from fluxlib.errors import AgentLost, InvalidInput, NotFound, Stopping
 from fluxlib.lifecycle import Deadline, Timers
-from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store.base import ControlStore, ExecutionFilter, Lease, Page
 
-# How often a cancel looks again at one that was between two states.
-_LOOKS = 20
+# What those are ended with that are still waited for when the time to stop is over, and how long (seconds) they get.
+_FAREWELL = "cancelled: Flux is stopping"
+_FAREWELL_SECONDS = 1.5
 
 
 class ExecutionService:
@@ -57,6 +58,7 @@ class ExecutionService:
         self._dispatcher = Dispatcher(registry, functions, self._ledger, timers, self._calls.cancel_soon, max_waiting)
         self._recovery = Recovery(self._ledger, registry, self._dispatcher, self._calls, shared=shared)
         self._outputs = Outputs(self._ledger, self._calls, self._recovery)
+        self._cancelling = Cancelling(self._ledger, self._dispatcher, self._calls, self._recovery, self._outputs)
         self._stopping = False
 
     # -- starting one ------------------------------------------------------------------
@@ -68,8 +70,14 @@ class ExecutionService:
         try:
             reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
             record = self._dispatcher.drive(execution, reservation)
+        except AgentLost as error:
+            if execution.stop_reason == _FAREWELL:
+                raise _stopping(execution, "the call was let go") from error
+            raise
         finally:
             execution.over = True  # a client that leaves from now on has its answer
+        if execution.stop_reason == _FAREWELL and record is not None and record.status is ExecutionStatus.CANCELLED:
+            raise _stopping(execution, "the call was ended")
         if record is None:
             raise NotFound(f"execution {execution.execution_id} is gone from the store")
         return record
@@ -88,11 +96,9 @@ class ExecutionService:
             self._dispatcher.drive(execution, reservation)
         except AlreadyKnown as known_as:
             return known_as.execution_id
-        except FluxError:
-            if call.idempotency_key:
-                # Not accepted: the same key must be able to try again.
-                self._ledger.settle(time.time())
-                self._store.expire_executions(time.time())
+        except AgentLost as error:
+            if self._stopping:
+                raise _stopping(execution, "whether an agent has accepted it is not known yet") from error
             raise
         return execution.execution_id
 
@@ -134,72 +140,9 @@ class ExecutionService:
     def output(self, execution_id: str, offset: int, *, follow: bool) -> OutputStream:
         return self._outputs.stream(execution_id, offset, follow=follow)
 
-    # -- cancelling --------------------------------------------------------------------
-
     def cancel(self, execution_id: str) -> ExecutionRecord:
         """See services.Executions. Works on any Flux of the store, whoever started it."""
-        changed = threading.Event()
-        self._ledger.watch(execution_id, changed.set)
-        try:
-            deadline = Deadline(self._calls.cancel_timeout)
-            for _ in range(_LOOKS):
-                record = self._outputs.entry(execution_id).record
-                if record.status.ended:
-                    raise _already_ended(record)
-                done = self._cancel_now(record)
-                if done is not None:
-                    return done
-                # It is between two states: whoever moves it sees that it was stopped.
-                if not changed.wait(deadline.remaining()):
-                    break
-                changed.clear()
-                final = self._outputs.entry(execution_id).record
-                if final.status is ExecutionStatus.CANCELLED:
-                    return final
-            raise self._calls.away(record, "it is not dead yet")
-        finally:
-            self._ledger.unwatch(execution_id, changed.set)
-
-    def _cancel_now(self, record: ExecutionRecord) -> ExecutionRecord | None:
-        """The record once it is dead; None when its own thread has been told, and will end it."""
-        held = self._ledger.get(record.execution_id)
-        if held is not None:
-            waiting = self._dispatcher.withdraw(held, "cancelled", at_agent=False)
-            if waiting or not held.sent:
-                # The end of one nobody waits for is on its way: this one comes behind it.
-                return self._end(record, "cancelled") if waiting and held.detached else None
-            record = replace(record, agent_id=held.agent_id)
-        elif not record.agent_id:
-            # Another Flux's queue: it finds it ended when its turn comes.
-            return self._end(record, "cancelled")
-        status = self._calls.cancel(record, "cancelled")
-        if status is None:
-            return self._end(record, "cancelled; its agent knew nothing of it")
-        if status is ExecutionStatus.RUNNING:
-            raise self._calls.away(record, f"it was not dead within {self._calls.cancel_timeout:g} s")
-        found = self._calls.need_connection(record).record(record.execution_id, with_output=False)
-        if found is None or not found.status.ended:
-            found = record.ended(status, at=time.time(), error="cancelled", kind=ErrorKind.CANCELLED)
-        final = held.merged(found) if held is not None else merged(record, found)
-        if held is None or held.accepted:
-            self._recovery.ended(found if held is not None else final)
-        if status is not ExecutionStatus.CANCELLED:
-            raise _already_ended(final)
-        commit = self._ledger.end(final)
-        if commit is not None:
-            commit.wait()
-        return final
-
-    def _end(self, record: ExecutionRecord, error: str) -> ExecutionRecord:
-        """End one that no agent has, if nobody was quicker."""
-        ended = record.ended(ExecutionStatus.CANCELLED, at=time.time(), error=error, kind=ErrorKind.CANCELLED)
-        commit = self._ledger.end(ended)
-        if commit is not None:
-            commit.wait()
-        final = self._outputs.entry(record.execution_id).record
-        if final.status is not ExecutionStatus.CANCELLED:
-            raise _already_ended(final)
-        return final
+        return self._cancelling.cancel(execution_id)
 
     # -- for membership, the leader and the application --------------------------------
 
@@ -219,7 +162,7 @@ class ExecutionService:
         self._recovery.start()
 
     def adopt(self, dead_session: str, lease: Lease | None) -> int:
-        """The leader: what a dead Flux owned is ours from now on. Raises LeaseLost."""
+        """The leader: what a dead Flux owned is ours from now on. Raises LeaseLost, StoreUnavailable."""
         return self._recovery.adopt(dead_session, lease)
 
     def reconcile(self, agent_id: str, running: Collection[str] | None) -> None:
@@ -232,7 +175,7 @@ class ExecutionService:
 
     def tick(self, now: float) -> None:
         """About every second; ``now`` is epoch seconds."""
-        self._ledger.settle(now)
+        self._ledger.settle()
         self._dispatcher.tick()
         self._recovery.tick(now)
         if self._shared:
@@ -252,18 +195,29 @@ class ExecutionService:
         return self._store.count_open(function_name)
 
     def stop(self, deadline: Deadline) -> None:
-        """Refuse new ones, wait for those somebody waits for; queued asynchronous ones stay in the store."""
+        """Refuse new ones, wait for those somebody waits for; queued asynchronous ones stay in the store.
+
+        Calls that still run at the deadline are ended, which takes up to 1.5 s more. A caller whose agent does not
+        say so in time is told when its connection closes, and the next life asks the agent for the end.
+        """
         self._stopping = True
         self._dispatcher.stop()
-        self._ledger.drain(deadline)
-        self._dispatcher.close()
-        self._calls.close()
-        self._ledger.settle(time.time())
+        if self._ledger.drain(deadline):
+            deadline = Deadline(_FAREWELL_SECONDS)
+            for execution in self._ledger.all():
+                if not execution.asynchronous:
+                    self._dispatcher.withdraw(execution, _FAREWELL, at_agent=False)
+                    if execution.sent:
+                        self._calls.cancel_soon(execution, _FAREWELL, wait=False)
+            self._ledger.drain(deadline)
+        self._dispatcher.close(deadline)
+        self._calls.close(deadline)
+        self._ledger.settle(deadline.remaining())
 
 
-def _already_ended(record: ExecutionRecord) -> Conflict:
-    error = Conflict(f"execution {record.execution_id} has ended already: {record.status.value}")
-    error.status = record.status.value
+def _stopping(execution: Execution, what: str) -> Stopping:
+    error = Stopping(f"Flux is stopping; {what}", retry_after=5)
+    error.execution_id = execution.execution_id
     return error
 
 

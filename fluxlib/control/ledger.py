@@ -12,7 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from fluxlib.control.execution import AlreadyKnown, Execution
 from fluxlib.errors import StoreUnavailable
@@ -43,7 +45,8 @@ class Ledger:
         self._draining = False
         self._watchers: dict[str, list[Callable[[], None]]] = {}
         # Ends on their way to the store: a write that fails is made again.
-        self._ends: deque[tuple[Commit | None, ExecutionRecord, float]] = deque()
+        self._ends: deque[tuple[Commit | None, Callable[[], Commit]]] = deque()
+        self._settling = threading.Lock()
 
     # -- in hand -------------------------------------------------------------------
 
@@ -58,10 +61,13 @@ class Ledger:
         execution = self._in_hand.pop(execution_id, None)
         if execution is not None:
             execution.over = True
+        self._moved()
+        return execution
+
+    def _moved(self) -> None:
         if self._draining:
             with self._idle:
                 self._idle.notify_all()
-        return execution
 
     def drain(self, deadline: Deadline) -> int:
         """Wait until no caller waits for anything in hand; how many still do at the deadline."""
@@ -117,22 +123,30 @@ class Ledger:
         except StoreUnavailable as error:
             log.warning("execution %s cannot be put back: %s", execution.execution_id, error.message)
 
-    def end(self, record: ExecutionRecord, *, keep: bool = True) -> Commit | None:
-        """Write an end. Nobody has to wait: a write that fails is made again by ``tick``.
-
-        ``keep=False``: forgotten at the next expiry, for what the caller was never told the ID of.
-        """
+    def end(self, record: ExecutionRecord) -> Commit | None:
+        """Write an end. Nobody has to wait: a write that fails is made again by ``settle``."""
         if record.output is not None and len(record.output) > _SMALL_OUTPUT:
             record = replace(record, output=None)  # it is kept here until the write holds
-        now = time.time()
-        keep_until = now + self._keep_for if keep else now
-        try:
-            commit = self.store.end_execution(record, keep_until)
-        except StoreUnavailable:
-            commit = None
-        self._ends.append((commit, record, keep_until))
+        commit = self._write(partial(self.store.end_execution, record, time.time() + self._keep_for))
         if self._watchers:
             self.changed(record.execution_id)
+        return commit
+
+    def forget(self, execution: Execution) -> None:
+        """It was not accepted: its caller knows an error and no ID. Once this returns its idempotency key is free
+        again, unless the store is away; then it is so as soon as the store is back.
+        """
+        commit = self._write(partial(self.store.forget_execution, execution.execution_id))
+        if execution.idempotency_key and commit is not None:
+            with suppress(StoreUnavailable):
+                commit.wait(COMMIT_PATIENCE)
+        self.changed(execution.execution_id)
+
+    def _write(self, write: Callable[[], Commit]) -> Commit | None:
+        commit: Commit | None = None
+        with suppress(StoreUnavailable):
+            commit = write()
+        self._ends.append((commit, write))
         return commit
 
     def entry(self, execution_id: str) -> ExecutionEntry | None:
@@ -145,19 +159,26 @@ class Ledger:
         entry = self.store.execution(execution.execution_id)
         return entry.request if entry is not None else None
 
-    def settle(self, now: float) -> None:
-        """See that the ends written since the last time hold. ``now`` is epoch seconds."""
-        for _ in range(len(self._ends)):
-            commit, record, keep_until = self._ends.popleft()
-            try:
-                if commit is None:
-                    commit = self.store.end_execution(record, keep_until)
-                commit.wait(COMMIT_PATIENCE)
-            except StoreUnavailable as error:
-                # Once is enough: the store is away, and the rest would wait as long each.
-                self._ends.append((None, record, keep_until))
-                log.warning("%d ends cannot be written yet: %s", len(self._ends), error.message)
-                return
+    def settle(self, patience: float = COMMIT_PATIENCE) -> None:
+        """See that the ends written since the last time hold. ``patience`` is in seconds, for each step."""
+        # One thread at a time: another would find fewer ends than there were when it counted them.
+        if not self._settling.acquire(timeout=patience):
+            return
+        try:
+            for _ in range(len(self._ends)):
+                commit, write = self._ends.popleft()
+                try:
+                    (commit if commit is not None else write()).wait(patience)
+                except StoreUnavailable as error:
+                    self._ends.append((None, write))
+                    # Once is enough: the store is away, and the rest would wait as long each.
+                    log.warning("%d ends cannot be written yet: %s", len(self._ends), error.message)
+                    return
+                except Exception:
+                    self._ends.append((None, write))
+                    log.exception("an end cannot be written, and is tried again")
+        finally:
+            self._settling.release()
 
     # -- watchers --------------------------------------------------------------------
 
@@ -179,6 +200,8 @@ class Ledger:
             return list(self._watchers)
 
     def changed(self, execution_id: str) -> None:
+        """It was assigned, accepted, queued or ended: for those who watch it, and for ``drain``."""
+        self._moved()
         if not self._watchers:
             return
         with self._lock:

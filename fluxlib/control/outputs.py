@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fluxlib.control.agent_calls import AgentCalls
+from fluxlib.control.execution import merged
 from fluxlib.control.ledger import Ledger
-from fluxlib.control.recovery import Recovery, merged
+from fluxlib.control.recovery import Recovery
 from fluxlib.control.services import OutputStream
 from fluxlib.errors import AgentError, InvalidInput, NotFound
 from fluxlib.model import ExecutionRecord

@@ -1,9 +1,4 @@
-"""Executions nobody tells us the end of: a former life's, an original agent's, those of an agent that came back.
-
-They are *followed*: their agents are asked, and what an agent says is written.
-An execution its agent does not know is asked for three times before it is taken
-for lost, because a request may still be on its way when its sender has died.
-"""
+"""What a crash left open, ours or an agent's: who takes it over, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -11,35 +6,27 @@ import logging
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fluxlib.control.agent_calls import AgentCalls
 from fluxlib.control.dispatch import Dispatcher
-from fluxlib.control.execution import Execution
+from fluxlib.control.execution import Execution, merged
+from fluxlib.control.following import Following
 from fluxlib.control.ledger import Ledger
 from fluxlib.control.registry import Registry
-from fluxlib.errors import AgentError, NotFound, StoreUnavailable
+from fluxlib.errors import NotFound, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus, Phase
-from fluxlib.store.base import ExecutionEntry, ExecutionFilter, Lease
+from fluxlib.store.base import ExecutionFilter, Lease
 
 log = logging.getLogger(__name__)
 
-_MISSES = 3
 _PAGE = 500
 # An execution of ours that the store no longer has open was ended by another Flux; it is looked for this often.
 _AUDIT_SECONDS = 5.0
 
 
-@dataclass(slots=True)
-class Followed:
-    """An execution at an agent whose end has to be asked for."""
-
-    record: ExecutionRecord
-    misses: int = 0
-
-
 class Recovery:
-    """What a crash, ours or an agent's, left open. Every method may be called from any thread."""
+    """Every method may be called from any thread."""
 
     def __init__(
         self, ledger: Ledger, registry: Registry, dispatcher: Dispatcher, calls: AgentCalls, *, shared: bool
@@ -49,16 +36,21 @@ class Recovery:
         self._dispatcher = dispatcher
         self._calls = calls
         self._shared = shared
+        self._following = Following(calls, self._followed_ended)
         self._lock = threading.Lock()
-        self._followed: dict[str, dict[str, Followed]] = {}  # by agent, by execution
-        self._asking: set[str] = set()
+        self._adoptions = 0
+        self._taken = 0  # how many of them what the store says is ours was compared with what is in hand for
+        self._taking = threading.Lock()
         self._audit_at = 0.0
-        dispatcher.on_lost = self._follow
+        dispatcher.on_lost = self._following.add
 
     # -- what former lives left --------------------------------------------------------
 
     def start(self) -> int:
-        """Take over what former lives owned; how many. With a shared store only the leader says who is dead."""
+        """Take over what former lives owned; how many. With a shared store only the leader says who is dead.
+
+        Raises StoreUnavailable.
+        """
         if self._shared:
             return 0
         store, session = self._ledger.store, self._ledger.session
@@ -70,24 +62,57 @@ class Recovery:
             cursor = page.next_cursor
             if not cursor:
                 break
-        return sum(self.adopt(owner, None) for owner in sorted(owners - {session}))
-
-    def adopt(self, dead_session: str, lease: Lease | None) -> int:
-        """What a dead Flux owned is ours from now on. Raises LeaseLost."""
-        count = self._ledger.store.adopt_executions(dead_session, self._ledger.session, lease)
-        if count:
-            log.info("took over %d executions of a Flux that has ended (%s)", count, dead_session)
-            for entry in self._ledger.store.executions_of(self._ledger.session):
-                if self._ledger.get(entry.execution_id) is None:
-                    self._take_over(entry)
+        count = sum(self._adopt(owner, None) for owner in sorted(owners - {session}))
+        self._take_over()
         return count
 
-    def _take_over(self, entry: ExecutionEntry) -> None:
-        record = entry.record
-        if record.agent_id:
-            self._follow(record)
-            self.ask(record.agent_id)
-            return
+    def adopt(self, dead_session: str, lease: Lease | None) -> int:
+        """What a dead Flux owned is ours from now on; how many. The rest of it is done in the background.
+
+        Raises LeaseLost, StoreUnavailable.
+        """
+        count = self._adopt(dead_session, lease)
+        self._calls.soon("taking executions over", self._try_to_take_over)
+        return count
+
+    def _adopt(self, dead_session: str, lease: Lease | None) -> int:
+        try:
+            count = self._ledger.store.adopt_executions(dead_session, self._ledger.session, lease)
+        finally:
+            # Also when it failed: it may have been written all the same.
+            with self._lock:
+                self._adoptions += 1
+        if count:
+            log.info("took over %d executions of a Flux that has ended (%s)", count, dead_session)
+        return count
+
+    def _try_to_take_over(self) -> None:
+        try:
+            self._take_over()
+        except StoreUnavailable as error:
+            log.warning("what an ended Flux left open is taken over later: %s", error.message)
+
+    def _take_over(self) -> None:
+        """Everything the store says is ours and is not in hand. ``tick`` does it too until it has gone through."""
+        agents: set[str] = set()
+        with self._taking:
+            adoptions = self._adoptions
+            # Also before the store is read: what has ended since is neither open nor in hand.
+            ours = {execution.execution_id for execution in self._ledger.all()}
+            for entry in self._ledger.store.executions_of(self._ledger.session):
+                record = entry.record
+                if record.execution_id in ours or self._ledger.get(record.execution_id) is not None:
+                    continue
+                if record.agent_id:
+                    self._following.add(record)
+                    agents.add(record.agent_id)
+                else:
+                    self._queue_again(record)
+            self._taken = adoptions
+        for agent_id in agents:
+            self._following.ask(agent_id)
+
+    def _queue_again(self, record: ExecutionRecord) -> None:
         if not record.asynchronous:
             text = "the Flux it waited in has ended"
             self._ledger.end(record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.STOPPING))
@@ -95,12 +120,13 @@ class Recovery:
         # Its request stays in the store until a slot is found.
         execution = Execution(record.function_name, None, record.execution_id, record.started_at)
         execution.created = execution.detached = True
-        self._ledger.hold(execution)
         try:
+            # Before it is in hand: a store that is away leaves it to the next try.
             self._dispatcher.slots.need(record.function_name)
         except NotFound:
             self._dispatcher.give_up(execution, NotFound(f"function {record.function_name} was deleted"))
         else:
+            self._ledger.hold(execution)
             self._dispatcher.room.join(execution, pressed=True, invited=True)
 
     # -- what membership says of an agent ------------------------------------------------
@@ -116,11 +142,11 @@ class Recovery:
             if entry.owner != self._ledger.session or (held is not None and not held.accepted):
                 continue
             if held is None or running is None or execution_id not in running:
-                self._follow(entry.record)
+                self._following.add(entry.record)
         for execution_id in running or ():
             if execution_id not in open_here:
                 self._end_given_up(agent_id, execution_id)
-        self.ask(agent_id)
+        self._following.ask(agent_id)
 
     def _end_given_up(self, agent_id: str, execution_id: str) -> None:
         entry = self._ledger.entry(execution_id)
@@ -148,8 +174,7 @@ class Recovery:
                 self._out_of_hand(entry.execution_id)
         if entries and commit is not None:
             commit.wait()
-        with self._lock:
-            self._followed.pop(agent_id, None)
+        self._following.forget(agent_id)
         return len(entries)
 
     def ended(self, record: ExecutionRecord) -> None:
@@ -163,82 +188,45 @@ class Recovery:
                 self._registry.release(held.reservation)
             self._dispatcher.finish(held, record)
 
-    # -- following -----------------------------------------------------------------------
+    # -- what nobody tells -----------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Ask for the ends nobody tells. ``now`` is epoch seconds."""
+        """About every second; ``now`` is epoch seconds. Raises StoreUnavailable."""
         for execution in self._ledger.all():
             reservation = execution.reservation
             if execution.accepted and reservation is not None:
                 connection = reservation.agent.connection
                 if connection is not None and connection.original:
-                    self._follow(execution.merged(execution.record(Phase.RUNNING)))
-        with self._lock:
-            agents = list(self._followed)
-        for agent_id in agents:
-            self.ask(agent_id)
+                    self._following.add(execution.merged(execution.record(Phase.RUNNING)))
+        self._following.tick()
+        if self._taken != self._adoptions:
+            self._try_to_take_over()
+        self._give_up_departed()
         if self._shared and now >= self._audit_at:
             self._audit_at = now + _AUDIT_SECONDS
             self._audit(now)
 
-    def ask(self, agent_id: str) -> None:
-        """Ask this agent for everything followed there, unless it is being asked already."""
-        with self._lock:
-            if agent_id in self._asking or not self._followed.get(agent_id):
-                return
-            self._asking.add(agent_id)
-        self._calls.soon(f"asking {agent_id} for its executions", lambda: self._ask(agent_id))
+    def _followed_ended(self, ours: ExecutionRecord, theirs: ExecutionRecord) -> None:
+        self.ended(theirs if self._ledger.get(ours.execution_id) is not None else merged(ours, theirs))
 
-    def _ask(self, agent_id: str) -> None:
-        try:
-            with self._lock:
-                followed = list(self._followed.get(agent_id, {}).values())
-            for one in followed:
-                self._ask_for(one)
-        except AgentError as error:
-            log.info("agent %s cannot be asked for its executions: %s", agent_id, error.message)
-        except StoreUnavailable as error:
-            log.warning("what %s says cannot be kept: %s", agent_id, error.message)
-        finally:
-            with self._lock:
-                self._asking.discard(agent_id)
+    def _give_up_departed(self) -> None:
+        """What is at an agent that has left ends, even when whoever took it out of the fleet died at that.
 
-    def _ask_for(self, followed: Followed) -> None:
-        record = followed.record
-        execution_id = record.execution_id
-        connection = self._calls.connection(record.agent_id)
-        if connection is None:
-            return
-        found = connection.record(execution_id, with_output=False)
-        if found is not None and not found.status.ended and not record.asynchronous:
-            # Whoever waited for it is gone.
-            self._calls.cancel(record, "cancelled: the Flux that waited for it has ended")
-            found = connection.record(execution_id, with_output=False)
-        if found is None:
-            followed.misses += 1
-            if followed.misses < _MISSES:
-                return
-            text = f"agent lost: {record.agent_id} knows nothing of it (any more)"
-            found = record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.AGENT_LOST)
-        if not found.status.ended:
-            followed.misses = 0
-            return
-        self._unfollow(record)
-        if self._ledger.get(execution_id) is not None:
-            self.ended(found)
-        else:
-            self._ledger.end(merged(record, found))
-
-    def _follow(self, record: ExecutionRecord) -> None:
-        with self._lock:
-            self._followed.setdefault(record.agent_id, {}).setdefault(record.execution_id, Followed(record))
-
-    def _unfollow(self, record: ExecutionRecord) -> None:
-        with self._lock:
-            theirs = self._followed.get(record.agent_id, {})
-            theirs.pop(record.execution_id, None)
-            if not theirs:
-                self._followed.pop(record.agent_id, None)
+        Left is who is neither in the registry, which may not have been read yet or know of one too late, nor in the
+        store: an agent comes into the store first and goes from there first.
+        """
+        held = [one for one in self._ledger.all() if one.accepted]
+        departed = {*self._following.agents(), *(one.agent_id for one in held)}
+        departed = {agent_id for agent_id in departed if not self._calls.known(agent_id)}
+        if departed:
+            departed.difference_update(record.agent_id for record in self._ledger.store.agents())
+        for agent_id in departed:
+            count = self.agent_lost(agent_id, "it is no longer registered")
+            log.warning("agent %s is no longer registered: %d executions there are given up", agent_id, count)
+            for execution in held:
+                if execution.agent_id == agent_id:
+                    # Accepted while the agent left: the store had its end before.
+                    self._out_of_hand(execution.execution_id)
 
     def _audit(self, now: float) -> None:
         """What another Flux ended (a cancel that crossed our sending, an agent given up) runs here no more."""
@@ -255,17 +243,3 @@ class Recovery:
         if execution is not None and execution.reservation is not None:
             self._registry.release(execution.reservation)
         return execution is not None
-
-
-def merged(ours: ExecutionRecord, theirs: ExecutionRecord) -> ExecutionRecord:
-    """An agent's record as callers see it, when we remember no more of it than the store does."""
-    waited = max(0, int((theirs.started_at - ours.started_at) * 1000)) if theirs.started_at else 0
-    return replace(
-        theirs,
-        execution_id=ours.execution_id,
-        function_name=ours.function_name,
-        agent_id=ours.agent_id,
-        asynchronous=ours.asynchronous,
-        started_at=ours.started_at,
-        queue_ms=waited + theirs.queue_ms,
-    )

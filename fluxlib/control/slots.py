@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 from fluxlib.control.placement import Need, Refusal, chooser, need_of, refusal
 from fluxlib.control.registry import AgentState, Registry, Reservation
-from fluxlib.errors import AtCapacity, FluxError, Internal, Unenforceable
+from fluxlib.errors import AtCapacity, FluxError, Internal, NotFound, StoreUnavailable, Unenforceable
 from fluxlib.lifecycle import Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, Function
 
@@ -46,14 +47,19 @@ class Slots:
         self._timers = timers
         self._retry = retry
         self._needs: dict[str, tuple[Function, Need]] = {}
-        self._last_used: dict[str, AgentState] = {}
+        self._last_used: dict[str, str] = {}  # by function; an agent's ID
         self._fruitless: dict[str, float] = {}
         self._refusals: dict[str, tuple[float, Need | None, Refusal | None]] = {}
         self._shunned: dict[tuple[str, str], FluxError] = {}
 
     def need(self, function_name: str) -> Need:
         """What the function needs as it is declared now. Raises NotFound, StoreUnavailable."""
-        function = self._functions.lookup(function_name)
+        try:
+            function = self._functions.lookup(function_name)
+        except NotFound:
+            for known_of in (self._needs, self._last_used, self._fruitless, self._refusals):
+                known_of.pop(function_name, None)  # type: ignore[attr-defined]
+            raise
         known = self._needs.get(function_name)
         if known is not None and known[0] is function:
             return known[1]
@@ -62,8 +68,15 @@ class Slots:
         return need
 
     def last_need(self, function_name: str) -> Need:
-        """The same as it was looked up last, without looking again."""
-        return self._needs[function_name][1]
+        """The same as it was looked up last, without looking again. Raises NotFound when it was deleted since."""
+        known = self._needs.get(function_name)
+        return known[1] if known is not None else self.need(function_name)
+
+    def tidy(self) -> None:
+        """Forget what is only known of functions that were deleted."""
+        for name in list(self._needs):
+            with suppress(NotFound, StoreUnavailable):
+                self.need(name)
 
     def place(self, need: Need) -> Reservation | None:
         """A slot at the fitting agent with most headroom.
@@ -83,7 +96,8 @@ class Slots:
 
     def place_waiting(self, function_name: str, agent_id: str) -> Reservation | None:
         """A slot for one that waits, at this agent ("" = at any): what has freed must not be overlooked."""
-        return self._reserve(self._needs[function_name][1], agent_id)
+        known = self._needs.get(function_name)
+        return self._reserve(known[1], agent_id) if known is not None else None
 
     def _reserve(self, need: Need, only: str) -> Reservation | None:
         name = need.function_name
@@ -96,7 +110,7 @@ class Slots:
             only=only,
         )
         if reservation is not None:
-            self._last_used[name] = reservation.agent
+            self._last_used[name] = reservation.agent_id
         return reservation
 
     def refusal(self, need: Need) -> Refusal:
@@ -114,8 +128,8 @@ class Slots:
 
     def _agents(self, function_name: str) -> Iterator[AgentState]:
         """Every agent; first the one used last, which most often explains a refusal at once."""
-        last = self._last_used.get(function_name)
-        if last is not None and self._registry.get(last.agent_id) is last:
+        last = self._registry.get(self._last_used.get(function_name, ""))
+        if last is not None:
             yield last
         yield from self._registry.agents()
 

@@ -18,6 +18,7 @@ from fluxlib.model import (
     ExecutionStatus,
     Function,
     FunctionSpec,
+    Inventory,
     NodeFigures,
     Phase,
     Platform,
@@ -135,6 +136,12 @@ class FakeConnection:
         if self.down is not None:
             raise self.down
         return self.records.get(execution_id)
+
+    def inventory(self) -> Inventory | None:
+        if self.down is not None:
+            raise self.down
+        running = tuple(one for one, record in self.records.items() if not record.status.ended)
+        return None if self.original else Inventory(self.agent_id, "first life", open_executions=running)
 
     def output(self, execution_id: str, offset: int, *, follow: bool) -> FakeStream:
         if self.down is not None:
