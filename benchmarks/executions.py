@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ def measure(options: Options) -> Iterator[Section]:
         yield _sync(one, options)
         yield _programs(one, options)
         yield _asynchronous(one, options)
+    yield _profiles(options)
 
 
 def _sync(one: System, options: Options) -> Section:
@@ -105,6 +108,38 @@ def _asynchronous(one: System, options: Options) -> Section:
         [[*row, *cpu.values()]],
         figures={"per_second": outcome.per_second, "failures": outcome.failures, "drain_s": drained, "cpu_ms": cpu},
     )
+
+
+def _profiles(options: Options) -> Section:
+    """The same under each isolation profile that this machine can have."""
+    rows: list[list[object]] = []
+    notes: list[str] = []
+    figures: dict[str, object] = {}
+    for profile in ("off", "minimal", "default", "strict"):
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), system(isolation=profile) as one:
+                one.deploy_program("isolated")
+                one.run(one.call("isolated"), 8, 0.5)
+                before = one.usage()
+                outcome = one.run(one.call("isolated"), 16, options.seconds)
+                used = one.usage().cpu_since(before)
+                floor = one.floor_cpu_ms()
+        except AssertionError as error:
+            if "ended with" not in str(error):
+                raise
+            # An agent that cannot have its profile does not start; its last line says why.
+            reason = said.getvalue().partition("---- ")[0].strip().splitlines()[-1]
+            notes.append(f"{profile}: {reason}")
+            figures[profile] = {"not here": reason}
+            continue
+        cpu = {name: seconds * 1e3 / max(1, outcome.count) for name, seconds in used.items()}
+        times = sum(cpu.values()) / floor
+        p50, p99 = outcome.percentile(0.5) * 1e3, outcome.percentile(0.99) * 1e3
+        rows.append([profile, outcome.per_second, p50, p99, cpu["flux"], cpu["agent"], times])
+        figures[profile] = {"per_second": outcome.per_second, "cpu_ms": cpu, "times_floor": times}
+    heads = ["isolation", "/s", "p50 ms", "p99 ms", "CPU ms flux", "CPU ms agent", "CPU x floor"]
+    return Section("Isolation profiles at 16 connections", heads, rows, notes, figures)
 
 
 def _until_none_runs(one: System) -> None:
