@@ -154,6 +154,10 @@ class Slots:
         self._registry.release(reservation)
         self._registry.mark_full(reservation.agent_id, reservation.function_name)
         self._shunned.pop(key, None)
+        connection = reservation.agent.connection
+        if connection is not None and connection.original:
+            # It will not say when it has room again, and a report of its tasks comes late.
+            self._timers.after(_SHUN, lambda: self._registry.freed(*key))
 
     def unusable(self, reservation: Reservation, error: FluxError) -> None:
         """The agent cannot be reached, or will not take this function: give the slot back, try again later."""

@@ -308,6 +308,18 @@ class TestWaiting:
         agent.script = accept
         until(lambda: agent.records)
 
+    def test_an_original_that_refused_is_asked_again_by_itself(
+        self, plane: Plane, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Others fill it, and it has no way to say that they have finished."""
+        monkeypatch.setattr("fluxlib.control.slots._SHUN", 0.02)
+        plane.functions.add("w", **WAIT)
+        agent = plane.agent(script=refuse(ErrorKind.AT_CAPACITY), original=True)
+        plane.submit("w", "x")
+        agent.wait_asked(2)
+        agent.script = accept
+        until(lambda: agent.records)
+
     def test_a_queued_one_survives_a_restart(self, store: ControlStore) -> None:
         old = Plane(store, "old")
         old.functions.add("w", **WAIT)
