@@ -66,7 +66,7 @@ def refused(read: Callable[[bytes], Any], data: bytes) -> InvalidInput | None:
 
 def with_settings(test: Callable[..., None]) -> Callable[..., None]:
     return settings(
-        max_examples=int(1500 * SCALE), deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=int(800 * SCALE), deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )(test)
 
 
