@@ -50,6 +50,7 @@ class ArchiveInfo:
     total_bytes: int
     digest: str
     platforms: tuple[Platform, ...]  # read from the handler; empty = anything
+    warnings: tuple[str, ...] = ()  # why the handler will hardly start, for people
 
 
 def digest_of(archive: bytes) -> str:
@@ -62,13 +63,13 @@ def inspect(archive: bytes, handler: str, limits: Limits = DEFAULT_LIMITS) -> Ar
         total = _check(opened, len(archive), limits)
         head = _head(opened, handler)
     platforms = (_platform(handler, head),)
-    return ArchiveInfo(len(opened.infolist()), total, digest_of(archive), platforms if platforms[0].os else ())
-
-
-def has_handler(archive: bytes, handler: str) -> bool:
-    """Whether a zip that was accepted before holds this file. Raises InvalidInput for what is no zip."""
-    with _open(archive) as opened:
-        return any(info.filename == handler and not info.is_dir() for info in opened.infolist())
+    return ArchiveInfo(
+        len(opened.infolist()),
+        total,
+        digest_of(archive),
+        platforms if platforms[0].os else (),
+        _first_line_problems(handler, head),
+    )
 
 
 def unpack(archive: bytes, handler: str, directory: Path, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -215,6 +216,22 @@ def _platform(handler: str, head: bytes) -> Platform:
     if head[:4] in (b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe"):
         return Platform("darwin")
     return Platform()
+
+
+def _first_line_problems(handler: str, head: bytes) -> tuple[str, ...]:
+    """What keeps most first functions from starting."""
+    if head[:2] == b"#!":
+        if head.split(b"\n", 1)[0].endswith(b"\r"):
+            return (
+                f"{_shown(handler)}: its first line ends in CR LF, and Unix takes the CR for part of the program's name",
+            )
+        return ()
+    if _platform(handler, head).os:
+        return ()
+    return (
+        f"{_shown(handler)} is neither a program that Flux knows nor a script with a first line such as"
+        " `#!/usr/bin/env python3`: agents on Unix will hardly be able to start it",
+    )
 
 
 def _parts(name: str) -> list[str]:

@@ -280,7 +280,8 @@ def _read(home: Path) -> Installed | None:
         code_dir = home / data["code_digest"]
         found = _measure(code_dir) if data["code_digest"] and code_dir.is_dir() else (0, 0)
         if not data["code_digest"] or found != (data["files"], data["bytes"]) or not _is_file(code_dir, spec.handler):
-            log.warning("%s has no code, or it is incomplete: it has to be deployed again", home)
+            if data["code_digest"]:
+                log.warning("the code in %s is incomplete: it has to be deployed again", home)
             return Installed(spec, data["spec_digest"])
         return Installed(spec, data["spec_digest"], data["code_digest"], code_dir, *found)
     except (OSError, ValueError, KeyError, TypeError, InvalidInput):

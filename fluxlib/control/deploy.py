@@ -138,7 +138,8 @@ class FunctionService:
             self._store.save_function(function, archive)
             self._take(function)
         self._registry.function_changed(name)
-        return self._push(function)
+        result = self._push(function)
+        return replace(result, warnings=(*info.warnings, *result.warnings))
 
     def delete(self, name: str, *, force: bool) -> PushResult:
         with self._changing(name):
@@ -164,12 +165,7 @@ class FunctionService:
     def _push(self, function: Function) -> PushResult:
         pushed = self._pusher.push_all(self._agents(), function)
         warnings = dict.fromkeys(warning for one in pushed for warning in one.warnings)
-        result = PushResult(function, tuple(one.result for one in pushed), len(pushed), tuple(warnings))
-        if result.done:
-            return result
-        return replace(
-            result, warnings=(*result.warnings, "no agent has it yet: it is saved, and agents get it as they join")
-        )
+        return PushResult(function, tuple(one.result for one in pushed), len(pushed), tuple(warnings))
 
     def _with_code_of(self, function: Function, known: Function) -> Function:
         """The new spec with the code that is deployed. Raises InvalidInput when that lacks the new handler."""
@@ -182,8 +178,8 @@ class FunctionService:
                 platforms = archives.inspect(archive, function.spec.handler).platforms
             except InvalidInput as error:
                 raise InvalidInput(
-                    f"handler: {error.message} that is deployed: deploy one that has both the old and the new handler,"
-                    " then change it"
+                    f"handler: what is deployed does not fit: {error.message}. Deploy a zip with the old and the new"
+                    " handler, then change it"
                 ) from error
         return replace(
             function, code_digest=known.code_digest, code_bytes=known.code_bytes, detected_platforms=platforms

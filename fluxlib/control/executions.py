@@ -127,8 +127,8 @@ class ExecutionService:
     def list(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         try:
             page = self._store.executions(where, cursor, limit)
-        except ValueError as error:
-            raise InvalidInput("next: is no cursor of a list of executions") from error
+        except (ValueError, OverflowError) as error:
+            raise InvalidInput("cursor: is not the `next` of a page of executions") from error
         entries = tuple(replace(entry, record=self._phased(entry.record)) for entry in page.entries)
         return replace(page, entries=entries)
 

@@ -169,7 +169,7 @@ def _explanation(
             f" {max(agent.expected_memory_free_mb for agent in agents)} MB free"
         ),
         Misfit.CPU: lambda agents: (
-            f"it asks for CPU, and {_some(agents)} use {BUSY_CPU_PERCENT:.0f} % or more of theirs"
+            f"it asks for CPU, and of {_some(agents)} less than {100 - BUSY_CPU_PERCENT:.0f} % of the CPU is free"
         ),
         Misfit.SHUNNED: lambda agents: "; ".join(
             sorted({shunned[one.agent_id, name].message for one in agents if (one.agent_id, name) in shunned})

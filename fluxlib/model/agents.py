@@ -23,9 +23,6 @@ class AgentStatus(str, Enum):
     OFFLINE = "offline"
     DRAINING = "draining"  # finishes what runs, takes nothing new
 
-    def may_become(self, following: AgentStatus) -> bool:
-        return following in _AGENT_MOVES[self]
-
     @property
     def present(self) -> bool:
         """Whether it answers now, as far as is known."""
@@ -34,15 +31,6 @@ class AgentStatus(str, Enum):
     @property
     def takes_work(self) -> bool:
         return self in (AgentStatus.ONLINE, AgentStatus.BUSY)
-
-
-_AGENT_MOVES = {
-    AgentStatus.PROVISIONING: {AgentStatus.ONLINE, AgentStatus.OFFLINE},
-    AgentStatus.ONLINE: {AgentStatus.BUSY, AgentStatus.OFFLINE, AgentStatus.DRAINING},
-    AgentStatus.BUSY: {AgentStatus.ONLINE, AgentStatus.OFFLINE, AgentStatus.DRAINING},
-    AgentStatus.OFFLINE: {AgentStatus.ONLINE, AgentStatus.DRAINING},
-    AgentStatus.DRAINING: {AgentStatus.OFFLINE, AgentStatus.ONLINE},
-}
 
 
 class Enforcement(str, Enum):

@@ -34,7 +34,18 @@ def diagnose(address: str, identity: Identity | None, server_name: str, timeout:
         return f"{address} cannot be reached: {error}"
     with plain:
         plain.settimeout(timeout)
-        return _plain(plain, address) if identity is None else _tls(plain, address, identity, server_name)
+        reason = _plain(plain, address) if identity is None else _tls(plain, address, identity, server_name)
+    if reason and _is_web_server(host.strip("[]"), int(port)):
+        return f"a web server answers at {address}, no agent: agents listen on 50052 unless agent.yaml says otherwise"
+    return reason
+
+
+def _is_web_server(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1) as connection:
+        connection.settimeout(1)
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return connection.recv(5) == b"HTTP/"
+    return False
 
 
 def _plain(connection: socket.socket, address: str) -> str:

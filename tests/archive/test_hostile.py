@@ -266,3 +266,20 @@ def test_no_names_at_all_get_out(tmp_path_factory: pytest.TempPathFactory, names
         assert "main.sh" in unpacked
         assert unpacked == {one for one in {"main.sh", *names} if not one.endswith("/")}
     assert os.listdir(parent) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("handler", "content", "words"),
+    [
+        ("main.py", "print('hi')\n", "#!/usr/bin/env"),
+        ("run.sh", "#!/bin/sh\r\necho hi\r\n", "CR LF"),
+        ("run.sh", "#!/bin/sh\necho hi\n", ""),
+        ("run.bat", "echo hi\r\n", ""),
+        ("run", b"\x7fELF" + bytes(60), ""),
+    ],
+)
+def test_what_will_hardly_start_is_told(handler: str, content: str | bytes, words: str) -> None:
+    """The first mistake of a first function: it is taken, and said."""
+    warnings = archives.inspect(make_zip({handler: content}), handler).warnings
+    assert words in " ".join(warnings)
+    assert bool(warnings) == bool(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from time import perf_counter
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
@@ -213,10 +213,10 @@ def test_ten_thousand_agents_cost_no_more_than_a_hundred() -> None:
         need = replace(NEED, slots=0)
         rounds = []
         for _ in range(5):
-            began = perf_counter()
+            began = process_time()
             for _ in range(200):
                 place(registry, need)
-            rounds.append(perf_counter() - began)
+            rounds.append(process_time() - began)
         return min(rounds)
 
     assert cost(10_000) < 8 * cost(100)

@@ -194,7 +194,7 @@ class TestQueries:
             ("/executions?functoin=hello", "did you mean function?"),
             ("/executions?limit=1&limit=2", "twice"),
             ("/executions?cursor=%0a", "`next` of a page"),
-            ("/executions?cursor=" + "x" * 513, "512"),
+            ("/executions?cursor=" + "x" * 201, "`next` of a page"),
             ("/executions?%ff=1", "cannot be read"),
             ("/executions?" + "&".join(f"a{n}=" for n in range(60)), "cannot be read"),
             ("/executions?" + "x" * 5000, "4096"),

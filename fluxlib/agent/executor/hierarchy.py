@@ -62,7 +62,8 @@ class Hierarchy:
         group = own_group(root)
         if group is None:
             raise Unenforceable(
-                "this machine has no cgroup v2 at /sys/fs/cgroup: boot with systemd.unified_cgroup_hierarchy=1"
+                "this machine has no cgroup v2 at /sys/fs/cgroup: boot with systemd.unified_cgroup_hierarchy=1,"
+                " or set `isolation: off` in agent.yaml for trying things out"
             )
         for candidate in (group, group.parent):
             # The parent: this process was moved below it before it was executed again.

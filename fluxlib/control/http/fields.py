@@ -158,12 +158,12 @@ FORCE = Field("force", "1: although executions run or wait", _FLAG, flag, False)
 TERMINATE = Field("terminate", "1: end the machine too, of a node Flux made", _FLAG, flag, False)
 FOLLOW = Field("follow", "1: as it is written, until the execution ends", _FLAG, flag, False)
 OFFSET = Field("offset", "bytes to skip", {"type": "integer", "minimum": 0, "maximum": 2**53}, integer(0, 2**53), 0)
-_CURSOR = re.compile(r"[!-~]{0,512}")
+_CURSOR = re.compile(r"[A-Za-z0-9._:=-]{0,200}")
 CURSOR = Field(
     "cursor",
     "`next` of the page before",
     pattern_schema(_CURSOR),
-    matching(_CURSOR, "must be the `next` of a page, at most 512 characters"),
+    matching(_CURSOR, "must be the `next` of a page, unchanged"),
     "",
 )
 LIMIT = Field("limit", "items on a page", {"type": "integer", "minimum": 1, "maximum": 1000}, integer(1, 1000), 100)

@@ -95,7 +95,10 @@ class ApiErrorTask(_Lean, ErrorTask):  # type: ignore[misc]
         if isinstance(error, Refusal):
             answer = error.answer
         else:
-            answer = simple(error.code, f"{error.reason.lower()}: {error.body}")
+            # waitress says its own limit in bytes: that of a body whose size was not told beforehand.
+            limit = self.channel.adj.max_request_body_size // 2**20
+            too_large = f"the body is larger than {limit} MB, the most this route takes"
+            answer = simple(error.code, too_large if error.code == 413 else f"{error.reason.lower()}: {error.body}")
         self.status = answer.status_line
         self.response_headers.extend(answer.wsgi_headers())
         self.set_close_on_finish()
