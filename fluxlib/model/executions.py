@@ -177,8 +177,8 @@ class ExecutionRecord:
         ]
 
     @classmethod
-    def from_row(cls, row: Sequence[Any]) -> ExecutionRecord:
-        """What ``to_row`` made."""
+    def from_row(cls, row: Sequence[Any], output: bytes | None = None) -> ExecutionRecord:
+        """What ``to_row`` made, and its output."""
         execution_id, function_name, agent_id, status, phase, asynchronous, size, truncated, error, kind = row[:10]
         exit_code, signal, duration_ms, queue_ms, started, run_started, at, memory, cpu, warnings = row[10:]
         return cls(
@@ -188,7 +188,7 @@ class ExecutionRecord:
             ExecutionStatus(status),
             Phase(phase),
             asynchronous,
-            None,
+            output,
             size,
             truncated,
             error,

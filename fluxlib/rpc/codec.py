@@ -142,11 +142,11 @@ def record_to_json(record: ExecutionRecord, *, with_output: bool = True) -> byte
     return _ENCODER.encode(record.to_json(with_output=with_output)).encode()
 
 
-def record_from_json(data: bytes) -> ExecutionRecord:
-    """A record from an agent, as an object or as the row of an answer. Raises ValueError for what is none."""
+def record_from_json(data: bytes, output: bytes | None = None) -> ExecutionRecord:
+    """A record from an agent: an object, or the row of an answer with its ``output``. Raises ValueError for neither."""
     try:
         value = json.loads(data)
-        return ExecutionRecord.from_row(value) if isinstance(value, list) else ExecutionRecord.from_json(value)
+        return ExecutionRecord.from_row(value, output) if isinstance(value, list) else ExecutionRecord.from_json(value)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an execution record: {error!r}") from error
 
@@ -188,7 +188,9 @@ def record_from_response(
     A refusal has an ``error_kind`` with ``nothing_started``. Raises ValueError for a broken answer of ours.
     """
     if message.record:
-        record = record_from_json(message.record)
+        record = record_from_json(message.record, message.output)
+        if record.agent_id == agent_id and record.output is not None:
+            return record
         return replace(record, output=message.output, agent_id=agent_id)
     kind = _kind(message.error_kind)
     exit_code: int | None = None
