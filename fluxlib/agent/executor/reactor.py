@@ -25,7 +25,7 @@ _READ_SIZE = 256 * 1024
 _QUICK_READS = 8
 _COALESCE = 0.02
 # A new pipe is watched from then on: a program that fills it at once waits no longer than this (seconds).
-_UNWATCHED = 0.005
+_UNWATCHED = 0.01
 _PIPE_SIZE = 1024 * 1024
 _READABLE = select.EPOLLIN
 _SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
