@@ -57,7 +57,7 @@ class UnaryExecutions:
         call.future = self._line().future(
             lambda stub: stub.ExecuteFunction.future(message), lambda answer: self._answered(call, answer)
         )
-        if self._calls.get(request.execution_id) is not call:
+        if call.future is not None and self._calls.get(request.execution_id) is not call:
             # ``fail`` may have answered it while there was nothing to cancel yet; one that has ended takes no harm.
             call.future.cancel()
 

@@ -15,7 +15,7 @@ from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.control.roster import DRAINING, Change, Member, Roster, Wanted, present_status
 from fluxlib.control.services import AgentView
-from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound
+from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus
 from fluxlib.pki.authority import check_agent_id
@@ -126,8 +126,13 @@ class Membership:
         member = self._member(agent_id)
         state = self._roster.delete(member)
         log.info("agent %s deregistered", agent_id)
-        self._executions.agent_lost(agent_id, "it was deregistered")
-        self.let_go(agent_id, state, kill=True)
+        try:
+            self._executions.agent_lost(agent_id, "it was deregistered")
+        except StoreUnavailable as error:
+            # A second try would not find it here. Recovery gives up what is at an agent that has left.
+            log.warning("what agent %s ran is given up once the store is back: %s", agent_id, error.message)
+        finally:
+            self.let_go(agent_id, state, kill=True)
 
     def drain(self, agent_id: str) -> AgentView:
         return self._change(agent_id, _draining(True))
@@ -215,8 +220,14 @@ def _kill_everything(connection: AgentConnection) -> None:
     """Best effort: an agent that cannot be asked is told to when it comes back."""
     try:
         inventory = connection.inventory()
-        for execution_id in inventory.open_executions if inventory is not None else ():
-            connection.cancel(execution_id, reason="agent deregistered", timeout=_CANCEL_SECONDS)
+        running = inventory.open_executions if inventory is not None else ()
+        for execution_id in running:
+            connection.cancel(execution_id, reason="agent deregistered", timeout=0)
+        # They die side by side: one time for all of them.
+        deadline = Deadline(_CANCEL_SECONDS)
+        for execution_id in running:
+            if deadline.remaining():
+                connection.cancel(execution_id, reason="agent deregistered", timeout=deadline.remaining())
     except FluxError as error:
         log.warning("agent %s may still run something: %s", connection.agent_id, error)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fluxlib.errors import AgentUnreachable, Conflict, NotFound, StoreUnavailable
-from fluxlib.model import AgentRecord, AgentStatus
+from fluxlib.model import AgentRecord, AgentStatus, ExecutionStatus
 from tests.support.fleet import Fleet, spec
 from tests.support.programs import make_zip
 
@@ -176,6 +176,43 @@ def test_deregistering_fails_what_ran_kills_it_there_and_forgets_the_agent(fleet
     assert fleet.membership.views() == []
     with pytest.raises(NotFound):
         fleet.membership.deregister("w1")
+
+
+def test_a_store_that_fails_in_deregister_leaves_no_connection_behind(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = fleet.wire.add("w1")
+    fleet.membership.register("w1:50052", legacy=False)
+    machine.runs = {"e1"}
+    connection = fleet.connection("w1")
+
+    def away(agent_id: str, reason: str) -> None:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(fleet.executions, "agent_lost", away)
+    fleet.membership.deregister("w1")
+    assert connection.closed
+    assert machine.runs == set()
+    assert fleet.stored("w1") is None
+
+
+def test_what_dies_slowly_is_waited_for_together(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = fleet.wire.add("w1")
+    fleet.membership.register("w1:50052", legacy=False)
+    machine.runs = {"e1", "e2", "e3", "e4"}
+    told: list[float] = []
+    waited: list[float] = []
+
+    def cancel(connection: object, execution_id: str, *, reason: str, timeout: float) -> ExecutionStatus:
+        (waited if timeout else told).append(timeout)
+        if timeout:
+            assert len(told) == 4, "all are told before any is waited for"
+        return ExecutionStatus.RUNNING
+
+    monkeypatch.setattr(type(fleet.connection("w1")), "cancel", cancel)
+    fleet.membership.deregister("w1")
+    assert len(waited) == 4
+    assert waited == sorted(set(waited), reverse=True), "one time for all of them"
 
 
 def test_an_upgraded_agent_gets_a_connection_that_uses_what_it_can_do_now(fleet: Fleet) -> None:
