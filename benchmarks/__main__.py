@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 from benchmarks import executions, fleet, footprint, management, output, queueing, results, retained
@@ -46,15 +47,23 @@ def main() -> None:
     wanted = Options(options.smoke, options.seconds or (1.0 if options.smoke else 6.0), options.lab)
     about = results.machine()
     sections: list[Section] = []
+    failed: list[str] = []
     for name in names:
         began = time.monotonic()
-        for section in MEASUREMENTS[name](wanted):
-            sections.append(section)
-            print(section.as_markdown(), end="\n\n", flush=True)
+        try:
+            for section in MEASUREMENTS[name](wanted):
+                sections.append(section)
+                print(section.as_markdown(), end="\n\n", flush=True)
+        except Exception:
+            # The others are worth their minutes all the same.
+            traceback.print_exc()
+            failed.append(name)
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     print(f"## What was promised\n\n{results.promised_table(sections)}\n")
     for path in results.write(about, sections):
         print(path, file=sys.stderr)
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

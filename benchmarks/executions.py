@@ -151,5 +151,5 @@ def _until_none_runs(one: System) -> None:
         if not json.loads(body)["items"]:
             return
         if time.monotonic() > deadline:
-            raise SystemExit("executions submitted for the benchmark do not end")
+            raise RuntimeError("executions submitted for the benchmark do not end")
         time.sleep(pause)

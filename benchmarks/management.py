@@ -26,7 +26,7 @@ def measure(options: Options) -> Iterator[Section]:
         for route in ROUTES:
             outcome = one.run(one.get(route), 1, seconds)
             if outcome.failures:
-                raise SystemExit(f"GET {route}: {outcome.last_error!r}")
+                raise RuntimeError(f"GET {route}: {outcome.last_error!r}")
             latencies += outcome.latencies
             p50, p99 = outcome.percentile(0.5) * 1e3, outcome.percentile(0.99) * 1e3
             figures[route] = {"p50_ms": p50, "p99_ms": p99, "per_second": outcome.per_second}

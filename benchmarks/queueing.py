@@ -25,7 +25,7 @@ def measure(options: Options) -> Iterator[Section]:
         for kind, suffix in (("synchronous", ""), ("asynchronous", "/async")):
             outcome = one.run(one.call("single", suffix=suffix), 8, 600, at_most=count)
             if outcome.failures:
-                raise SystemExit(f"{outcome.failures} were refused: {outcome.last_error!r}")
+                raise RuntimeError(f"{outcome.failures} were refused: {outcome.last_error!r}")
             gaps = _gaps(one, outcome)
             figures[kind] = {"p50_ms": gaps[len(gaps) // 2], "p99_ms": gaps[int(len(gaps) * 0.99)], "count": len(gaps)}
             rows.append([kind, len(gaps), *list(figures[kind].values())[:2], gaps[-1]])

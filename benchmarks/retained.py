@@ -35,7 +35,7 @@ def measure(options: Options) -> Iterator[Section]:
                 # Short turns: both have their share of the machine's better and worse moments.
                 outcome = one.run(one.call("counted"), 16, options.seconds / 6)
                 if outcome.failures:
-                    raise SystemExit(f"{outcome.failures} executions failed: {outcome.last_error!r}")
+                    raise RuntimeError(f"{outcome.failures} executions failed: {outcome.last_error!r}")
                 speeds[name].append(outcome.per_second)
                 cpu[name].append(sum(one.usage().cpu_since(before).values()) * 1e3 / outcome.count)
         ratio = sum(speeds["retained"]) / sum(speeds["none"])
