@@ -125,7 +125,7 @@ def ground(request: pytest.FixtureRequest) -> Iterator[Ground]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         directory = Path(name)
         directory.chmod(0o755)
-        with Flux(directory) as flux, Agent(directory, flux, "worker-1", max_tasks=16, execution_ttl=5) as agent:
+        with Flux(directory) as flux, Agent(directory, flux, "worker-1", max_tasks=16) as agent:
             flux.register(agent)
             ground = Ground(flux, agent)
             for function in ("hello", "fails", "spare"):
