@@ -1,0 +1,72 @@
+"""Work directories are as new for the next execution, and looked into no more often than that needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fluxlib.agent.executor import directories
+from fluxlib.agent.executor.directories import WorkDirectories
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[WorkDirectories]:
+    made = WorkDirectories(tmp_path / "work")
+    yield made
+    made.stop(5)
+
+
+def use(work: WorkDirectories, name: str) -> str:
+    owner = 0 if os.geteuid() == 0 else -1
+    return work.make(name, owner, owner)
+
+
+def test_an_untouched_one_is_used_again_with_one_look(work: WorkDirectories, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directories, "_TICK", -1)  # as if it had been made long ago
+    path = use(work, "a")
+    work.remove(path)
+    looks: list[str] = []
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda at: looks.append(at) or listed(at))  # type: ignore[func-returns-value]
+    for name in "bcd":
+        assert use(work, name) == path
+        work.remove(path)
+    assert looks == []
+
+
+def test_a_fresh_one_is_looked_into_each_time(work: WorkDirectories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stamp may be that of a change in the same tick of the clock."""
+    monkeypatch.setattr(directories, "_TICK", 10**15)
+    path = use(work, "a")
+    work.remove(path)
+    use(work, "b")
+    Path(path, "left").touch()
+    work.remove(path)
+    assert use(work, "c") != path
+
+
+@pytest.mark.parametrize("what", ["file", "file and gone", "mode", "times"])
+def test_what_was_done_to_it_is_seen(work: WorkDirectories, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    path = use(work, "a")
+    monkeypatch.setattr(directories, "_TICK", -1)
+    work.remove(path)
+    assert use(work, "b") == path
+    before = os.stat(path)
+    # A tick of the file system's clock, so that the stamp can differ.
+    while os.stat(path).st_ctime_ns == before.st_ctime_ns:
+        os.utime(path)
+    if what.startswith("file"):
+        Path(path, "secret").write_text("x")
+        if what == "file and gone":
+            os.unlink(Path(path, "secret"))
+    elif what == "mode":
+        os.chmod(path, 0o777)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # what a function would do to hide it
+    work.remove(path)
+    reused = use(work, "c") == path
+    assert reused == (what in ("file and gone", "times"))
+    if reused:
+        assert os.listdir(path) == []
