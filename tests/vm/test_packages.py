@@ -199,8 +199,8 @@ def test_an_upgrade_of_the_agent_accounts_for_what_ran(host: Host) -> None:
     record = host.ended(execution)
     assert record["status"] == "failed"
     assert "agent" in record["error"]
-    wait_until(host.agent_is_online, "the agent to be back", 120)
-    assert host.execute("hello", "you")[0] == 200, "functions and code survive"
+    # "online" may still be what Flux knew before the restart: the functions it runs again are the proof.
+    wait_until(lambda: host.execute("hello", "you")[0] == 200, "functions and code to be there again", 120)
     assert host.run("pgrep -x sleep || true") == ""
 
 
