@@ -37,7 +37,7 @@ def test_a_request_that_drips_is_ended(server: WebServer, begun: bytes) -> None:
     with Wire(server.port) as slow, Wire(server.port) as good:
         slow.raw(begun)
         assert good.send("GET", "/health").answer()[0] == 200
-        for after, left in ((50, 2), (70, 1)):
+        for after, left in ((30, 2), (61, 1)):
             maintain(server, time.time() + after)
             assert len(server._channels()) == left
         assert good.send("GET", "/health").answer()[0] == 200
@@ -51,7 +51,7 @@ def test_a_large_body_with_a_key_may_take_its_time(server: WebServer) -> None:
         wire.raw(bytes(1000))
         with Wire(server.port) as good:
             assert good.send("GET", "/health").answer()[0] == 200
-        maintain(server, time.time() + 70)
+        maintain(server, time.time() + 61)
         wire.raw(bytes(size - 1001))
         assert wire.answer()[0] in (201, 400, 404)
 
