@@ -8,7 +8,7 @@ import os
 from fluxlib.agent.executor.base import Exit
 
 
-def exit_of(status: int, cpu_seconds: float) -> Exit:
+def exit_of(status: int, cpu_seconds: float | None) -> Exit:
     """A wait status as the contract's Exit."""
     if os.WIFSIGNALED(status):
         return Exit(signal=os.WTERMSIG(status), cpu_seconds=cpu_seconds)

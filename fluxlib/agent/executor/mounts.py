@@ -30,6 +30,10 @@ _CODE, _WORK = CODE.encode(), WORK.encode()
 CGROUPS = b"/sys/fs/cgroup"
 WRITABLE = (_WORK, b"/tmp", b"/dev/shm")
 _HIDDEN = (b"/root", b"/home", b"/srv", b"/var/tmp", b"/mnt", b"/media", b"/boot")
+_UNMOUNTED = (*_HIDDEN, b"/run", b"/proc")
+_FOR_ADMINISTRATORS = frozenset(
+    b"bpf binfmt_misc configfs debugfs efivarfs fusectl hugetlbfs mqueue pstore securityfs tracefs".split()
+)
 _FEW_FILES = b"size=64k,nr_inodes=64,mode=755"
 _READ_ONLY_CODE = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 # Files also cost kernel memory by number.
@@ -50,6 +54,7 @@ def prepare_namespace(programs: bytes, hidden: Iterable[bytes]) -> None:
     os.chdir(programs)
     resolver = os.path.dirname(os.path.realpath(b"/etc/resolv.conf"))
     kept = syscalls.open_tree(resolver) if resolver.startswith(b"/run/") and os.path.isdir(resolver) else -1
+    _thin_out(programs)
     for directory in _HIDDEN:
         if os.path.isdir(directory):
             _cover(directory)
@@ -69,6 +74,27 @@ def prepare_namespace(programs: bytes, hidden: Iterable[bytes]) -> None:
     syscalls.mount_setattr(b"/", syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
     # Programs name their threads there; a function owns nothing else in it.
     syscalls.mount_setattr(b"/proc", 0, clear=syscalls.MOUNT_ATTR_RDONLY)
+
+
+def _thin_out(programs: bytes) -> None:
+    """Unmount here what is covered next, and what only serves those who look after the machine.
+
+    Every child gets a copy of each mount. What cannot be unmounted is covered all the same.
+    """
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounted = [line.split() for line in file]
+    for fields in reversed(mounted):  # what is mounted on another comes after it
+        target, kind = fields[4], fields[fields.index(b"-") + 1]
+        covered = any(_is_below(target, directory) for directory in _UNMOUNTED)
+        if (covered or kind in _FOR_ADMINISTRATORS) and not _is_below(programs, target):
+            try:
+                syscalls.unmount(target)
+            except OSError:
+                continue
+
+
+def _is_below(path: bytes, directory: bytes) -> bool:
+    return (path + b"/").startswith(directory.rstrip(b"/") + b"/")
 
 
 def copy_of_code(code: bytes) -> int:

@@ -82,7 +82,7 @@ _INSTRUCTION = struct.Struct("HBBI")
 def instructions(machine: str, *, deny_lasting_ipc: bool) -> bytes:
     """The filter for a machine ("x86_64", "aarch64"). Raises KeyError for another one."""
     numbers = SYSCALLS[machine]
-    outcomes = {
+    outcomes: dict[int, Outcome] = {
         number: (_refuse(errno.ENOSYS if name in _ABSENT else errno.EPERM),)
         for name, number in numbers.items()
         if deny_lasting_ipc or name not in _LASTING

@@ -13,8 +13,8 @@ socket and answers there:
 
 Without a plan (profile off) this process knows a tree by its process group and
 its environment, and tells an exit when nothing of it is left. With one, a cgroup
-holds the tree; that is the agent's, which ends it after the exit of the first
-process. It runs from source and inside the frozen program alike (``spawner_link``), so
+holds the tree; that is the agent's, which ends it after the exit of the first process,
+and knows its cpu_seconds (None here). It runs from source and inside the frozen program alike (``spawner_link``), so
 it imports only the standard library at the top.
 """
 
@@ -25,6 +25,7 @@ import ctypes
 import errno
 import gc
 import marshal
+import mmap
 import os
 import resource
 import select
@@ -77,7 +78,8 @@ class Spawner:
         self._control = control
         self._launcher = launcher
         self._borrowed = borrowed
-        self._root = os.geteuid() == 0
+        # Shared with children, which become programs soon: pages that were never used cost a clone nothing.
+        self._buffer = memoryview(mmap.mmap(-1, MAX_MESSAGE))
         self._jobs: dict[int, Job] = {}  # by process
         self._pids: dict[int, int] = {}  # process by identifier
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -118,9 +120,8 @@ class Spawner:
                 self._sweep(job.execution_id)
 
     def _take(self) -> bool:
-        # Not into a buffer of our own: that is zeros to begin with, a megabyte that each clone would pay for.
-        message, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, _FDS_SIZE, _CLOSED_ON_EXEC)
-        if not message:
+        size, ancillary, _, _ = self._control.recvmsg_into([self._buffer], _FDS_SIZE, _CLOSED_ON_EXEC)
+        if not size:
             return False
         fds = [
             fd
@@ -131,7 +132,7 @@ class Spawner:
         if not _CLOSED_ON_EXEC:
             for fd in fds:
                 os.set_inheritable(fd, False)
-        request = marshal.loads(message)
+        request = marshal.loads(self._buffer[:size])
         try:
             if request[0] == "run":
                 try:
@@ -189,32 +190,37 @@ class Spawner:
     # -- ending ------------------------------------------------------------------
 
     def _reap(self) -> None:
-        while True:
-            try:
-                # WNOWAIT: while the leader is a zombie nobody else can get its number or its group's.
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if found is None:
-                return
-            job = self._jobs.get(found.si_pid)
-            if job is not None and job.cgroup < 0:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(job.pid, signal.SIGKILL)
-            try:
-                _, status, usage = os.wait4(found.si_pid, 0)
-            except ChildProcessError:
-                continue
-            if job is None:
-                continue  # an adopted orphan
+        with contextlib.suppress(ChildProcessError):
+            while self._reap_one() if self._launcher is None else self._reap_launched():
+                pass
+
+    def _reap_launched(self) -> bool:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        job = self._jobs.pop(pid, None)  # None: an adopted orphan
+        if job is not None:
+            del self._pids[job.identifier]
+            failure = self._forget(job)
+            # Its cgroup knows the seconds of all that it started.
+            told = ("exit", job.identifier, status, None) if failure is None else ("failed", job.identifier, *failure)
+            self._answers.append(told)
+        return pid != 0
+
+    def _reap_one(self) -> bool:
+        # WNOWAIT: while the leader is a zombie nobody else can get its number or its group's.
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return False
+        job = self._jobs.get(found.si_pid)
+        if job is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(job.pid, signal.SIGKILL)
+        _, status, usage = os.wait4(found.si_pid, 0)
+        if job is not None:
             del self._jobs[job.pid]
             del self._pids[job.identifier]
-            if job.cgroup < 0:
-                self._sweep(job.execution_id)
-            elif (failure := self._forget(job)) is not None:
-                self._answers.append(("failed", job.identifier, *failure))
-                continue
+            self._sweep(job.execution_id)
             self._answers.append(("exit", job.identifier, status, usage.ru_utime + usage.ru_stime))
+        return True
 
     def _forget(self, job: Job) -> tuple[str, int] | None:
         assert self._launcher is not None

@@ -69,6 +69,7 @@ _CAPABILITY_VERSION_3 = 0x2008_0522
 _libc = ctypes.PyDLL(None, use_errno=True)
 # Naming a function here also finds it here, not in every child anew.
 _libc.syscall.restype = c_long
+_libc.umount2.argtypes = [c_char_p, c_int]
 _libc.mount.argtypes = [c_char_p, c_char_p, c_char_p, c_ulong, c_char_p]
 _libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
 _libc.unshare.argtypes = [c_int]
@@ -209,6 +210,10 @@ def mount(kind: bytes, target: bytes, flags: int, options: bytes | None = None) 
 
 def set_propagation(target: bytes, flags: int) -> None:
     _checked(_libc.mount(None, target, None, flags, None), f"mount {os.fsdecode(target)}")
+
+
+def unmount(target: bytes) -> None:
+    _checked(_libc.umount2(target, MNT_DETACH), f"umount {os.fsdecode(target)}")
 
 
 def open_tree(path: bytes) -> int:
