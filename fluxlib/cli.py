@@ -36,22 +36,22 @@ def main(arguments: list[str], default: str = "serve") -> int:
 
 
 def _parser(default: str) -> argparse.ArgumentParser:
+    """The commands of the program; ``default`` is "agent" in the agent's own, which has only what it carries."""
+    alone = default == "agent"
+    name = "flux-agent" if alone else "flux"
     parser = argparse.ArgumentParser(
-        prog="flux",
+        prog=name,
         description="Serverless without containers: zip any executable, send it with curl, run it on plain machines.",
-        epilog="Without a command it serves. FLUX_CONFIG and AGENT_CONFIG name the configuration files.",
+        epilog=(
+            "Without a command it runs the agent. AGENT_CONFIG names the configuration file."
+            if alone
+            else "Without a command it serves. FLUX_CONFIG and AGENT_CONFIG name the configuration files."
+        ),
     )
-    parser.add_argument("--version", action="version", version=f"flux {fluxlib.__version__}")
+    parser.add_argument("--version", action="version", version=f"{name} {fluxlib.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    serve = commands.add_parser("serve", help="run the control plane (the default)")
-    serve.set_defaults(run=_serve)
-
-    run = commands.add_parser("run", help="run the control plane with an agent on this machine")
-    run.add_argument("--state", type=Path, default=Path("flux-data"), metavar="DIR", help="everything is kept here")
-    # What a double click on Windows means: see fluxlib.windows.console.
-    run.add_argument("--window", action="store_true", help=argparse.SUPPRESS)
-    run.set_defaults(run=_run)
+    if not alone:
+        _control_commands(commands)
 
     agent = commands.add_parser("agent", help="run an agent")
     # How `flux run` holds its agent: see fluxlib.local.
@@ -61,9 +61,28 @@ def _parser(default: str) -> argparse.ArgumentParser:
 
     check = commands.add_parser("check-config", help="say what is wrong with a configuration file, all of it")
     check.add_argument("file", nargs="?", type=Path, help="default: the one that would be used")
-    check.add_argument("--agent", action="store_true", help="it is an agent.yaml")
+    check.add_argument("--agent", action="store_true", default=alone, help="it is an agent.yaml")
     check.add_argument("--settings", action="store_true", help="print every setting there is, with default and reason")
     check.set_defaults(run=_check_config)
+
+    if sys.platform == "win32":
+        from fluxlib.windows.services import ACTIONS
+
+        service = commands.add_parser("service", help="install or remove this program as a Windows service")
+        service.add_argument("action", choices=ACTIONS)
+        service.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+        service.set_defaults(run=_service, agent=alone)
+    return parser
+
+
+def _control_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands.add_parser("serve", help="run the control plane (the default)").set_defaults(run=_serve)
+
+    run = commands.add_parser("run", help="run the control plane with an agent on this machine")
+    run.add_argument("--state", type=Path, default=Path("flux-data"), metavar="DIR", help="everything is kept here")
+    # What a double click on Windows means: see fluxlib.windows.console.
+    run.add_argument("--window", action="store_true", help=argparse.SUPPRESS)
+    run.set_defaults(run=_run)
 
     enroll = commands.add_parser("enroll", help="make certificates and agent.yaml for an agent added by hand")
     enroll.add_argument("agent_id", metavar="AGENT_ID")
@@ -80,15 +99,6 @@ def _parser(default: str) -> argparse.ArgumentParser:
     remove.add_argument("name")
     remove.set_defaults(run=_keys_remove)
     keys.add_parser("list", help="names and roles").set_defaults(run=_keys_list)
-
-    if sys.platform == "win32":
-        from fluxlib.windows.services import ACTIONS
-
-        service = commands.add_parser("service", help="install or remove this program as a Windows service")
-        service.add_argument("action", choices=ACTIONS)
-        service.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
-        service.set_defaults(run=_service, agent=default == "agent")
-    return parser
 
 
 def _serve(options: argparse.Namespace) -> int:
