@@ -150,7 +150,7 @@ class ExecutionService:
         """What this agent's connection is to call."""
         registry = self._registry
         return ConnectionEvents(
-            ended=self._recovery.ended,
+            ended=lambda record: self._recovery.ended_at(agent_id, record),
             full=lambda function_name: registry.mark_full(agent_id, function_name),
             freed=lambda function_name: registry.freed(agent_id, function_name),
             attached=lambda yes: _discard(registry.update(agent_id, reachable=yes)),

@@ -177,6 +177,19 @@ class Recovery:
         self._following.forget(agent_id)
         return len(entries)
 
+    def ended_at(self, agent_id: str, record: ExecutionRecord) -> None:
+        """What an agent says of its own: none may end what another one was given after it."""
+        held = self._ledger.get(record.execution_id)
+        if held is not None:
+            owner = held.agent_id
+        else:
+            entry = self._ledger.entry(record.execution_id)
+            owner = entry.record.agent_id if entry is not None else ""
+        if owner == agent_id:
+            self.ended(record)
+        else:
+            log.warning("agent %s told the end of %s, which is not its own", agent_id, record.execution_id)
+
     def ended(self, record: ExecutionRecord) -> None:
         """An agent says that an asynchronous one has ended. First end wins."""
         held = self._ledger.get(record.execution_id)

@@ -300,3 +300,16 @@ class TestFollowing:
             new.service.tick(0.0)
         assert (agent.inventories, agent.looks) == (0, [])
         assert entry(store, running).phase is Phase.STARTING
+
+
+def test_none_ends_what_another_was_given(planes: list[Plane], store: Store) -> None:
+    """An agent that was once offered an execution knows its ID; its word about it counts no more."""
+    here = plane(planes, store, "s1")
+    owner = here.agent("a1", script=accept)
+    running = here.submit()
+    other = here.agent("a2", script=accept)
+    forged = owner.asked[0].record.ended(ExecutionStatus.SUCCESS, at=1.0)
+    other.on_ended(forged)
+    assert here.record(running).status is ExecutionStatus.RUNNING
+    owner.on_ended(forged)
+    assert here.record(running).status is ExecutionStatus.SUCCESS
