@@ -46,6 +46,7 @@ class Ec2:
         self._faults: list[_Fault] = []
         self._lock = threading.RLock()
         self._image = ""
+        self._held: dict[str, threading.Event] = {}
 
     @property
     def url(self) -> str:
@@ -76,6 +77,11 @@ class Ec2:
     ) -> None:
         """Answer so the next ``times`` times; ``after``: it is done, and only the answer is lost."""
         self._faults.append(_Fault(action, code, status, times, after, when))
+
+    def hold(self, action: str) -> threading.Event:
+        """Its next call is done, and not answered before the event is set."""
+        self._held[action] = threading.Event()
+        return self._held[action]
 
     def actions(self, name: str) -> list[dict[str, list[str]]]:
         return [asked for action, asked in self.asked if action == name]
@@ -137,6 +143,9 @@ class Ec2:
         chunks = b"".join(self._moto(inner, lambda status, headers, exc=None: answer.extend((status, headers))))
         if fault is not None:
             return self._refuse(fault, start_response)
+        held = self._held.pop(action, None)
+        if held is not None:
+            held.wait(60)
         if action in ("RunInstances", "DescribeInstances") and self.addresses:
             chunks = self._with_addresses(chunks)
         if action == "TerminateInstances":
