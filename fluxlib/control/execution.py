@@ -162,7 +162,9 @@ class Execution:
 
 def merged(ours: ExecutionRecord, theirs: ExecutionRecord) -> ExecutionRecord:
     """An agent's record as callers see it, when we remember no more of it than the store does."""
-    waited = max(0, int((theirs.started_at - ours.started_at) * 1000)) if theirs.started_at else 0
+    # The two clocks are all there is to tell how long it waited here.
+    known = bool(theirs.run_started_at or not theirs.started_at)
+    waited = 0 if known else max(0, round((theirs.started_at - ours.started_at) * 1000))
     return replace(
         theirs,
         execution_id=ours.execution_id,
@@ -183,8 +185,8 @@ def _queue_ms(accepted_at: float, record: ExecutionRecord, waited_ms: int) -> in
     least = waited_ms + record.queue_ms
     if not record.run_started_at:
         return least
-    most = int((time.time() - accepted_at) * 1000) - record.duration_ms
-    return max(least, min(most, int((record.run_started_at - accepted_at) * 1000)))
+    most = round((time.time() - accepted_at) * 1000) - record.duration_ms
+    return max(least, min(most, round((record.run_started_at - accepted_at) * 1000)))
 
 
 def _microseconds(seconds: float | None) -> float | None:

@@ -58,7 +58,7 @@ class Slots:
             function = self._functions.lookup(function_name)
         except NotFound:
             for known_of in (self._needs, self._last_used, self._fruitless, self._refusals):
-                known_of.pop(function_name, None)  # type: ignore[attr-defined]
+                known_of.pop(function_name, None)
             raise
         known = self._needs.get(function_name)
         if known is not None and known[0] is function:

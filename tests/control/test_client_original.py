@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from fluxlib.control.client_unary import UnaryExecutions
+from fluxlib.control.connection import ConnectionEvents
 from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, NotFound
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import ErrorKind, ExecutionStatus
+from fluxlib.model import ErrorKind, ExecutionRequest, ExecutionStatus
 from tests.support.clients import Client, Side, running_timers
 from tests.support.programs import make_zip, wait_until
 from tests.wire.conftest import original_agent, original_environment
@@ -162,3 +164,24 @@ def test_a_new_channel_disturbs_nothing(client: Client) -> None:
 def test_archives_are_deployed_in_one_message(client: Client) -> None:
     client.deploy(make_zip({"main.sh": "#!/bin/sh\necho second"}), name="again")
     assert client.run("o-again", name="again").output == b"second\n"
+
+
+def test_one_that_is_given_up_while_it_is_being_sent_is_ended() -> None:
+    cancelled: list[str] = []
+
+    class Future:
+        def cancel(self) -> None:
+            cancelled.append("cancelled")
+
+    class Sending:
+        """The connection is given up between the table and the wire."""
+
+        def future(self, start: object, on_done: object) -> Future:
+            calls.fail("it is offline")
+            return Future()
+
+    calls = UnaryExecutions("w1", lambda: Sending(), ConnectionEvents())  # type: ignore[arg-type, return-value]
+    answers: list[object] = []
+    calls.execute(ExecutionRequest("e1", "f"), answers.append)
+    assert [type(answer) for answer in answers] == [AgentLost]
+    assert cancelled == ["cancelled"]
