@@ -223,7 +223,7 @@ def _first_line_problems(handler: str, head: bytes) -> tuple[str, ...]:
     if head[:2] == b"#!":
         if head.split(b"\n", 1)[0].endswith(b"\r"):
             return (
-                f"{_shown(handler)}: its first line ends in CR LF, and Unix takes the CR for part of the program's name",
+                f"{_shown(handler)}: its first line ends in CR LF, which Unix takes for part of the program's name",
             )
         return ()
     if _platform(handler, head).os:

@@ -20,7 +20,6 @@ from fluxlib.agent.executor.seccomp import AUDIT_ARCHITECTURES
 from fluxlib.errors import Unenforceable
 from fluxlib.model import Enforcement
 
-
 # Numbers: Linux's include/uapi/linux/capability.h. Setting SYS_ADMIN aside, a systemd unit has them by default.
 _CHOWN, _DAC_OVERRIDE, _KILL, _SETGID, _SETUID, _SETPCAP, _SYS_ADMIN = 0, 1, 5, 6, 7, 8, 21
 _NEEDED = {
