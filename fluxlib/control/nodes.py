@@ -64,11 +64,12 @@ class NodeService:
         self._check_leads()
         makings: list[Making] = []
         faults: list[str] = []
-        failed = 0
+        failed = present = 0
         with self._autoscaler.paused:
             for cloud in self._clouds.values():
                 self._autoscaler.wish(cloud.name, FleetWish.KEPT)
                 here = len(self._nodes(cloud.name))
+                present += here
                 missing = max(0, cloud.scaling.min_nodes - here)
                 if missing and not cloud.scaling.node_types:
                     failed += missing
@@ -84,6 +85,7 @@ class NodeService:
         bad = [making for making in makings if making.error]
         return {
             "nodes": {"spawned": len(good), "failed": failed + len(bad)},
+            "present": present,  # before, or on their way already
             "agents": [
                 {
                     "agent_id": making.agent_id,

@@ -131,12 +131,11 @@ class Retirer:
         state = self._registry.get(agent_id)
         if state is None:
             return False
-        notes = notes_of(state.record)
-        began = self._clock()
-        if state.record.status.present and began < notes.drain_until:
+        if state.record.status.present:
+            # Also when its time is over already: nothing new may be sent to a machine that is being ended.
             self._membership.drain(agent_id)
             settle = self._settle()
-            settled = began + settle if settle else 0.0
+            settled = self._clock() + settle if settle else 0.0
             with self._condition:
                 self._draining.add(agent_id)
                 try:

@@ -64,6 +64,7 @@ class Making:
         self.cloud = cloud
         self.agent_id = agent_id
         self.resumed = resumed
+        self.provider_id = ""  # once it is launched
         self.error = "Flux stopped meanwhile: it goes on when it starts again"
         self.step = "launch"
 
@@ -135,6 +136,7 @@ class Spawner:
         agent_id = making.agent_id
         try:
             record = self._record(making)
+            making.provider_id = record.provider_id
             if notes_of(record).phase is NodePhase.ASKED:
                 self._launch(making, record)
             self._set_up(making)
@@ -149,6 +151,7 @@ class Spawner:
         except NotFound:
             making.error = "it was deregistered meanwhile"
             log.warning("node %s: %s", agent_id, making.error)
+            self._end_forgotten(making)
         except FluxError as error:
             if self._crew.stopping.is_set() or not self._leadership.leads:
                 return  # broken off by our own end
@@ -174,6 +177,7 @@ class Spawner:
                 self._membership.deregister(agent_id)
             # Of one that a former life asked for, the refusal says nothing: it may run.
             raise
+        making.provider_id = node.provider_id
         address = Address.of(node, use_private_ip=cloud.config.use_private_ip)
         self._membership.save(
             agent_id,
@@ -228,6 +232,15 @@ class Spawner:
             making.error += f"; and {stranded.message}: it is tried again"
         except (StoreUnavailable, NotFound) as unsaved:
             log.warning("node %s: %s", agent_id, unsaved.message)
+
+    def _end_forgotten(self, making: Making) -> None:
+        """There is no record left to try it again from; what fails here is reported as a stray."""
+        if making.provider_id:
+            try:
+                making.cloud.provider.terminate(making.provider_id)
+                self._retirer.ended[making.provider_id] = self._clock()
+            except ProviderError as error:
+                log.warning("%s could not be ended: %s", making.provider_id, error.message)
 
     # -- small things ------------------------------------------------------------------
 

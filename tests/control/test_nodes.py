@@ -41,7 +41,8 @@ def test_only_what_is_missing_is_made_and_agents_of_others_do_not_count(fleet: C
     fleet.wire.add("manual")
     fleet.membership.register("manual:50052", legacy=False)
     assert fleet.nodes.initialize()["nodes"] == {"spawned": 2, "failed": 0}
-    assert fleet.nodes.initialize()["nodes"] == {"spawned": 0, "failed": 0}
+    again = fleet.nodes.initialize()
+    assert (again["nodes"], again["present"]) == ({"spawned": 0, "failed": 0}, 2)
     fleet.nodes.terminate(fleet.node_ids()[0])
     assert fleet.nodes.initialize()["nodes"] == {"spawned": 1, "failed": 0}
     assert len(fleet.cloud().running()) == 2
@@ -241,6 +242,39 @@ def test_a_key_pair_that_cannot_be_imported_launches_nothing(fleet: CloudFleet) 
     assert "ec2:ImportKeyPair" in answer["errors"][0]
     assert [call for call in fleet.cloud().calls if call[0] == "launch"] == []
     assert fleet.node_ids() == []
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_node_deregistered_while_it_is_made_is_ended_too(fleet: CloudFleet, ends: bool) -> None:
+    gate = fleet.setup.gates["install flux-agent"] = threading.Event()
+    if not ends:
+        fleet.cloud().faults.terminate[""] = ProviderError("aws: the API is down")
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(fleet.nodes.initialize)
+        wait_until(lambda: len(fleet.setup.seen) == 4, "both to install")
+        for agent_id in fleet.node_ids():
+            fleet.membership.deregister(agent_id)
+        gate.set()
+        assert "deregistered meanwhile" in made.result()["errors"][0]
+    assert fleet.node_ids() == []
+    assert len(fleet.cloud().running()) == (0 if ends else 2)
+    fleet.strays.tick(fleet.now)
+    assert len(fleet.strays.warnings()) == (0 if ends else 2)
+
+
+def test_a_node_that_is_ended_at_once_takes_nothing_new_meanwhile(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    first = fleet.node_ids()[0]
+    seen: list[bool] = []
+    end = fleet.cloud().terminate
+
+    def watched(provider_id: str) -> None:
+        seen.append(fleet.state(first).takes_work)
+        end(provider_id)
+
+    fleet.cloud().terminate = watched  # type: ignore[method-assign]
+    fleet.nodes.terminate(first)
+    assert seen == [False]
 
 
 # -- ending ----------------------------------------------------------------------------

@@ -188,8 +188,15 @@ COMPONENTS: dict[str, Schema] = {
     "AgentChanged": _object({"status": _TEXT, "id": _TEXT}),
     "Accepted": _object({"status": {"const": "accepted"}, "execution_id": _TEXT}),
     "Cancelled": _object({"status": {"const": "cancelled"}, "execution_id": _TEXT}),
-    "Initialized": _object({"nodes": _object({"spawned": _COUNT, "failed": _COUNT})}),
-    "NodesRemoved": _object({"status": _TEXT, "removed": _COUNT}),
+    "Initialized": _object(
+        {"nodes": _object({"spawned": _COUNT, "failed": _COUNT})},
+        {
+            "present": _COUNT,
+            "agents": list_of(_object({"agent_id": _TEXT, "provider": _TEXT, "status": _TEXT, "message": _TEXT})),
+            "errors": _TEXTS,
+        },
+    ),
+    "NodesRemoved": _object({"status": _TEXT, "removed": _COUNT}, {"errors": _TEXTS}),
     "Resources": _object(
         {
             "flux": _object({"node": ref("Node")}),
