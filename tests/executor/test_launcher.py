@@ -172,6 +172,16 @@ def test_memory_file_systems_have_their_size(launched: Launched) -> None:
     assert output.split()[-1] == str(1 << 20)
 
 
+def test_what_serves_administrators_is_not_mounted(launched: Launched) -> None:
+    if launched.profile == MINIMAL:
+        return  # the machine's own view
+    table = [line.split() for line in launched.run("cat /proc/self/mountinfo")[0].splitlines()]
+    kinds = {fields[fields.index("-") + 1] for fields in table}
+    assert not kinds & {"mqueue", "debugfs", "tracefs", "securityfs", "configfs", "bpf", "pstore"}, kinds
+    targets = [fields[4] for fields in table]
+    assert targets.count("/proc") == targets.count("/run") == 1, "nothing is covered that could be unmounted"
+
+
 def test_processes_of_others_are_not_there(launched: Launched) -> None:
     if launched.profile == MINIMAL:
         return  # the agent's unit hides them there

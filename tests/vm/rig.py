@@ -130,7 +130,7 @@ class GuestAgent:
         return identifier
 
     def record(self, identifier: str) -> dict[str, Any]:
-        answer = self._stub.GetExecution(pb.GetExecutionRequest(execution_id=identifier), timeout=10)
+        answer = self._stub.GetExecution(pb.GetExecutionRequest(execution_id=identifier), timeout=60)
         assert answer.found
         return dict(json.loads(answer.data))
 
