@@ -93,12 +93,14 @@ class HealthPoller:
     # -- a round -------------------------------------------------------------------
 
     def _round(self, now: float, leads: bool) -> None:
-        if leads and not self._led:
+        took_over = leads and not self._led
+        if took_over:
             # What was counted by whoever led before, or by us long ago, says nothing about now.
             for member in self._roster.all():
                 member.misses, member.asked_at = 0, 0.0
         self._led = leads
-        shared = not leads or bool(self._leadership.others)
+        # One that takes over reads what the last leader wrote at the end, even when nobody else is left.
+        shared = not leads or took_over or bool(self._leadership.others)
         try:
             if shared:
                 self._sharing.take_records(now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from fluxlib.lifecycle import Deadline, Loop
 from fluxlib.pki import Authority
 from fluxlib.providers import build_clouds
 from fluxlib.store.base import ControlStore
+
+log = logging.getLogger(__name__)
 
 _TICK = 1.0
 # A cloud's SDK cannot be interrupted: its answer is not waited for when Flux stops.
@@ -110,6 +113,8 @@ def build_nodes(
         looks.stop(brief)
 
     settings = setup.warnings(clouds)
+    for warning in settings:
+        log.warning("%s", warning)
     return NodeParts(
         service,
         (Loop("nodes", service.tick, _TICK), Loop("autoscaler", autoscaler.tick, _TICK), looks),

@@ -175,9 +175,7 @@ def _launch(kind: NodeType, reason: str, count: int = 1, replaces: str = "") -> 
 
 def _room(view: FleetView, config: AutoscalingConfig) -> int:
     """How many more there may be. What is leaving or lost still runs in the cloud, and is paid for."""
-    present = {node.agent_id for node in view.nodes}
-    owed = sum(1 for one in view.replacing if one.agent_id not in present)
-    return config.max_nodes - len(view.nodes) - owed
+    return config.max_nodes - len(view.nodes)
 
 
 # -- executions that wait --------------------------------------------------------------

@@ -427,6 +427,32 @@ def test_one_that_ceases_to_lead_leaves_its_nodes_to_the_next(fleet: CloudFleet)
     assert [fleet.notes(agent_id).phase for agent_id in fleet.node_ids()] == [NodePhase.SETUP] * 2
 
 
+def test_a_node_under_way_is_gone_on_with_by_the_flux_that_takes_over() -> None:
+    store, shared = MemoryControlStore(), cloud(min_nodes=1)
+    leader = CloudFleet(shared, store=store, shared=True)
+    follower = CloudFleet(shared, store=store, wire=leader.wire, shared=True, session="s2", clock=leader.time)
+    try:
+        gate = leader.setup.gates["install flux-agent"] = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(leader.nodes.initialize)
+            wait_until(lambda: len(leader.setup.seen) == 2, "it to install")
+            leader.leadership.resign()
+            follower.round(10)
+            assert follower.leadership.leads
+            follower.nodes.tick(follower.now)
+            follower.quiet()
+            gate.set()
+            asked.result(10)
+        (agent_id,) = follower.node_ids()
+        assert follower.state(agent_id).takes_work
+        assert follower.setup.seen == [(agent_id, step) for step in STEPS[1:]]
+        assert follower.cloud().running() == [agent_id]
+        assert not any(call == "terminate" for call, _ in follower.cloud().calls)
+    finally:
+        leader.close()
+        follower.close()
+
+
 @pytest.mark.parametrize("name", ["web", "My Fleet!", "", "9-lives", "a" * 200, "--", "ÄÖ"])
 def test_names_of_nodes_fit_every_cloud(name: str) -> None:
     made = new_agent_id(name)
