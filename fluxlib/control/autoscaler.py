@@ -32,7 +32,7 @@ from fluxlib.control.scaling import (
 )
 from fluxlib.control.scaling_report import decision_json, fleet_json
 from fluxlib.control.spawn import Making, Spawner
-from fluxlib.errors import FluxError, LeaseLost, StoreUnavailable
+from fluxlib.errors import FluxError, LeaseLost, StoreUnavailable, Unavailable
 from fluxlib.model import AgentStatus
 from fluxlib.providers import Cloud
 from fluxlib.store.base import ControlStore
@@ -100,9 +100,9 @@ class Autoscaler:
                 for fleet in due:
                     fleet.due_at = now + fleet.cloud.scaling.poll_interval_sec
                     self._look(fleet, waits, now)
-        except StoreUnavailable as error:
+        except Unavailable as error:
             self._loaded = False  # what was decided and not kept is forgotten
-            log.warning("nothing is scaled while the store is away: %s", error.message)
+            log.warning("nothing is scaled now: %s", error.message)
         except LeaseLost as error:
             self._leadership.lost(error)
 
@@ -112,7 +112,7 @@ class Autoscaler:
         return self._lock
 
     def wish(self, provider: str, wish: FleetWish) -> None:
-        """What a person asked for, durable when this returns. Raises StoreUnavailable."""
+        """What a person asked for, durable when this returns. Raises StoreUnavailable, Unavailable."""
         with self._lock:
             self._load()
             fleet = self._fleets[provider]
@@ -294,12 +294,21 @@ class Autoscaler:
     # -- the store ---------------------------------------------------------------------
 
     def _load(self) -> None:
-        """What another life, or another leader, has left. Raises StoreUnavailable."""
-        if not self._loaded:
-            for name, fleet in self._fleets.items():
-                fleet.state = ScalerState.from_text(self._store.get_fact(_fact(name)))
-                fleet.due_at = 0.0
-            self._loaded = True
+        """What another life, or another leader, has left. Raises Unavailable, StoreUnavailable."""
+        if self._loaded:
+            return
+        unread = [
+            record.agent_id
+            for record in self._store.agents()
+            if record.provider in self._fleets and self._registry.get(record.agent_id) is None
+        ]
+        if unread:
+            # The last leader's newest nodes: without them the fleet would look too small.
+            raise Unavailable("this Flux has just taken over, and is still reading the nodes", retry_after=2)
+        for name, fleet in self._fleets.items():
+            fleet.state = ScalerState.from_text(self._store.get_fact(_fact(name)))
+            fleet.due_at = 0.0
+        self._loaded = True
 
     def _save(self, fleet: _Fleet) -> None:
         """Raises StoreUnavailable, LeaseLost."""

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from fluxlib.errors import ProviderError, StoreUnavailable
+from fluxlib.control.scaler_state import ScalerState
+from fluxlib.control.scaling import Sample
+from fluxlib.errors import ProviderError, StoreUnavailable, Unavailable
 from fluxlib.model import AgentStatus, Behavior, Platform
 from fluxlib.store.memory import MemoryControlStore
 from tests.support.clouds import CloudFleet, cloud, with_scaling
@@ -179,6 +181,48 @@ def test_failed_launches_are_tried_again_more_and_more_rarely(fleet: CloudFleet)
     fleet.later(600)
     assert len(fleet.cloud().running()) == 1
     assert fleet.autoscaler.report()["providers"]["aws"]["paused_sec"] == 0
+
+
+def test_launches_that_fail_together_are_one_failure() -> None:
+    fleet = fleet_of(cloud(min_nodes=3))
+    try:
+        fleet.cloud().faults.launch[""] = ProviderError("aws: quota")
+        fleet.nodes.initialize()
+        report = fleet.autoscaler.report()["providers"]["aws"]
+        assert len(report["failures"]) == 3
+        assert report["paused_sec"] == 30
+    finally:
+        fleet.close()
+
+
+def test_what_a_node_was_like_before_it_was_away_says_nothing(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    (agent_id,) = fleet.node_ids()
+    machine = fleet.wire.machines[fleet.state(agent_id).record.address]
+    hold(fleet, 95, 40)
+    machine.up = False
+    for _ in range(3):
+        fleet.round()
+    fleet.later(10)
+    machine.up = True
+    fleet.round()
+    fleet.settle()
+    assert fleet.conditions() == {agent_id: "online"}
+    hold(fleet, 95, 40)
+    assert len(fleet.node_ids()) == 1
+    hold(fleet, 95, 30)
+    assert len(fleet.node_ids()) == 2
+
+
+def test_one_sample_before_the_window_is_kept_so_that_rare_polls_cover_it() -> None:
+    state = ScalerState()
+    for at in (0.0, 25.0, 50.0, 75.0, 100.0):
+        kept = state.sample("a", Sample(at, 90, 10), 60)
+    assert [sample.at for sample in kept] == [25.0, 50.0, 75.0, 100.0]
+    # One exactly at its edge covers it alone.
+    assert [one.at for one in state.sample("a", Sample(110.0, 90, 10), 60)] == [50.0, 75.0, 100.0, 110.0]
+    again = ScalerState.from_text(state.to_text())
+    assert again == state
 
 
 def test_a_node_offline_for_too_long_is_replaced_and_ended() -> None:
@@ -365,8 +409,9 @@ def test_a_store_that_is_away_scales_nothing(fleet: CloudFleet, monkeypatch: pyt
 
 def test_a_follower_decides_nothing_and_takes_over_with_what_the_leader_knew() -> None:
     store = MemoryControlStore()
-    leader = fleet_of(store=store, shared=True)
-    follower = fleet_of(cloud(min_nodes=1, max_nodes=3), store=store, shared=True, session="s2", clock=leader.time)
+    one = cloud(min_nodes=1, max_nodes=3)
+    leader = fleet_of(one, store=store, shared=True)
+    follower = fleet_of(one, store=store, wire=leader.wire, shared=True, session="s2", clock=leader.time)
     try:
         leader.nodes.initialize()
         hold(leader, 95, 50)
@@ -376,9 +421,34 @@ def test_a_follower_decides_nothing_and_takes_over_with_what_the_leader_knew() -
         follower.time[0] += 10
         follower.leadership.tick(follower.now)
         assert follower.leadership.leads
+        follower.health.tick(follower.now)
+        follower.settle()
         follower.autoscaler.tick(follower.now)
         remembered = follower.autoscaler._fleets["aws"].state
         assert remembered.wish.value == "kept"
+    finally:
+        follower.close()
+        leader.close()
+
+
+def test_a_leader_that_has_not_read_the_last_ones_nodes_yet_makes_none() -> None:
+    store, one = MemoryControlStore(), cloud(min_nodes=2, max_nodes=3)
+    leader = fleet_of(one, store=store, shared=True)
+    follower = fleet_of(one, store=store, wire=leader.wire, shared=True, session="s2", clock=leader.time)
+    try:
+        leader.nodes.initialize()
+        leader.leadership.resign()
+        follower.time[0] += 10
+        follower.leadership.tick(follower.now)
+        follower.autoscaler.tick(follower.now)
+        with pytest.raises(Unavailable, match="taken over"):
+            follower.nodes.initialize()
+        assert len(follower.cloud().running()) == 2
+        follower.health.tick(follower.now)
+        follower.settle()
+        follower.autoscaler.tick(follower.now)
+        assert follower.nodes.initialize()["nodes"] == {"spawned": 0, "failed": 0}
+        assert len(follower.cloud().running()) == 2
     finally:
         follower.close()
         leader.close()

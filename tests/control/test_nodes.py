@@ -217,6 +217,78 @@ def test_a_launch_whose_answer_was_lost_is_found_by_its_agent_id_and_ended(fleet
     assert (fleet.cloud().running(), fleet.node_ids()) == ([], [])
 
 
+def test_a_resumed_launch_that_is_refused_may_have_been_accepted_before(fleet: CloudFleet) -> None:
+    provider = fleet.cloud()
+    launch, asked = provider.launch, threading.Event()
+
+    def dies(wanted, deadline):  # type: ignore[no-untyped-def]
+        launch(wanted, deadline)
+        asked.set()
+        assert fleet.crew.stopping.wait(10)
+        raise RuntimeError("the process is gone: nobody hears the answer")
+
+    provider.launch = dies  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fleet.nodes.initialize)
+        assert asked.wait(10)
+        wait_until(lambda: len(provider.running()) == 2, "both to run")
+        again = fleet.again()
+    try:
+        # The configuration changed meanwhile: the token is refused, and the machine is there.
+        provider.launch = launch  # type: ignore[method-assign]
+        provider.faults.launch[""] = ProviderError("aws: IdempotentParameterMismatch")
+        again.later(1)
+        assert (provider.running(), again.node_ids()) == ([], [])
+    finally:
+        again.close()
+
+
+def test_a_stranded_machine_is_ended_by_its_own_id_without_the_clouds_list(fleet: CloudFleet) -> None:
+    faults = fleet.cloud().faults
+    faults.half_way[""] = "aws: it does not run"
+    faults.terminate[""] = faults.listing = ProviderError("aws: the API is down")
+    fleet.nodes.initialize()
+    assert len(fleet.node_ids()) == len(fleet.cloud().running()) == 2
+    faults.terminate.clear()
+    fleet.later(31)
+    assert (fleet.node_ids(), fleet.cloud().running()) == ([], [])
+
+
+def test_a_removal_ordered_while_a_machine_is_launched_is_not_forgotten(fleet: CloudFleet) -> None:
+    provider, gate = fleet.cloud(), threading.Event()
+    launch = provider.launch
+
+    def slow(wanted, deadline):  # type: ignore[no-untyped-def]
+        node = launch(wanted, deadline)
+        assert gate.wait(10)
+        return node
+
+    provider.launch = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.submit(fleet.nodes.initialize)
+        wait_until(lambda: len(provider.running()) == 2, "both to run")
+        # Launched and not answered yet: known by their agents' IDs.
+        fleet.strays.tick(fleet.now)
+        assert fleet.strays.warnings() == []
+        removed = pool.submit(fleet.nodes.remove_all)
+        ids = fleet.node_ids()
+        wait_until(lambda: all(fleet.notes(one).phase is NodePhase.ENDING for one in ids), "both to be ending")
+        gate.set()
+        assert removed.result(10)["removed"] == 2
+        assert "DELETE /nodes" in made.result(10)["errors"][0]
+    assert fleet.setup.seen == []
+    assert (provider.running(), fleet.store.agents()) == ([], [])
+
+
+def test_a_node_that_is_leaving_does_not_count(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    busy = fleet.node_ids()[0]
+    assert fleet.registry.reserve(busy, "hello") is not None
+    fleet.retirer.begin(busy, "cold", 300)
+    wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
+    assert fleet.nodes.initialize()["nodes"] == {"spawned": 1, "failed": 0}
+
+
 def test_a_launch_that_may_show_later_is_not_forgotten_at_once(fleet: CloudFleet) -> None:
     provider = fleet.cloud()
     fleet.cloud().faults.lost_answer.add("")

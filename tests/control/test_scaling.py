@@ -185,6 +185,7 @@ def test_a_replacement_goes_on_by_its_steps_whatever_the_cooldown() -> None:
     # Decided and recorded, and Flux died before it was begun.
     begin = asked(node("a", 99), node("b", 99), using=two, replacing=owed, last_change_at=NOW)
     assert (begin.action, begin.agents) == (Action.DRAIN, ("b",))
+    assert asked(node("a", 99), away("b", OFFLINE), using=two, replacing=owed).agents == ("b",)
     # While it drains nothing else is launched in its place, though fewer than the minimum are here.
     going = asked(node("a", 99), away("b", LEAVING), using=two, replacing=owed, last_change_at=NOW)
     assert going.action is Action.NOTHING

@@ -178,6 +178,7 @@ def test_a_machine_that_ended_by_itself_is_forgotten_once_its_agent_is_away(flee
     fleet.pass_time(400)
     fleet.cloud().end(fleet.state(agent_id).record.provider_id)
     fleet.strays.tick(fleet.now)
+    fleet.quiet()
     assert fleet.node_ids() == [agent_id]  # it still answers: the list is what is wrong
     fleet.wire.machines[fleet.state(agent_id).record.address].up = False
     for _ in range(3):
