@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +83,9 @@ class AgentClient:
 
     def cancel(self, execution_id: str, *, reason: str, timeout: float) -> ExecutionStatus | None:
         if self._stream is not None:
-            return self._stream.cancel(execution_id, reason, timeout)
+            # Not attached, it is no reason to wait: an agent that has just come back is told by a call of its own.
+            with suppress(AgentUnreachable):
+                return self._stream.cancel(execution_id, reason, timeout)
         deadline = Deadline(timeout)
         request = pb.CancelExecutionRequest(execution_id=execution_id, reason=reason, no_wait=timeout <= 0)
         while True:

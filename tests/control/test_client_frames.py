@@ -58,6 +58,25 @@ def test_nothing_is_taken_before_the_greeting(agent: ScriptedAgent, timers: Time
         connection.close(Deadline(0))
 
 
+def test_a_cancel_does_not_wait_for_the_greeting(agent: ScriptedAgent, timers: Timers) -> None:
+    """What runs at an agent that comes back may have been given up: it is ended before the stream stands."""
+    side = Side(None, timers)
+    connection = side.connector.connect(side.connector.introduce(agent.address), Told().events())
+    try:
+        assert connection.cancel("e-1", reason="given up", timeout=5) is ExecutionStatus.CANCELLED
+        assert connection.cancel("e-2", reason="given up", timeout=0) is ExecutionStatus.RUNNING
+        assert [(one.execution_id, one.no_wait) for one in agent.cancelled] == [("e-1", False), ("e-2", True)]
+    finally:
+        connection.close(Deadline(0))
+
+
+def test_a_cancel_that_is_not_waited_for_travels_all_the_same(agent: ScriptedAgent, timers: Timers) -> None:
+    with attached(agent, timers) as (client, attachment):
+        client.start("e-1")
+        assert client.connection.cancel("e-1", reason="stopping", timeout=0) is ExecutionStatus.RUNNING
+        assert attachment.cancels(1) == ["e-1"]
+
+
 def test_requests_gather_into_frames_and_acks_ride_along(agent: ScriptedAgent, timers: Timers) -> None:
     with attached(agent, timers) as (client, attachment):
         answers = [client.start(f"e-{number}") for number in range(600)]

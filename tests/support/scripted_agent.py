@@ -74,6 +74,7 @@ class ScriptedAgent(flux_pb2_grpc.AgentServiceServicer):
         self._agent_id = agent_id
         self.instance_id = "first-life"
         self.records: dict[str, ExecutionRecord] = {}
+        self.cancelled: list[pb.CancelExecutionRequest] = []
         self._attached: queue.SimpleQueue[Attachment] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(16)
         self._server = grpc.server(self._pool)
@@ -119,6 +120,11 @@ class ScriptedAgent(flux_pb2_grpc.AgentServiceServicer):
         if record is None:
             return pb.GetExecutionResponse()
         return pb.GetExecutionResponse(found=True, data=codec.record_to_json(record, with_output=False))
+
+    def CancelExecution(self, request: Any, context: grpc.ServicerContext) -> pb.CancelExecutionResponse:  # noqa: N802
+        self.cancelled.append(request)
+        status = ExecutionStatus.RUNNING if request.no_wait else ExecutionStatus.CANCELLED
+        return pb.CancelExecutionResponse(success=True, status=status.value)
 
     def ReadOutput(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.OutputChunk]:  # noqa: N802
         output = self.records[request.execution_id].output or b""
