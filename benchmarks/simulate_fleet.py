@@ -280,7 +280,7 @@ class Simulation:
         self._serve()
 
     def _carry_out(self, decision: Decision) -> None:
-        if decision.action in (Action.LAUNCH, Action.DRAIN):
+        if decision.action is not Action.NOTHING:
             self.state.last_change_at = self.now
         if decision.action is Action.LAUNCH:
             self.outcome.ups += 1
@@ -288,11 +288,10 @@ class Simulation:
                 node = self._launch()
                 self._at(self.scenario.boot, lambda node=node: self._online(node))  # type: ignore[misc]
         for agent_id in decision.agents:
-            if decision.action is Action.DRAIN:
-                self.outcome.downs += 1
-                self._drain(self.nodes[agent_id])
-            else:
-                self._end(self.nodes[agent_id])
+            self.outcome.downs += 1
+            self._drain(self.nodes[agent_id])
+        for agent_id in decision.ends:
+            self._end(self.nodes[agent_id])
 
 
 def simulate(sizes: list[int], hours: float, cooldown: int) -> str:

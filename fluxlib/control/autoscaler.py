@@ -246,11 +246,11 @@ class Autoscaler:
 
     def _note(self, fleet: _Fleet, decision: Decision, now: float) -> None:
         state = fleet.state
-        changes = decision.action is not Action.NOTHING
+        changes = decision.action is not Action.NOTHING or bool(decision.ends)
         if changes or decision.reason != state.last.get("reason"):
             log.info("autoscaling %s: %s: %s", fleet.cloud.name, decision.action.value, decision.reason)
         state.decided(decision_json(decision, now), changes=changes)
-        if decision.action in (Action.LAUNCH, Action.DRAIN):
+        if decision.action is not Action.NOTHING:
             state.last_change_at = now
         if decision.action is Action.LAUNCH:
             state.wish = FleetWish.KEPT
@@ -264,8 +264,9 @@ class Autoscaler:
                 for _ in range(decision.count):
                     self._spawner.begin(fleet.cloud, decision.instance_type, decision.reason, decision.replaces)
             for agent_id in decision.agents:
-                seconds = self._drain_seconds if decision.action is Action.DRAIN else 0.0
-                self._retirer.begin(agent_id, decision.reason, seconds)
+                self._retirer.begin(agent_id, decision.reason, self._drain_seconds)
+            for agent_id in decision.ends:
+                self._retirer.begin(agent_id, f"offline for more than {self._lost_after:.0f} s", 0.0)
         except StoreUnavailable:
             raise
         except FluxError as error:

@@ -7,16 +7,18 @@ The rules, first match wins:
 
 1. fewer nodes than ``min_nodes``: launch what is missing;
 2. a replacement under way goes on, as soon as its next step may be;
-3. nodes that have been away for too long are ended, once another one is online
-   (when all are away it may be Flux's own network that is);
-4. executions wait for room, more of them than nodes on their way will take:
+3. executions wait for room, more of them than nodes on their way will take:
    launch the smallest type that has what they ask for, at most doubling the fleet;
-5. within the cooldown: nothing;
-6. every online node was hot (CPU or memory at or over its upper threshold) in every
+4. within the cooldown: nothing;
+5. every online node was hot (CPU or memory at or over its upper threshold) in every
    sample of a fully covered window: launch the smallest type; at ``max_nodes`` replace
    the least active node of a smaller type by the largest;
-7. every online node was cold (both at or under the lower thresholds) likewise, nothing
+6. every online node was cold (both at or under the lower thresholds) likewise, nothing
    waits, and more than ``min_nodes`` are there: end the least loaded idle one.
+
+Beside each of them, nodes that have been away for too long are ended, once another one is
+online: when all are away it may be Flux's own network that is. It is no rule of the list,
+for in a large fleet some node is lost at every look, and nothing else would ever be done.
 
 The work is spread over all agents, so heat and waiting are felt by every provider at
 once: what another provider has answered is given time to take effect. Nodes
@@ -26,7 +28,7 @@ registered by hand are not in the picture at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from fluxlib.config.control import AutoscalingConfig, NodeType
@@ -98,7 +100,6 @@ class Action(str, Enum):
     NOTHING = "nothing"
     LAUNCH = "launch"
     DRAIN = "drain"  # and end it when it is idle
-    END = "end"  # it is gone already, but for the cloud's record and bill
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ class Decision:
     reason: str
     instance_type: str = ""  # to launch now, or once ``agents`` have gone
     count: int = 0  # how many to launch
-    agents: tuple[str, ...] = ()  # to drain or end
+    agents: tuple[str, ...] = ()  # to drain
+    ends: tuple[str, ...] = ()  # lost ones, whatever the action: gone but for the cloud's record and bill
     replaces: str = ""  # the node the launched one stands in for
 
 
@@ -118,7 +120,10 @@ def decide(view: FleetView, config: AutoscalingConfig, now: float) -> Decision:
     decision = _decide(view, config, now)
     if decision.action is Action.LAUNCH and now < view.paused_until:
         left = view.paused_until - now
-        return _nothing(f"{decision.reason}, but launching failed ({view.pause_reason}): again in {left:.0f} s")
+        decision = _nothing(f"{decision.reason}, but launching failed ({view.pause_reason}): again in {left:.0f} s")
+    if any(node.condition is NodeCondition.ONLINE for node in view.nodes):
+        lost = tuple(node.agent_id for node in view.nodes if node.condition is NodeCondition.LOST)
+        decision = replace(decision, ends=lost)
     return decision
 
 
@@ -138,16 +143,13 @@ def _decide(view: FleetView, config: AutoscalingConfig, now: float) -> Decision:
     coming = [node for node in here if node.condition is NodeCondition.COMING]
     online = [node for node in here if node.condition is NodeCondition.ONLINE]
 
+    demanded = _answer_waiting(view, here, coming, online, types, config)
     missing = config.min_nodes - len(here) - len(view.replacing)
-    if missing > 0:
+    if missing > 0 and (demanded is None or demanded.count <= missing):
         return _launch(types[0], f"{len(here)} nodes, min_nodes is {config.min_nodes}", missing)
     following = _go_on(view, here, online)
     if following is not None:
         return following
-    lost = [node.agent_id for node in view.nodes if node.condition is NodeCondition.LOST]
-    if lost and online:
-        return Decision(Action.END, "offline for too long", agents=tuple(lost))
-    demanded = _answer_waiting(view, here, coming, online, types, config)
     if demanded is not None:
         return demanded
     left = view.last_change_at + config.cooldown_sec - now

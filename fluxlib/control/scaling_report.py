@@ -17,6 +17,8 @@ def decision_json(decision: Decision, now: float) -> dict[str, Any]:
         found |= {"instance_type": decision.instance_type, "count": decision.count}
     if decision.agents:
         found["agents"] = list(decision.agents)
+    if decision.ends:
+        found["ends"] = list(decision.ends)
     return found
 
 

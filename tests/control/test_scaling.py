@@ -233,12 +233,31 @@ def test_a_cold_fleet_that_is_busy_everywhere_stays() -> None:
 
 
 def test_lost_nodes_are_ended_once_another_is_online() -> None:
-    assert asked(node("a"), away("b", LOST), away("c", LOST)).agents == ("b", "c")
-    assert asked(node("a"), away("b", LOST)).action is Action.END
+    assert asked(node("a"), away("b", LOST), away("c", LOST)).ends == ("b", "c")
     # All of them away: it may be Flux that is cut off. One is made, none is ended.
     decision = asked(away("b", LOST), away("c", LOST))
-    assert decision.action is Action.LAUNCH
-    assert asked(away("b", LOST), away("c", LOST), away("d", COMING)).action is Action.NOTHING
+    assert (decision.action, decision.ends) == (Action.LAUNCH, ())
+    waiting = asked(away("b", LOST), away("c", LOST), away("d", COMING))
+    assert (waiting.action, waiting.ends) == (Action.NOTHING, ())
+
+
+def test_ending_lost_nodes_keeps_nothing_else_from_being_done() -> None:
+    lost = away("z", LOST)
+    hot = asked(node("a", 99), lost)
+    assert (hot.action, hot.ends) == (Action.LAUNCH, ("z",))
+    waits = asked(node("a"), lost, waits=(Wait("f", 5),))
+    assert (waits.action, waits.ends) == (Action.LAUNCH, ("z",))
+    healing = asked(node("a"), lost, using=config(min_nodes=2))
+    assert (healing.action, healing.ends) == (Action.LAUNCH, ("z",))
+
+
+def test_what_is_missing_and_what_waits_are_not_two_turns() -> None:
+    """Where nodes are lost at every look, what waits would never have its turn."""
+    waits = (Wait("f", 40, slots=1),)
+    ten = config(min_nodes=10, max_nodes=50)
+    nodes = [node(f"n{i}") for i in range(9)]
+    assert asked(*nodes, using=ten, waits=waits).count == 9
+    assert asked(*nodes[:3], using=ten, waits=waits).count == 7
 
 
 # -- executions that wait ----------------------------------------------------------------
@@ -351,9 +370,8 @@ def test_no_decision_breaks_the_bounds(fleet: tuple[FleetView, AutoscalingConfig
             assert len(online) - len(decision.agents) >= using.min_nodes
             assert all(by_id[agent_id].active == 0 for agent_id in decision.agents)
             assert not view.waits
-    if decision.action is Action.END:
-        assert online
-        assert all(by_id[agent_id].condition is LOST for agent_id in decision.agents)
+    lost = {one.agent_id for one in view.nodes if one.condition is LOST}
+    assert set(decision.ends) == (lost if online else set())
 
 
 @settings(max_examples=100, deadline=None)
