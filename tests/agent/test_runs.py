@@ -382,7 +382,8 @@ def test_stop_reaches_one_that_is_just_being_launched(agent: Rooms) -> None:
     ends = Ends()
 
     def hold(job: FakeJob) -> None:
-        job.dies_of = "terminate"
+        # It is given no grace: an agent that stops has waited before.
+        job.dies_of = "kill"
         launched.set()
         assert go.wait(5)
 

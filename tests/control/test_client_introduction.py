@@ -184,7 +184,7 @@ def test_something_else_there(place: Place) -> None:
         thread.start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         try:
-            with pytest.raises(AgentUnreachable, match="no gRPC server"):
+            with pytest.raises(AgentUnreachable, match="a web server answers"):
                 place.plain.connector.introduce(address)
             with pytest.raises(AgentUnreachable, match="does not speak TLS"):
                 place.side.connector.introduce(address)

@@ -130,7 +130,9 @@ def test_it_is_nobody_with_nothing(launched: Launched) -> None:
     assert status["Groups"] == []
     assert {int(status[name][0], 16) for name in status if name.startswith("Cap")} == {0}
     assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
-    assert (int(status["SigIgn"][0], 16), int(status["SigBlk"][0], 16)) == (0, 0)
+    # 32 and 33 are the C library's own: nobody can set them through it, and some starters leave them ignored.
+    of_libc = 0b11 << 31
+    assert (int(status["SigIgn"][0], 16) & ~of_libc, int(status["SigBlk"][0], 16)) == (0, 0)
     assert umask == "0077"
 
 

@@ -237,7 +237,9 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
     def dawdles(self, now: float) -> bool:
         """Whether a request has been coming in for too long; each byte of it looks like activity. From the loop."""
         request = self.request
-        return request is not None and not request.questioned and now - request.begun > _REQUEST_SECONDS
+        # A whole one stays here for a moment after it was handed to a worker, who may have answered by then.
+        coming = request is not None and not request.completed and not request.questioned
+        return coming and now - request.begun > _REQUEST_SECONDS
 
     def readable(self) -> bool:
         if self._discard_until:
