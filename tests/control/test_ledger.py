@@ -135,7 +135,10 @@ def test_a_follower_of_the_output_begins_when_the_agent_accepts(plane: Plane) ->
     agent.outputs[asked.request.execution_id] = b"hello"
     asked.accept()
     submitting.result(10)
-    assert reading.result(10) == b"hello"
+    try:
+        assert reading.result(5) == b"hello"
+    finally:
+        stream.close()
 
 
 def test_nothing_is_remembered_of_deleted_functions_and_removed_agents(plane: Plane) -> None:
