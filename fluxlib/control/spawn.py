@@ -214,10 +214,16 @@ class Spawner:
             self._record(making)
             try:
                 self._membership.node_ready(making.agent_id, f"{host}:{self._agent_port}")
-                return
+                break
             except AgentUnreachable:
                 if time.monotonic() > deadline:
                     raise
+            self._crew.stopping.wait(_JOIN_EVERY)
+        # It has shown who it is; a slow machine may still be brought in step, and is tried again by the poller.
+        while not self._record(making).status.present:
+            if time.monotonic() > deadline:
+                state = self._registry.get(making.agent_id)
+                raise AgentUnreachable(f"it is not online: {state.problem if state is not None else 'it is gone'}")
             self._crew.stopping.wait(_JOIN_EVERY)
 
     def _undo(self, making: Making, error: FluxError) -> None:
