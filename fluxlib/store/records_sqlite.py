@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.store import rows
-from fluxlib.store.sqlite_file import SqliteFile
+from fluxlib.store.pending import Pending
+from fluxlib.store.sqlite_file import SqliteFile, Write
+
+# Writes that wait for a disk with room again. Each may hold an output of 64 KiB.
+_REMEMBERED = 2_000
 
 _SCHEMA = """
 CREATE TABLE records (
@@ -28,15 +34,32 @@ class SqliteRecordStore:
 
     def __init__(self, path: Path) -> None:
         self._file = SqliteFile(path, [_SCHEMA], "record-store")
+        self._lock = threading.Lock()
+        # Under way, or failed: a disk that was full for a moment must not lose an end.
+        self._written: deque[Pending[Write]] = deque(maxlen=_REMEMBERED)
 
     def begin(self, record: ExecutionRecord) -> None:
         # What a restarted agent needs of it; the rest is in memory while it runs.
-        values = (record.execution_id, 1, None, rows.record_to_text(record), None)
-        self._file.write(lambda db: db.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", values))
+        self._keep((record.execution_id, 1, None, rows.record_to_text(record), None))
 
     def end(self, record: ExecutionRecord, output: bytes | None, keep_until: float) -> None:
-        values = (record.execution_id, 0, keep_until, rows.record_to_text(record), output)
-        self._file.write(lambda db: db.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", values))
+        self._keep((record.execution_id, 0, keep_until, rows.record_to_text(record), output))
+
+    def _keep(self, values: tuple[object, ...]) -> None:
+        with self._lock:
+            self._written.append(
+                self._file.write(lambda db: db.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", values))
+            )
+            while self._written and self._written[0].settled and self._written[0].error is None:
+                self._written.popleft()
+
+    def _write_again(self) -> None:
+        """In their order: an end comes after its begin."""
+        with self._lock:
+            if not any(one.settled and one.error is not None for one in self._written):
+                return
+            # What held or is under way goes along: a begin that failed must not come after its end.
+            self._written = deque((self._file.write(one.work) for one in self._written), maxlen=_REMEMBERED)
 
     def flush(self, timeout: float | None = None) -> None:
         self._file.write(lambda db: None, durable=True).wait(timeout)
@@ -53,6 +76,7 @@ class SqliteRecordStore:
         return [record for record in found if record.status is ExecutionStatus.RUNNING]
 
     def expire(self, now: float, limit: int = 1000) -> list[str]:
+        self._write_again()
         sql = "SELECT id FROM records WHERE keep_until <= ? LIMIT ?"
         over = [execution_id for (execution_id,) in self._file.read(sql, (now, limit))]
         if over:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from fluxlib.errors import Conflict, StoreUnavailable
-from fluxlib.model import ExecutionStatus
+from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import ExecutionFilter
 from fluxlib.store.records_sqlite import SqliteRecordStore
 from fluxlib.store.sqlite import SqliteControlStore
@@ -158,6 +159,27 @@ def test_a_disk_that_fails_is_a_store_that_is_away(store: SqliteControlStore) ->
     assert store.execution("e-1") is not None
     store._file.write(lambda db: db.execute("PRAGMA max_page_count=1000000")).wait()
     store.save_function(function(code_digest="d"), bytes(1 << 20))
+
+
+def test_a_disk_that_was_full_for_a_moment_loses_no_record(state_dir: Path) -> None:
+    records = SqliteRecordStore(state_dir / "agent.db")
+    try:
+        records.begin(ExecutionRecord("before", "f"))
+        records.flush(10)
+        records._file.write(lambda db: db.execute("PRAGMA max_page_count=1")).wait()
+        ended = ExecutionRecord("before", "f").ended(ExecutionStatus.SUCCESS, at=5.0)
+        records.end(ended, bytes(200_000), 1e12)
+        records.begin(ExecutionRecord("meanwhile", "f"))
+        with contextlib.suppress(StoreUnavailable):
+            records.flush(10)
+        records._file.write(lambda db: db.execute("PRAGMA max_page_count=1000000")).wait()
+        records.end(ExecutionRecord("meanwhile", "f").ended(ExecutionStatus.FAILED, at=6.0), b"", 1e12)
+        records.expire(10.0)
+        records.flush(10)
+        assert [records.record(one).status for one in ("before", "meanwhile")] == ["success", "failed"]
+        assert records.unfinished() == []
+    finally:
+        records.close()
 
 
 def test_a_file_that_is_no_database(state_dir: Path) -> None:
