@@ -5,35 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from fluxlib.errors import (
-    AtCapacity,
-    Conflict,
-    FluxError,
-    Internal,
-    InvalidInput,
-    NotFound,
-    Stopping,
-    Unenforceable,
-)
-from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+from fluxlib.errors import Conflict, FluxError
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase, kind_of
 
 _MB = 1024 * 1024
 # What an answer may carry beside its record: an original's limit is 50 MiB with everything around it.
 _SENDABLE = 50 * _MB - 256 * 1024
-_KINDS: tuple[tuple[type[FluxError], ErrorKind], ...] = (
-    (AtCapacity, ErrorKind.AT_CAPACITY),
-    (NotFound, ErrorKind.NOT_FOUND),
-    (Conflict, ErrorKind.NO_CODE),
-    (InvalidInput, ErrorKind.INVALID),
-    (Internal, ErrorKind.INTERNAL),
-    (Unenforceable, ErrorKind.UNENFORCEABLE),
-    (Stopping, ErrorKind.STOPPING),
-)
 
 
 def refusal_of(request: ExecutionRequest, agent_id: str, error: FluxError) -> ExecutionRecord:
     """An error met before anything was started, as the record of the refusal."""
-    kind = next((kind for error_type, kind in _KINDS if isinstance(error, error_type)), ErrorKind.CANNOT_START)
+    # A conflict here: registered, and never deployed.
+    kind = ErrorKind.NO_CODE if isinstance(error, Conflict) else kind_of(error, ErrorKind.CANNOT_START)
     now = time.time()
     return ExecutionRecord(
         request.execution_id,

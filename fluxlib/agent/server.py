@@ -21,8 +21,8 @@ from fluxlib.agent.packages import Packages
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.agent.server_stream import Sessions, cancel_response
-from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, Unenforceable
-from fluxlib.model import ErrorKind, ExecutionRecord, Inventory
+from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound
+from fluxlib.model import ErrorKind, ExecutionRecord, Inventory, kind_of
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.rpc.gen import flux_pb2_grpc
@@ -280,9 +280,8 @@ def _acknowledge(kind: type[Ack], done: str, act: Callable[[], tuple[str, ...]])
 
 
 def _failed(kind: type[Ack], error: FluxError) -> Ack:
-    kinds = {InvalidInput: ErrorKind.INVALID, Unenforceable: ErrorKind.UNENFORCEABLE, NotFound: ErrorKind.NOT_FOUND}
-    found = next((number for one, number in kinds.items() if isinstance(error, one)), ErrorKind.INTERNAL)
-    return kind(success=False, message=error.message, error_kind=pb.ErrorKind.Name(int(found)))
+    name = pb.ErrorKind.Name(int(kind_of(error, ErrorKind.INTERNAL)))
+    return kind(success=False, message=error.message, error_kind=name)
 
 
 def _json_that_fits(record: ExecutionRecord, with_output: bool) -> bytes:

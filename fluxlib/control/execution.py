@@ -8,30 +8,12 @@ import time
 from dataclasses import replace
 
 from fluxlib.control.registry import Reservation
-from fluxlib.errors import (
-    AgentUnreachable,
-    AtCapacity,
-    FluxError,
-    Internal,
-    InvalidInput,
-    NotFound,
-    Stopping,
-    Unenforceable,
-)
-from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+from fluxlib.errors import AgentUnreachable, FluxError, Internal
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase, kind_of
 
 # A queued execution's request is kept in memory when it is no larger than this, else read back from the store.
 _SMALL_REQUEST = 16 * 1024
 _IDS_AT_ONCE, _RANDOM_BYTES = 64, 10
-
-_KINDS: tuple[tuple[type[FluxError], ErrorKind], ...] = (
-    (AtCapacity, ErrorKind.AT_CAPACITY),
-    (InvalidInput, ErrorKind.INVALID),
-    (NotFound, ErrorKind.NOT_FOUND),
-    (Stopping, ErrorKind.STOPPING),
-    (Unenforceable, ErrorKind.UNENFORCEABLE),
-    (AgentUnreachable, ErrorKind.CANNOT_START),
-)
 
 Outcome = Reservation | ExecutionRecord | FluxError
 
@@ -143,7 +125,8 @@ class Execution:
             status, kind = ExecutionStatus.CANCELLED, ErrorKind.CANCELLED
         else:
             status = ExecutionStatus.FAILED
-            kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), ErrorKind.INTERNAL)
+            unreached = isinstance(error, AgentUnreachable)
+            kind = kind_of(error, ErrorKind.CANNOT_START if unreached else ErrorKind.INTERNAL)
         record = self.record(Phase.ENDED).ended(status, at=now, error=error.message, kind=kind)
         return replace(record, queue_ms=int((now - self.accepted_at) * 1000))
 

@@ -13,7 +13,15 @@ from fluxlib.model.agents import (
     Inventory,
     NodeFigures,
 )
-from fluxlib.model.executions import EXECUTION_ID, ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+from fluxlib.model.executions import (
+    EXECUTION_ID,
+    ErrorKind,
+    ExecutionRecord,
+    ExecutionRequest,
+    ExecutionStatus,
+    Phase,
+    kind_of,
+)
 from fluxlib.model.functions import (
     ANYWHERE,
     FUNCTION_NAME,
@@ -50,5 +58,6 @@ __all__ = [
     "Platform",
     "WorkingDirectory",
     "epoch",
+    "kind_of",
     "rfc3339",
 ]

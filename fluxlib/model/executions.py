@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import Any
 
+from fluxlib.errors import AtCapacity, FluxError, Internal, InvalidInput, NotFound, Stopping, Unenforceable
 from fluxlib.model.times import epoch, rfc3339
 
 EXECUTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
@@ -70,6 +71,21 @@ _REFUSALS = frozenset(
         ErrorKind.STOPPING,
     }
 )
+
+
+_KINDS_OF_ERRORS: tuple[tuple[type[FluxError], ErrorKind], ...] = (
+    (AtCapacity, ErrorKind.AT_CAPACITY),
+    (NotFound, ErrorKind.NOT_FOUND),
+    (InvalidInput, ErrorKind.INVALID),
+    (Unenforceable, ErrorKind.UNENFORCEABLE),
+    (Stopping, ErrorKind.STOPPING),
+    (Internal, ErrorKind.INTERNAL),
+)
+
+
+def kind_of(error: FluxError, otherwise: ErrorKind) -> ErrorKind:
+    """What an error is called in a record and on the wire; ``otherwise`` where only the place it came from says."""
+    return next((kind for cls, kind in _KINDS_OF_ERRORS if isinstance(error, cls)), otherwise)
 
 
 @dataclass(frozen=True, slots=True)
