@@ -90,9 +90,15 @@ class Joiner:
             self._idle(member)
 
     def wait(self, member: Member, seconds: float) -> bool:
-        """Until nothing is wanted of the agent any more; False when that takes longer."""
+        """Until nothing is wanted of the agent any more, and executions can be sent; False when that takes longer."""
+
+        def done() -> bool:
+            state = self._registry.get(member.agent_id)
+            attaching = state is not None and state.in_step and not state.reachable and state.record.status.takes_work
+            return not member.working and not attaching
+
         with member.condition:
-            return member.condition.wait_for(lambda: not member.working, seconds)
+            return member.condition.wait_for(done, seconds)
 
     def stop(self, deadline: Deadline) -> None:
         del deadline  # what is under way ends by the deadlines of its calls
@@ -269,6 +275,8 @@ class Joiner:
             if member.life == life:
                 self._registry.update(member.agent_id, reachable=yes)
                 events.attached(yes)
+                with member.condition:
+                    member.condition.notify_all()
 
         def stopping() -> None:
             if member.life == life:

@@ -24,7 +24,7 @@ from fluxlib.control.node_setup import Progress
 from fluxlib.control.registry import Registry
 from fluxlib.control.retire import Retirer
 from fluxlib.errors import AgentUnreachable, FluxError, NotFound, ProviderError, StoreUnavailable, StrandedNode
-from fluxlib.model import AgentRecord
+from fluxlib.model import AgentRecord, AgentStatus
 from fluxlib.providers import Cloud
 from fluxlib.providers.base import Address, Launch
 
@@ -220,11 +220,16 @@ class Spawner:
                     raise
             self._crew.stopping.wait(_JOIN_EVERY)
         # It has shown who it is; a slow machine may still be brought in step, and is tried again by the poller.
-        while not self._record(making).status.present:
+        while not self._takes_work(making):
             if time.monotonic() > deadline:
                 state = self._registry.get(making.agent_id)
                 raise AgentUnreachable(f"it is not online: {state.problem if state is not None else 'it is gone'}")
             self._crew.stopping.wait(_JOIN_EVERY)
+
+    def _takes_work(self, making: Making) -> bool:
+        self._record(making)
+        state = self._registry.get(making.agent_id)
+        return state is not None and (state.takes_work or state.record.status is AgentStatus.DRAINING)
 
     def _undo(self, making: Making, error: FluxError) -> None:
         agent_id = making.agent_id
