@@ -89,14 +89,18 @@ class AgentClient:
         deadline = Deadline(timeout)
         request = pb.CancelExecutionRequest(execution_id=execution_id, reason=reason, no_wait=timeout <= 0)
         while True:
+            called = self._unary.cancelling(execution_id, True)
             answer = self._ask("CancelExecution", request, max(_CANCEL, deadline.remaining()))
-            if answer.success and self._unary.cancel_under_way(execution_id, deadline.remaining()):
+            if answer.success and called:
+                self._unary.wait(execution_id, deadline.remaining())
                 return ExecutionStatus.CANCELLED
+            called = called and self._unary.cancelling(execution_id, False)
             if answer.status:
                 return ExecutionStatus(answer.status)
             record = self.record(execution_id, with_output=False)
-            if record is None or record.status.ended or deadline.remaining() <= _CANCEL_AGAIN:
-                return record.status if record is not None else None
+            status = record.status if record is not None else ExecutionStatus.RUNNING if called else None
+            if status is None or status.ended or deadline.remaining() <= _CANCEL_AGAIN:
+                return status
             # An original agent that has accepted it and not yet started its process finds nothing to kill.
             pause(_CANCEL_AGAIN)
 

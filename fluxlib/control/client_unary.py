@@ -61,15 +61,21 @@ class UnaryExecutions:
             # ``fail`` may have answered it while there was nothing to cancel yet; one that has ended takes no harm.
             call.future.cancel()
 
-    def cancel_under_way(self, execution_id: str, timeout: float) -> bool:
-        """The agent said that it killed this: wait until its call is answered. False when none is open."""
+    def cancelling(self, execution_id: str, yes: bool) -> bool:
+        """Whether a failure of this call is the doing of a cancel. False when no such call is open.
+
+        Said before the agent is asked: the killed program's answer may overtake the cancel's.
+        """
         with self._condition:
             call = self._calls.get(execution_id)
-            if call is None:
-                return False
-            call.cancelled = True
-            self._condition.wait_for(lambda: self._calls.get(execution_id) is not call, timeout)
-            return True
+            if call is not None:
+                call.cancelled = yes
+            return call is not None
+
+    def wait(self, execution_id: str, timeout: float) -> None:
+        """Until its call is answered."""
+        with self._condition:
+            self._condition.wait_for(lambda: execution_id not in self._calls, timeout)
 
     def fail(self, reason: str) -> None:
         """Every call in flight ends as AgentLost now."""
