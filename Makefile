@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 export FLUX_VENV = $(abspath $(VENV))
 STATE ?= .state
 # program=Debian package, for the tests; what is missing is installed when root.
-TEST_PACKAGES = redis-server=redis-server cc=gcc sshd=openssh-server ip=iproute2 openssl=openssl curl=curl zip=zip
+TEST_PACKAGES = redis-server=redis-server cc=build-essential sshd=openssh-server ip=iproute2 openssl=openssl curl=curl zip=zip
 # Tests wait for programs of their own as often as they compute: three at a time keep two cores busy. Each
 # worker begins with tests that stand together (and share a module's agents) and then takes over others'.
 PARALLEL = -n 3 --dist worksteal

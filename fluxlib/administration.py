@@ -19,6 +19,7 @@ from fluxlib.config.keys import ADMIN_OF_ALL, ApiKey, function_problem, name_pro
 from fluxlib.config.reference import settings_markdown
 from fluxlib.errors import ConfigInvalid, Conflict, FluxError, InvalidInput
 from fluxlib.pki.authority import Authority, check_agent_id, enrolment_files
+from fluxlib.pki.certificates import make_csr, new_key
 from fluxlib.pki.files import as_owner_of
 
 
@@ -67,6 +68,8 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
     directory = into / agent_id
     if directory.exists():
         raise Conflict(f"{directory} is there already: move it away, or name another place with --output")
+    # cryptography imports parts of itself at their first use, which the owner may not be allowed to read.
+    make_csr(new_key(), agent_id)
     with as_owner_of(config.certs_dir):
         identity = Authority.open(config.certs_dir).issue_agent(agent_id)
     try:
