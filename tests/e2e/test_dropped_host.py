@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.need import need, need_root
+from tests.support.need import lacking, need, need_root
 from tests.support.programs import Agent, Flux, wait_until
 
 HERE, THERE = "10.231.77.1", "10.231.77.2"
@@ -31,15 +31,17 @@ class Wire:
         self.namespace, self._here, self._there = f"flux-{unique}", f"fh{unique}", f"ft{unique}"
 
     def __enter__(self) -> Wire:
-        made = _ip("netns", "add", self.namespace, check=False)
-        if made.returncode != 0:
-            pytest.skip(f"no network namespaces here: {made.stderr.decode().strip()}")
-        _ip("link", "add", self._here, "type", "veth", "peer", "name", self._there, "netns", self.namespace)
-        _ip("addr", "add", f"{HERE}/30", "dev", self._here)
-        _ip("link", "set", self._here, "up")
-        self._inside("addr", "add", f"{THERE}/30", "dev", self._there)
-        self._inside("link", "set", self._there, "up")
-        self._inside("link", "set", "lo", "up")
+        try:
+            _ip("netns", "add", self.namespace)
+            _ip("link", "add", self._here, "type", "veth", "peer", "name", self._there, "netns", self.namespace)
+            _ip("addr", "add", f"{HERE}/30", "dev", self._here)
+            _ip("link", "set", self._here, "up")
+            self._inside("addr", "add", f"{THERE}/30", "dev", self._there)
+            self._inside("link", "set", self._there, "up")
+            self._inside("link", "set", "lo", "up")
+        except subprocess.CalledProcessError as error:
+            self.__exit__()
+            lacking(f"needs network namespaces: {error.stderr.decode().strip()}")
         return self
 
     def drop(self) -> None:
