@@ -15,7 +15,9 @@ import pytest
 from tests.support.need import lacking, need, need_root
 from tests.support.programs import Agent, Flux, wait_until
 
-HERE, THERE = "10.231.77.1", "10.231.77.2"
+# A network of this process alone: two suites may run on one machine.
+_NETWORK = f"10.231.{os.getpid() % 256}"
+HERE, THERE = f"{_NETWORK}.1", f"{_NETWORK}.2"
 _NOBODYS = "02:00:00:00:00:99"
 
 
