@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import processes, startup
+from benchmarks import processes, starts, startup
 from benchmarks.results import Section
 from benchmarks.system import Options, system
 
@@ -64,23 +64,20 @@ def _starts(options: Options) -> Iterator[Section]:
     here = _starts_of(["--count", str(count)])
     promised = {}
     if "off" in here:
-        promised["start off"] = here["off"]["cpu_ms"] / here["floor"]["cpu_ms"]
+        promised["start off"] = starts.times_floor(here["off"])
         promised["start large"] = here["off, large agent"]["cpu_ms"] / here["off"]["cpu_ms"]
     yield _starts_section("Starting a program through the executor, on this machine", here, promised)
     if options.lab:
         lab = _starts_of(["--lab", "--count", str(min(count, 200))])
         promised = {}
         if "default" in lab:
-            promised["start default"] = lab["default"]["cpu_ms"] / lab["floor"]["cpu_ms"]
+            promised["start default"] = starts.times_floor(lab["default"])
             promised["start large"] = lab["default, large agent"]["cpu_ms"] / lab["default"]["cpu_ms"]
         yield _starts_section("The same in a machine that counts instructions", lab, promised)
 
 
 def _starts_section(title: str, figures: dict[str, Any], promised: dict[str, float]) -> Section:
-    base = figures["floor"]
-    rows = [
-        [name, row["wall_ms"], row["cpu_ms"], f"{row['cpu_ms'] / base['cpu_ms']:.2f}x"] for name, row in figures.items()
-    ]
+    rows = [[name, row["wall_ms"], row["cpu_ms"], f"{starts.times_floor(row):.2f}x"] for name, row in figures.items()]
     return Section(title, ["start", "ms", "CPU ms", "CPU x floor"], rows, figures=figures, promised=promised)
 
 

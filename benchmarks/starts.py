@@ -5,8 +5,9 @@
 
 One /bin/true after the other through the executor's whole contract: user, cgroup,
 output, figures, removal. CPU is what the kernel counted for this process, the
-spawner and the programs together. ``large agent`` repeats it in a process with
-500 MB and 300 threads: forking from that would cost ten times as much.
+spawner and the programs together; the floor is measured in turns with each row.
+``large agent`` repeats it in a process with 500 MB and 300 threads: forking from
+that would cost ten times as much.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import queue
 import shutil
 import sys
 import tempfile
@@ -40,6 +42,7 @@ MB = 1024 * 1024
 _LIMITS = Limits(128 * MB, 500, 64, 1024, 1024 * MB, 64 * MB)
 _PROGRAM = Path("/bin/true")
 _WARM_UP = 20
+_TURNS = 5
 
 
 def main() -> None:
@@ -54,18 +57,21 @@ def main() -> None:
 
 
 def _table(figures: dict[str, dict[str, float]]) -> str:
-    base = figures["floor"]
     rows = [
         [
             name,
             row["wall_ms"],
             row["cpu_ms"],
-            f"{row['wall_ms'] / base['wall_ms']:.2f}x",
-            f"{row['cpu_ms'] / base['cpu_ms']:.2f}x",
+            f"{row['wall_ms'] / row['floor_wall_ms']:.2f}x",
+            f"{times_floor(row):.2f}x",
         ]
         for name, row in figures.items()
     ]
     return markdown(["start", "ms", "CPU ms", "x floor", "CPU x floor"], rows)
+
+
+def times_floor(row: dict[str, float]) -> float:
+    return row["cpu_ms"] / row["floor_cpu_ms"]
 
 
 def _here(count: int, binaries: Path | None) -> dict[str, dict[str, float]]:
@@ -76,16 +82,20 @@ def _here(count: int, binaries: Path | None) -> dict[str, dict[str, float]]:
         built = binaries or directory
         if binaries is None:
             floor.build(built)
-        figures = {"floor": floor.measure(built / "floor", _PROGRAM, count)}
+        figures = {}
+
+        def measure(name: str, executor: Executor, job: Job) -> None:
+            figures[name] = _measure(executor, job, count, built / "floor")
+
         for profile in PROFILES:
             with _executor(profile, directory / profile) as (executor, job):
                 if executor is None:
                     continue
-                figures[profile] = _measure(executor, job, count)
+                measure(profile, executor, job)
                 if profile in ("default", "strict"):
-                    figures[f"{profile}, network none"] = _measure(executor, replace(job, network=Network.NONE), count)
+                    measure(f"{profile}, network none", executor, replace(job, network=Network.NONE))
                 with _large_agent():
-                    figures[f"{profile}, large agent"] = _measure(executor, job, count)
+                    measure(f"{profile}, large agent", executor, job)
         return figures
     finally:
         shutil.rmtree(directory)
@@ -131,41 +141,55 @@ def _executor(profile: str, state: Path) -> Iterator[tuple[Executor | None, Job]
 _numbers = itertools.count(1)
 
 
-def _measure(executor: Executor, job: Job, count: int) -> dict[str, float]:
-    for _ in range(_WARM_UP):
-        _run(executor, job)
-    cpu, wall = _cpu_seconds(), time.perf_counter()
-    for _ in range(count):
-        _run(executor, job)
-    wall, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
-    return {"wall_ms": wall / count * 1e3, "cpu_ms": cpu / count * 1e3}
+def _measure(executor: Executor, job: Job, count: int, floor_binary: Path) -> dict[str, float]:
+    """Milliseconds of one start, and of the floor's."""
+    _run(executor, _jobs(job, _WARM_UP))
+    sums = dict.fromkeys(("wall_ms", "cpu_ms", "floor_wall_ms", "floor_cpu_ms"), 0.0)
+    each = max(1, count // _TURNS)
+    for _ in range(_TURNS):
+        for name, value in floor.measure(floor_binary, _PROGRAM, each).items():
+            sums[f"floor_{name}"] += value / _TURNS
+        jobs = _jobs(job, each)
+        cpu, wall = _cpu_seconds(), time.perf_counter()
+        programs = _run(executor, jobs)
+        wall = time.perf_counter() - wall
+        spent = _cpu_seconds() - cpu + (programs if _unit() is None else 0.0)
+        sums["wall_ms"] += wall / each / _TURNS * 1e3
+        sums["cpu_ms"] += spent / each / _TURNS * 1e3
+    return sums
 
 
-def _run(executor: Executor, job: Job) -> None:
-    ended = threading.Event()
-    ends: list[Exit] = []
-
-    def on_exit(end: Exit) -> None:
-        ends.append(end)
-        ended.set()
-
-    executor.start(replace(job, execution_id=f"start-{next(_numbers)}"), lambda data: None, on_exit)
-    ended.wait(60)
-    assert ends[0].exit_code == 0, ends
+def _jobs(job: Job, count: int) -> list[Job]:
+    return [replace(job, execution_id=f"start-{next(_numbers)}") for _ in range(count)]
 
 
-def _cpu_seconds() -> float:
-    """Of this process and everything below it: by its unit's cgroup where it has one, else by the processes."""
+def _run(executor: Executor, jobs: list[Job]) -> float:
+    """One after the other; the CPU seconds of the programs."""
+    ends: queue.SimpleQueue[Exit] = queue.SimpleQueue()
+    programs = 0.0
+    for job in jobs:
+        executor.start(job, lambda data: None, ends.put)
+        end = ends.get(timeout=60)
+        assert end.exit_code == 0, end
+        programs += end.cpu_seconds or 0.0
+    return programs
+
+
+def _unit() -> Path | None:
+    """The cgroup of this process and all it starts, when it runs as a systemd unit."""
     with open("/proc/self/cgroup", encoding="ascii") as file:
         groups = [line.strip().partition("::")[2] for line in file if line.startswith("0::")]
     unit = Path("/sys/fs/cgroup" + groups[0].removesuffix("/agent")) if groups and groups[0] != "/" else None
-    if unit is not None and (unit / "cpu.stat").exists():
+    return unit if unit is not None and (unit / "cpu.stat").exists() else None
+
+
+def _cpu_seconds() -> float:
+    """Of the unit, or of this process and the spawner: /proc tells other processes' ended children in ticks only."""
+    unit = _unit()
+    if unit is not None:
         return int((unit / "cpu.stat").read_text().split()[1]) / 1e6
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        times = process.cpu_times()
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+    spawners = [Path(f"/proc/{child.pid}/schedstat") for child in psutil.Process().children()]
+    return time.process_time() + sum(int(file.read_text().split()[0]) for file in spawners) / 1e9
 
 
 @contextmanager

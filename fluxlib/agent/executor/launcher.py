@@ -121,7 +121,7 @@ class Launcher:
         os.umask(0o077)
         self._namespaces = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWIPC if self._mounts else 0
         # What every child does alike.
-        self._first = [(Step.SESSION, *prepared.new_session())]
+        self._first = [(Step.SESSION, *prepared.new_session()), (Step.SESSION, *prepared.unblock_signals())]
         self._cgroup_view = [(Step.CGROUP_VIEW, *call) for call in mounts.hide_other_cgroups()]
         self._no_privileges = [
             (Step.USER, *prepared.clear_capabilities()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from ctypes import byref, c_char_p, c_int, c_long, c_uint, c_uint64, c_ulong, c_void_p
 
 from fluxlib.agent.executor import syscalls
@@ -28,6 +29,7 @@ _syscall, _dup2, _setsid, _chdir, _execve = _libc.syscall, _libc.dup2, _libc.set
 _prctl, _unshare, _mount, _umount = _libc.prctl, _libc.unshare, _libc.mount, _libc.umount2
 _setresuid, _setresgid, _capset = _libc.setresuid, _libc.setresgid, _libc.capset
 _prlimit = getattr(_libc, "prlimit64", None) or _libc.prlimit
+_sigprocmask = _libc.sigprocmask
 _syscall.restype = c_long
 
 _HERE = c_int.from_param(syscalls.AT_FDCWD)
@@ -36,6 +38,7 @@ _ATTACH = c_long.from_param(syscalls.MOVE_MOUNT)
 _ATTACHED = c_uint.from_param(syscalls.MOVE_MOUNT_F_EMPTY_PATH)
 _NONE = c_ulong.from_param(0)
 _EMPTY = c_char_p.from_param(b"")
+_NO_SIGNALS = (c_uint64 * 16)()  # a sigset_t
 
 
 def make(call: Call) -> None:
@@ -52,6 +55,11 @@ def duplicate(fd: int, target: int) -> Call:
 
 def new_session() -> Call:
     return _setsid, ()
+
+
+def unblock_signals() -> Call:
+    """An empty mask: what the spawner blocks for itself its child inherits."""
+    return _sigprocmask, (signal.SIG_SETMASK, byref(_NO_SIGNALS), None)
 
 
 def limit(which: int, value: int) -> Call:

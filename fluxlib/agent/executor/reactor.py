@@ -56,6 +56,8 @@ class Reactor:
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poller.register(self._wake_read, select.EPOLLIN)
+        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each read.
+        self._buffer = memoryview(bytearray(_READ_SIZE))
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -175,16 +177,16 @@ class Reactor:
     def _read(self, pipe: OutputPipe) -> bool | None:
         """True after some data, False at the end, None when nothing is there now."""
         try:
-            data = os.read(pipe.fd, _READ_SIZE)
+            size = os.readv(pipe.fd, (self._buffer,))
         except BlockingIOError:
             return None
         except OSError as error:
             log.warning("reading a program's output failed: %s", error)
             return False
-        pipe.flowing = len(data) == _READ_SIZE
-        if data:
-            pipe.on_output(data)
-        return bool(data)
+        pipe.flowing = size == _READ_SIZE
+        if size:
+            pipe.on_output(bytes(self._buffer[:size]))
+        return size > 0
 
     def _close(self, pipe: OutputPipe) -> None:
         if pipe.fd < 0:

@@ -15,7 +15,7 @@ Without a plan (profile off) this process knows a tree by its process group and
 its environment, and tells an exit when nothing of it is left. With one, a cgroup
 holds the tree; that is the agent's, which ends it after the exit of the first process,
 and knows its cpu_seconds (None here). It runs from source and inside the frozen program alike (``spawner_link``), so
-it imports only the standard library at the top.
+it imports only the standard library and one neighbour of its kind at the top.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ import socket
 import struct
 import sys
 
+from fluxlib.agent.executor.child_signals import ends_of_children
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself is a tenth of this process
     from typing import Any
@@ -47,13 +49,11 @@ MAX_FDS = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _INTS = struct.Struct("i")
-# Python ignores the first two, and exec would keep that; a handler it resets. Ctrl-C in a terminal goes
-# to the whole foreground group, and stopping is the agent's to say.
-_HANDLED = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD]
 _FDS_SIZE = socket.CMSG_SPACE(MAX_FDS * _INTS.size)
 _SWEEPS = 200
 _PART = 2048  # the kernel gives such a file a page at a time: less than half of one is its end
 _WITHOUT_PLAN = 9  # the parts of a request
+_COMPANY_MS = 2  # what the news of a start waits for company
 # Absent on macOS.
 _CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -83,35 +83,39 @@ class Spawner:
         self._jobs: dict[int, Job] = {}  # by process
         self._pids: dict[int, int] = {}  # process by identifier
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._starts: list[tuple[Any, ...]] = []
         self._answers: list[tuple[Any, ...]] = []
         self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
         self._adopted = -1
-        self._signal_read, signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in _handled():
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(signal_write, warn_on_full_buffer=False)
+        self._ended = ends_of_children()
 
     def run(self) -> None:
         """Until the agent closes its end or says stop; what still runs then is killed."""
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
-        poller.register(self._signal_read, select.POLLIN)
+        poller.register(self._ended, select.POLLIN)
+        held = False
         while True:
-            for fd, _ in poller.poll():
-                if fd == self._signal_read:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(fd, 4096)
+            events = poller.poll(_COMPANY_MS if held else None)
+            for fd, _ in events:
+                if fd == self._ended:
+                    os.read(fd, 4096)
                     self._reap()
                 elif not self._take():
                     self._end_all()
                     return
-            if self._answers:
-                answers, self._answers = self._answers, []
-                try:
-                    self._control.send(marshal.dumps(answers))
-                except OSError:  # the agent died before its end could be read here
-                    self._end_all()
-                    return
+            # Most programs are so short that their start and their end can travel together, which spares
+            # the agent a wake-up. Nothing but a start may wait, and never for more than one round.
+            held = not held and not self._answers and bool(self._starts and events)
+            if held or not (self._starts or self._answers):
+                continue
+            answers = self._starts + self._answers
+            self._starts, self._answers = [], []
+            try:
+                self._control.send(marshal.dumps(answers))
+            except OSError:  # the agent died before its end could be read here
+                self._end_all()
+                return
 
     def _end_all(self) -> None:
         for job in list(self._jobs.values()):
@@ -157,7 +161,7 @@ class Spawner:
             return
         assert self._borrowed is not None
         _, identifier, argv, env, cwd, uid, gid, rlimits, execution_id = request
-        stdin = fds[1] if len(fds) > 1 else self._null
+        stdin = fds[1] if len(fds) > 1 else -1
         try:
             pid = self._borrowed.spawn(argv, env, cwd, uid, gid, rlimits, stdin, fds[0])
         except OSError as error:
@@ -185,7 +189,7 @@ class Spawner:
     def _add(self, job: Job) -> None:
         self._jobs[job.pid] = job
         self._pids[job.identifier] = job.pid
-        self._answers.append(("started", job.identifier, job.pid))
+        self._starts.append(("started", job.identifier, job.pid))
 
     # -- ending ------------------------------------------------------------------
 
@@ -220,6 +224,8 @@ class Spawner:
             del self._pids[job.identifier]
             self._sweep(job.execution_id)
             self._answers.append(("exit", job.identifier, status, usage.ru_utime + usage.ru_stime))
+            # Then there is nobody left to look for: the sweep has waited for every orphan as well.
+            return bool(self._jobs)
         return True
 
     def _forget(self, job: Job) -> tuple[str, int] | None:
@@ -272,12 +278,6 @@ class Spawner:
             return []
         running = {job.execution_id for job in self._jobs.values()}
         return [pid for pid in adopted if (owner := _execution_of(pid)) == execution_id or owner not in running]
-
-
-def _handled() -> set[int]:
-    """Also what whoever started the agent made it ignore: nohup, or a script that ends a line with &."""
-    others = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-    return {*_HANDLED, *(number for number in others if signal.getsignal(number) is signal.SIG_IGN)}
 
 
 def _execution_of(pid: int) -> bytes:

@@ -61,6 +61,8 @@ class SpawnerLink:
             theirs.close()
         self._socket = ours
         self._lock = threading.Lock()
+        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each answer.
+        self._buffer = memoryview(bytearray(MAX_MESSAGE))
         ours.settimeout(_READY_TIMEOUT)
         first = self.receive()
         if not first or first[0][0] != "ready":
@@ -90,10 +92,10 @@ class SpawnerLink:
     def receive(self) -> list[tuple[Any, ...]]:
         """One batch of answers; empty when the spawner is gone."""
         try:
-            data = self._socket.recv(MAX_MESSAGE)
+            size = self._socket.recv_into(self._buffer)
         except (ConnectionError, TimeoutError):
             return []
-        return list(marshal.loads(data)) if data else []
+        return list(marshal.loads(self._buffer[:size])) if size else []
 
     def close(self, timeout: float = 2.0) -> None:
         """Closing our end tells it to kill what runs and go."""
