@@ -58,7 +58,7 @@ class Runs:
         self._timers = timers
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._telling = 0  # out of the table, not yet told
+        self._telling: list[tuple[str, list[str]]] = []  # out of the table, not yet told: execution ID, to whom
         self._runs: dict[str, Run] = {}
         self._slots: Counter[str] = Counter()
         self._taken = 0
@@ -162,6 +162,11 @@ class Runs:
     def open_ids(self) -> tuple[str, ...]:
         with self._lock:
             return tuple(self._runs)
+
+    def expected_by(self, owner: str) -> tuple[str, ...]:
+        """What runs, and what has ended with the answer still on its way to this owner."""
+        with self._lock:
+            return (*self._runs, *(execution_id for execution_id, owners in self._telling if owner in owners))
 
     @property
     def active(self) -> int:
@@ -317,7 +322,8 @@ class Runs:
                 self._slots[name] -= 1
                 if not self._slots[name]:
                     del self._slots[name]
-            self._telling += 1
+            telling = (run.record.execution_id, [owner for owner, _ in listeners])
+            self._telling.append(telling)
         if installed is not None:
             self._packages.release(installed)
             for freed in self._freed:
@@ -325,7 +331,7 @@ class Runs:
         for _, listener in listeners:
             _call(listener, record)
         with self._lock:
-            self._telling -= 1
+            self._telling.remove(telling)
             if not self._runs and not self._telling:
                 self._idle.notify_all()
 

@@ -101,7 +101,7 @@ class Sessions:
                 generation = session.generation
                 owed = session.resume()
                 # Under the condition: what ends from now on is pushed behind the greeting.
-                known = sorted({*owed, *self._runs.open_ids()})
+                known = sorted({*owed, *self._runs.expected_by(name)})
             return session, generation, pb.AgentFrame(instance_id=self._instance_id, known=known)
 
     def _detach(self, session: Session, generation: int) -> None:
@@ -135,10 +135,11 @@ class Sessions:
             self._take(session, first)
             for frame in requests:
                 self._take(session, frame)
+            # Flux ends it in order, for another channel: what waits is brought first. Freed slots are told only once.
+            session.finish_stream(generation)
         except Exception as error:
             # gRPC ends a broken request stream with an exception of its own.
             log.debug("the stream of %s ended: %s", session.name, error)
-        finally:
             self._detach(session, generation)
             end()
 

@@ -60,6 +60,7 @@ class Session:
         self._freed: set[str] = set()
         self._stopping = False
         self._finishing = False
+        self._last_of = 0  # the generation whose stream brings what waits, and ends
         self._unacknowledged: dict[str, Owed] = {}
         self._owed_bytes = 0
 
@@ -117,7 +118,7 @@ class Session:
                         continue
                     batch = self._batch()
                     break
-                if self._finishing:
+                if self._finishing or self._last_of == generation:
                     return None
                 self.condition.wait()
             else:
@@ -145,6 +146,12 @@ class Session:
         """The stream attached now brings what waits, and ends. Call it with the condition held."""
         self._finishing = True
         self.condition.notify_all()
+
+    def finish_stream(self, generation: int) -> None:
+        """As ``finish``, for this stream alone: another may follow."""
+        with self.condition:
+            self._last_of = generation
+            self.condition.notify_all()
 
     def end_streams(self) -> None:
         """The stream attached now ends. Call it with the condition held."""

@@ -57,6 +57,21 @@ def test_an_end_before_start_returns(agent: Rooms) -> None:
     assert agent.runs.open_ids() == ()
 
 
+def test_an_answer_on_its_way_is_still_to_be_expected(agent: Rooms) -> None:
+    # Else a stream that attaches at this moment would be told that nobody knows the execution.
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def ended(record: ExecutionRecord) -> None:
+        runs = agent.runs
+        seen.append((record.execution_id in runs.expected_by("a"), bool(runs.expected_by("b")), bool(runs.open_ids())))
+
+    agent.runs.start(asked(), ended, "a")
+    assert agent.runs.expected_by("b") == ("one",)
+    agent.executor.jobs[0].end()
+    assert seen == [(True, False, False)]
+    assert agent.runs.expected_by("a") == ()
+
+
 def test_the_same_id_twice_at_once_runs_once(agent: Rooms) -> None:
     first, second = Ends(), Ends()
     agent.runs.start(asked(), first)

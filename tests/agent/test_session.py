@@ -89,6 +89,20 @@ def test_a_stream_whose_time_is_over_gets_none() -> None:
     assert one.next_frame(2) is not None
 
 
+def test_a_stream_that_flux_ends_brings_what_waits_first() -> None:
+    one = session()
+    one.freed(["a"])
+    one.answer(final("x"))
+    one.finish_stream(1)
+    last = frame(one)
+    assert (list(last.freed), [answer.execution_id for answer in last.executed]) == (["a"], ["x"])
+    assert one.next_frame(1) is None
+    with one.condition:
+        one.end_streams()
+    one.answer(final("y"))
+    assert one.next_frame(2) is not None
+
+
 def test_freed_and_stopping_ride_along_once() -> None:
     one = session()
     one.refused = {"a", "b"}

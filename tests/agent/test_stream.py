@@ -76,6 +76,12 @@ class Stream:
             self.over = True
             self._condition.notify_all()
 
+    def end_in_order(self) -> grpc.StatusCode:
+        """As Flux does it, for another channel."""
+        self._out.put(None)
+        self._thread.join(10)
+        return self._call.code()  # type: ignore[no-any-return]
+
     def close(self) -> None:
         self._call.cancel()
         self._out.put(None)
@@ -128,6 +134,19 @@ def test_unacknowledged_answers_come_again_and_acknowledged_ones_do_not(agent: R
         assert second.wait_final("kept").response.output == b"kept\n"
         assert second.wait_final("later").response.output == b"started\n"
         assert second.final("forgotten") is None
+
+
+def test_a_stream_ended_in_order_loses_nothing(agent: Running) -> None:
+    agent.deploy("narrow", max_concurrency=1)
+    with Stream(agent, "s") as first:
+        first.execute("long", "sleep", "0.5", name="narrow")
+        first.execute("refused", "say", "x", name="narrow")
+        assert first.end_in_order() is grpc.StatusCode.OK
+        assert first.final("refused").response.error == "function narrow at capacity"
+    with Stream(agent, "s") as second:
+        assert "long" in second.greeting.known
+        assert second.wait_final("long").response.error == ""
+        second.wait(lambda: "narrow" in second.freed, "the freed slot was not told")
 
 
 def test_a_newer_stream_of_the_session_ends_the_older(agent: Running) -> None:
