@@ -2,6 +2,7 @@
 
 A :class:`Line` is one channel with its calls under way. When Flux's identity
 changes a new line is opened, and the old one is closed by its last call.
+:class:`Lines` gives the one to use now.
 """
 
 from __future__ import annotations
@@ -80,6 +81,12 @@ class Line:
     def call(self) -> Iterator[Any]:
         """The stub for one blocking call, its errors translated: AgentUnreachable, AgentLost, AgentRefused."""
         self.begin()
+        with self.begun() as stub:
+            yield stub
+
+    @contextmanager
+    def begun(self) -> Iterator[Any]:
+        """``call`` for one that was counted before; it is ended here."""
         try:
             yield self.stub
         except grpc.RpcError as error:
@@ -90,13 +97,8 @@ class Line:
         finally:
             self.end()
 
-    def future(self, start: Callable[[Any], Any], on_done: Callable[[Any | FluxError], None]) -> Any | None:
-        """``start(stub)`` begins a call; ``on_done`` gets its answer or error once. None: it never began."""
-        try:
-            self.begin()
-        except AgentUnreachable as error:
-            on_done(error)
-            return None
+    def begun_future(self, start: Callable[[Any], Any], on_done: Callable[[Any | FluxError], None]) -> Any | None:
+        """See Lines.future; for one that was counted before. It is ended here."""
         try:
             future = start(self.stub)
         except ValueError:
@@ -127,6 +129,60 @@ class Line:
         with self._lock:
             self._retired = True
         self._channel.close()
+
+
+class Lines:
+    """The line to one agent at any time. Safe from any thread.
+
+    Finding the line and counting a call on it are one step: between the two it could be retired, and a call that
+    came then would fail for no reason of the agent's.
+    """
+
+    def __init__(self, new_line: Callable[[], Line]) -> None:
+        self._new_line = new_line
+        self._lock = threading.Lock()
+        self._line = new_line()
+        self._closed = False
+
+    def begin(self) -> Line:
+        """The line to use now, a call counted on it already; its ``end`` must follow. Raises AgentUnreachable."""
+        with self._lock:
+            self._line.begin()
+            return self._line
+
+    @contextmanager
+    def call(self) -> Iterator[Any]:
+        """See Line.call."""
+        with self.begin().begun() as stub:
+            yield stub
+
+    def future(self, start: Callable[[Any], Any], on_done: Callable[[Any | FluxError], None]) -> Any | None:
+        """``start(stub)`` begins a call; ``on_done`` gets its answer or error once. None: it never began."""
+        try:
+            line = self.begin()
+        except AgentUnreachable as error:
+            on_done(error)
+            return None
+        return line.begun_future(start, on_done)
+
+    def renew(self) -> None:
+        """Calls from now on use a new line; those under way end on theirs."""
+        line = self._new_line()
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                former, self._line = self._line, line
+        if closed:
+            line.close()
+        else:
+            former.retire()
+
+    def close(self) -> None:
+        """At once and for good: calls under way are cancelled."""
+        with self._lock:
+            self._closed = True
+            line = self._line
+        line.close()
 
 
 def server_name(agent_id: str, *, legacy: bool) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from fluxlib.control.channels import Line
+from fluxlib.control.channels import Line, Lines
 from fluxlib.control.client_output import AgentOutput, PolledOutput
 from fluxlib.control.client_pending import OnRecord, guarded
 from fluxlib.control.client_stream import AgentStream
@@ -49,15 +48,12 @@ class AgentClient:
         self._agent_id = agent_id
         self._original = inventory is None
         self._features = frozenset(inventory.features) if inventory is not None else frozenset()
-        self._new_line = new_line
-        self._lock = threading.Lock()
-        self._line = new_line()
-        self._closed = False
+        self._lines = Lines(new_line)
         events = guarded(events)
-        self._unary = UnaryExecutions(agent_id, self._current, events)
+        self._unary = UnaryExecutions(agent_id, self._lines, events)
         self._stream: AgentStream | None = None
         if "attach" in self._features:
-            self._stream = AgentStream(agent_id, session, self._current, events, self._whole_record, self._look_up)
+            self._stream = AgentStream(agent_id, session, self._lines, events, self._whole_record, self._look_up)
 
     @property
     def agent_id(self) -> str:
@@ -121,7 +117,7 @@ class AgentClient:
         if self._original:
             return PolledOutput(record, lambda: self.record(execution_id, with_output=True), offset, follow=follow)
         timeout = None if follow else _OUTPUT
-        return AgentOutput(self._current(), execution_id, offset, follow=follow, timeout=timeout)
+        return AgentOutput(self._lines, execution_id, offset, follow=follow, timeout=timeout)
 
     def fail_in_flight(self, reason: str) -> None:
         self._unary.fail(reason)
@@ -168,9 +164,7 @@ class AgentClient:
                 self._stream.wake()
             on_report(codec.report_from_message(answer, time.time()))
 
-        self._current().future(
-            lambda stub: stub.ReportNodeStatus.future(pb.NodeStatusRequest(), timeout=_REPORT), answered
-        )
+        self._lines.future(lambda stub: stub.ReportNodeStatus.future(pb.NodeStatusRequest(), timeout=_REPORT), answered)
 
     def create_certificate_request(self) -> bytes:
         answer = self._ask("CreateCertificateRequest", pb.CertificateRequestRequest(), _REGISTER)
@@ -183,35 +177,20 @@ class AgentClient:
     # -- the connection itself -----------------------------------------------------------
 
     def reopen(self) -> None:
-        line = self._new_line()
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                former, self._line = self._line, line
-        if closed:
-            line.close()
-            return
+        self._lines.renew()
         if self._stream is not None:
             self._stream.switch()
-        former.retire()
 
     def close(self, deadline: Deadline) -> None:
         self._unary.close(deadline)
         if self._stream is not None:
             self._stream.close(deadline)
-        with self._lock:
-            self._closed = True
-            line = self._line
-        line.close()
-
-    def _current(self) -> Line:
-        with self._lock:
-            return self._line
+        self._lines.close()
 
     def _ask(self, method: str, request: Any, timeout: float) -> Any:
         """A unary call's answer. A call that an original lacks is AgentRefused."""
         try:
-            with self._current().call() as stub:
+            with self._lines.call() as stub:
                 return getattr(stub, method)(request, timeout=timeout)
         except NotImplementedByPeer as error:
             raise AgentRefused(f"agent {self._agent_id} has no call {method}: it is older than this Flux") from error
@@ -230,7 +209,7 @@ class AgentClient:
             raise AgentRefused(f"agent {self._agent_id} answered what cannot be read: {error}") from error
 
     def _whole_output(self, execution_id: str) -> bytes:
-        return b"".join(AgentOutput(self._current(), execution_id, 0, follow=False, timeout=_OUTPUT))
+        return b"".join(AgentOutput(self._lines, execution_id, 0, follow=False, timeout=_OUTPUT))
 
     def _whole_record(self, execution_id: str) -> ExecutionRecord | None:
         return self.record(execution_id, with_output=True)
@@ -243,4 +222,4 @@ class AgentClient:
                 on_record(error)
 
         request = pb.GetExecutionRequest(execution_id=execution_id, without_output=True)
-        self._current().future(lambda stub: stub.GetExecution.future(request, timeout=_RECORD), answered)
+        self._lines.future(lambda stub: stub.GetExecution.future(request, timeout=_RECORD), answered)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
-from fluxlib.control.channels import Line
+from fluxlib.control.channels import Lines
 from fluxlib.model import ExecutionRecord
 from fluxlib.rpc.gen import flux_pb2 as pb
 
@@ -18,13 +18,12 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 class AgentOutput:
     """ReadOutput of an agent of ours. Iterating raises AgentLost when the connection breaks."""
 
-    def __init__(self, line: Line, execution_id: str, offset: int, *, follow: bool, timeout: float | None) -> None:
-        self._line = line
-        line.begin()
+    def __init__(self, lines: Lines, execution_id: str, offset: int, *, follow: bool, timeout: float | None) -> None:
+        self._line = lines.begin()
         self._lock = threading.Lock()
         self._open = True
         request = pb.ReadOutputRequest(execution_id=execution_id, offset=offset, follow=follow)
-        self._call = line.stub.ReadOutput(request, timeout=timeout)
+        self._call = self._line.stub.ReadOutput(request, timeout=timeout)
 
     def __iter__(self) -> Iterator[bytes]:
         try:

@@ -142,8 +142,8 @@ class Table:
         """
         calls: list[Callable[[], None]] = []
         for execution_id, entry in list(self._pending.items()):
-            if not entry.sent:
-                continue
+            if not entry.sent or entry.fetching:
+                continue  # never told, or told in full but for the output, which another thread reads
             there = same and execution_id in known
             if not there and not entry.accepted:
                 calls.append(self._lose(entry))

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from fluxlib.control.channels import Line
+from fluxlib.control.channels import Lines
 from fluxlib.control.client_pending import OnRecord, Pending, Table
 from fluxlib.control.connection import ConnectionEvents, OnAnswer
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
@@ -44,33 +44,36 @@ _REFUSALS = 4
 class _Attachment:
     """One life of the stream. Its fields are guarded by the stream's lock."""
 
-    __slots__ = ("call", "greeted", "over", "planned")
+    __slots__ = ("call", "dozing", "gathering", "greeted", "over", "planned")
 
     def __init__(self) -> None:
         self.call: Any = None
         self.greeted = False
         self.over = False
         self.planned = False  # ended by us, for a new channel
+        # Of its writer, which may be slow to notice that the next attachment has another.
+        self.dozing = False  # it waits until it is told
+        self.gathering = False  # it has a frame to send, and waits for more to put in
 
 
 class AgentStream:
     """Attached by a thread of its own for as long as the connection lives.
 
-    ``session`` names this life of Flux. ``line`` gives the channel to use now. The rest: see Table.
+    ``session`` names this life of Flux. The rest: see Table.
     """
 
     def __init__(
         self,
         agent_id: str,
         session: str,
-        line: Callable[[], Line],
+        lines: Lines,
         events: ConnectionEvents,
         fetch: Callable[[str], ExecutionRecord | None],
         look_up: Callable[[str, OnRecord], None],
     ) -> None:
         self._agent_id = agent_id
         self._session = session
-        self._line = line
+        self._lines = lines
         self._events = events
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the writer
@@ -80,8 +83,6 @@ class AgentStream:
         self._cancels: deque[pb.CancelExecutionRequest] = deque()
         self._acks: list[str] = []
         self._acked_bytes = 0
-        self._dozing = False  # the writer waits until it is told
-        self._gathering = False  # it has a frame to send, and waits for more to put in
         self._pace = Pace()
         self._attachment: _Attachment | None = None
         self._attached = False
@@ -100,7 +101,7 @@ class AgentStream:
             error = self._cannot_send() or self._table.add(request, on_answer)
             if error is None:
                 self._outbox.append(message)
-                if not self._gathering:
+                if self._attachment is None or not self._attachment.gathering:
                     self._work.notify()
         if error is not None:
             on_answer(error)
@@ -140,11 +141,12 @@ class AgentStream:
                 self._change.notify()
 
     def switch(self) -> None:
-        """Move to the channel that ``line`` gives now. What waits to be sent waits a little longer."""
+        """Move to the channel there is now. What waits to be sent waits a little longer."""
         with self._lock:
+            self._hurry = True
+            self._change.notify()
             if self._attachment is not None:
                 self._attachment.planned = True
-                self._hurry = True
                 self._work.notify()
 
     def close(self, deadline: Deadline) -> None:
@@ -180,7 +182,8 @@ class AgentStream:
                 pause, refusals, since = 0.0, 0, time.monotonic()
             refusals = refusals + 1 if refused else 0
             self._broken(attachment, reason)
-            if refusals >= _REFUSALS or time.monotonic() - since > _HOPE:
+            # An attachment that we ended ourselves says nothing about the agent, however long it took.
+            if refusals >= _REFUSALS or (not attachment.planned and time.monotonic() - since > _HOPE):
                 self.fail(reason)
             pause = min(max(_FIRST_PAUSE, pause * 2), _LONGEST_PAUSE)
 
@@ -192,12 +195,14 @@ class AgentStream:
 
     def _serve(self, attachment: _Attachment) -> tuple[str, bool]:
         """Attach and read until the stream ends: (why it ended, whether the connection was refused)."""
+        with self._lock:
+            # Before the channel is chosen: a switch that comes later finds what to end.
+            self._attachment = attachment
         try:
-            with self._line().call() as stub:
+            with self._lines.call() as stub:
                 call = stub.Attach(self._frames(attachment))
                 with self._lock:
                     attachment.call = call
-                    self._attachment = attachment
                     if self._stopped:
                         call.cancel()
                 try:
@@ -219,9 +224,11 @@ class AgentStream:
             same = frame.instance_id == self._instance_id
             self._instance_id = frame.instance_id
             answers = self._table.reconcile(set(frame.known), same=same)
+            waiting = {one.execution_id for one in self._cancels}
             self._cancels.extend(
                 pb.CancelExecutionRequest(execution_id=execution_id, reason=why)
                 for execution_id, why in self._table.cancels()
+                if execution_id not in waiting
             )
             attachment.greeted = True
             news = not self._attached
@@ -237,11 +244,13 @@ class AgentStream:
             self._attachment = None
             attachment.over = True
             self._work.notify()  # its writer must end
-            kept = attachment.planned and attachment.greeted and not self._stopped
+            # Greeted or not: a second change may come before the first is through.
+            kept = attachment.planned and not self._stopped
             unsent = [] if kept else self._take_unsent()
             news = self._attached and not kept
             self._attached = self._attached and kept
-            self._cancels.clear()
+            if not kept:
+                self._cancels.clear()
         self._answer(unsent, AgentUnreachable(f"agent {self._agent_id} cannot be reached: {reason}"))
         if news:
             if not self._closing:
@@ -264,7 +273,8 @@ class AgentStream:
         with self._lock:
             self._acks.append(answer.execution_id)
             self._acked_bytes += len(answer.response.output)
-            if self._dozing or len(self._acks) >= _ACK_COUNT or self._acked_bytes >= _ACK_BYTES:
+            dozing = self._attachment is not None and self._attachment.dozing
+            if dozing or len(self._acks) >= _ACK_COUNT or self._acked_bytes >= _ACK_BYTES:
                 self._work.notify()
 
     # -- the writer: gRPC's own thread pulls these -------------------------------------
@@ -287,24 +297,24 @@ class AgentStream:
                 if attachment.greeted:
                     urgent = len(self._acks) >= _ACK_COUNT or self._acked_bytes >= _ACK_BYTES
                     if self._outbox or self._cancels or urgent or (due and self._acks):
-                        if self._gather():
+                        if self._gather(attachment):
                             continue
                         return self._frame()
                 # With nothing in flight no ack can come up, and none is left: no need to look again.
-                self._dozing = not attachment.greeted or not (self._acks or len(self._table))
-                due = not self._work.wait(None if self._dozing else _ACK_DELAY)
-                self._dozing = False
+                attachment.dozing = not attachment.greeted or not (self._acks or len(self._table))
+                due = not self._work.wait(None if attachment.dozing else _ACK_DELAY)
+                attachment.dozing = False
 
-    def _gather(self) -> bool:
+    def _gather(self, attachment: _Attachment) -> bool:
         """Whether it has waited for more to send, and must look again."""
         now = time.monotonic()
         left = self._pace.left(len(self._table), now)
         if left <= 0 or self._cancels:
             self._pace.went(now)
             return False
-        self._gathering = True
+        attachment.gathering = True
         self._work.wait(left)
-        self._gathering = False
+        attachment.gathering = False
         return True
 
     def _frame(self) -> pb.ControlFrame:

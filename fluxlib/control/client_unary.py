@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fluxlib.control.channels import Line
+from fluxlib.control.channels import Lines
 from fluxlib.control.connection import ConnectionEvents, OnAnswer, refusal
 from fluxlib.errors import AgentLost, AgentUnreachable, Conflict, FluxError
 from fluxlib.lifecycle import Deadline
@@ -27,9 +26,9 @@ class _Call:
 class UnaryExecutions:
     """What one agent was asked to run and has not answered yet."""
 
-    def __init__(self, agent_id: str, line: Callable[[], Line], events: ConnectionEvents) -> None:
+    def __init__(self, agent_id: str, lines: Lines, events: ConnectionEvents) -> None:
         self._agent_id = agent_id
-        self._line = line
+        self._lines = lines
         self._events = events
         self._condition = threading.Condition()
         self._calls: dict[str, _Call] = {}
@@ -54,7 +53,7 @@ class UnaryExecutions:
             )
             return
         message = codec.request_to_message(request)
-        call.future = self._line().future(
+        call.future = self._lines.future(
             lambda stub: stub.ExecuteFunction.future(message), lambda answer: self._answered(call, answer)
         )
         if call.future is not None and self._calls.get(request.execution_id) is not call:

@@ -180,7 +180,7 @@ def test_one_that_is_given_up_while_it_is_being_sent_is_ended() -> None:
             calls.fail("it is offline")
             return Future()
 
-    calls = UnaryExecutions("w1", lambda: Sending(), ConnectionEvents())  # type: ignore[arg-type, return-value]
+    calls = UnaryExecutions("w1", Sending(), ConnectionEvents())  # type: ignore[arg-type]
     answers: list[object] = []
     calls.execute(ExecutionRequest("e1", "f"), answers.append)
     assert [type(answer) for answer in answers] == [AgentLost]

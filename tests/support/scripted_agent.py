@@ -84,9 +84,13 @@ class ScriptedAgent(flux_pb2_grpc.AgentServiceServicer):
 
     def attachment(self, *known: str) -> Attachment:
         """The next stream, greeted."""
-        one = self._attached.get(timeout=10)
+        one = self.silent_attachment()
         one.send(instance_id=self.instance_id, known=known)
         return one
+
+    def silent_attachment(self) -> Attachment:
+        """The next stream, which waits for its greeting."""
+        return self._attached.get(timeout=10)
 
     def Attach(self, request_iterator: Any, context: grpc.ServicerContext) -> Iterator[pb.AgentFrame]:  # noqa: N802
         first = next(request_iterator)
