@@ -460,10 +460,16 @@ class TestListening:
         with pytest.raises(FluxError, match="listen_host"):
             WebServer(lambda environ, start: [], config(listen_host="192.0.2.1", port=0))
 
+    def test_and_a_name_nobody_knows(self) -> None:
+        with pytest.raises(FluxError, match=r"name is not known here .*listen_host"):
+            WebServer(lambda environ, start: [], config(listen_host="nobody.invalid", port=0))
+
     @pytest.mark.parametrize("host", ["::1", "localhost"])
     def test_other_addresses_of_this_machine(self, host: str) -> None:
         if host == "::1" and not _has_ipv6():
             pytest.skip("no IPv6 here")
+        if host == "localhost" and not _is_known(host):
+            pytest.skip("this machine has no localhost, as one without /etc/hosts")
         server = WebServer(lambda environ, start: [], config(listen_host=host, port=0))
         server.stop(Deadline(1))
 
@@ -471,6 +477,13 @@ class TestListening:
         serve(fakes)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         assert soft == hard or soft >= 4000
+
+
+def _is_known(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, 80))
+    except OSError:
+        return False
 
 
 def _has_ipv6() -> bool:

@@ -104,10 +104,10 @@ class WebServer:
     ) -> None:
         # The queue's depth is logged per request that waits, and waiting is normal here.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        adjustments = _adjustments(config)
         self._pool = LazyThreads(config.max_blocking + RESERVED_THREADS)
         self._map: dict[int, Any] = {}
         self._poller = (poller or best_poller)(self._map)
-        adjustments = _adjustments(config)
         self._listeners: list[_Listener] = []
         try:
             for address in adjustments.listen:
@@ -194,6 +194,11 @@ class WebServer:
 
 
 def _adjustments(config: ControlConfig) -> Adjustments:
+    try:
+        # waitress tells a name nobody knows as a ValueError without a reason.
+        socket.getaddrinfo(config.listen_host, config.port)
+    except OSError as error:
+        raise FluxError(_listen_problem(config, error)) from error
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
     return Adjustments(
         listen=f"{host}:{config.port}",
@@ -240,6 +245,8 @@ def _raise_descriptor_limit(wanted: int) -> int:
 
 def _listen_problem(config: ControlConfig, error: OSError) -> str:
     where = f"Flux cannot listen on {config.listen_host}:{config.port}"
+    if isinstance(error, socket.gaierror):
+        return f"{where}: that name is not known here ({error.strerror}). Set `listen_host` in {config.path}"
     if error.errno == errno.EADDRINUSE:
         return f"{where}: another program does. Stop it (another Flux?), or set `port` in {config.path}"
     if error.errno == errno.EACCES and sys.platform == "win32":
