@@ -172,7 +172,14 @@ class TestExecutions:
         assert client("GET", "/executions/execution-1/output?offset=4").body == b"456789"
         assert client("GET", "/executions/execution-1/output?offset=99").status == 400
         assert client("GET", "/executions/absent/output?follow=1").status == 404
-        assert client("HEAD", "/executions/execution-1/output?follow=1").status == 200
+
+    def test_head_tells_no_length_but_the_one_of_get(self, client: Client) -> None:
+        client("POST", "/execute/hello", json={"args": ["0123456789"]})
+        for query in ("", "?offset=4", "?follow=1"):
+            reply = client("HEAD", f"/executions/execution-1/output{query}")
+            assert (reply.status, reply.body, reply.headers.get("Content-Length")) == (200, b"", None)
+        record = client("GET", "/executions/execution-1")
+        assert client("HEAD", "/executions/execution-1").headers["Content-Length"] == str(len(record.body))
 
     def test_cancel(self, client: Client, fakes: Fakes) -> None:
         running = replace(ended(Call("hello"), 7), status=ExecutionStatus.RUNNING, phase=Phase.RUNNING)

@@ -273,6 +273,16 @@ class TestProtocol:
             wire.raw(request.replace(b"GET", b"POST", 1) + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
             assert wire.json()[1]["output"] == "abcde"
 
+    def test_nothing_comes_behind_a_head(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.send("POST", "/execute/hello").json()
+            wire.send("HEAD", "/executions/execution-1/output")
+            status, *headers = wire.read_until(b"\r\n\r\n").decode().split("\r\n")
+            assert status == "HTTP/1.1 200 OK"
+            assert not [line for line in headers if line.startswith(("Content-Length", "Transfer-Encoding"))]
+            assert not wire.rest
+            assert wire.socket.recv(100) == b""
+
     def test_a_large_body_in_small_pieces(self, fakes: Fakes, serve: Serve) -> None:
         archive = bytes(range(256)) * 8192
         with Wire(serve(fakes).port) as wire:

@@ -20,6 +20,16 @@ class Chunks(Protocol):
     def close(self) -> None: ...
 
 
+class Nothing:
+    """In place of chunks for a HEAD: no body, and no length that would speak of the GET's."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(())
+
+    def close(self) -> None:
+        return
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One response. ``chunks`` replaces ``body`` for what is not known in whole."""
@@ -30,14 +40,19 @@ class Answer:
     headers: Headers = ()
     chunks: Chunks | None = None
 
+    @property
+    def length(self) -> int | None:
+        """Of its body; None while that is not known."""
+        return len(self.body) if self.chunks is None else None
+
     def with_headers(self, more: Headers) -> Answer:
         return replace(self, headers=self.headers + more) if more else self
 
     def wsgi_headers(self) -> list[tuple[str, str]]:
-        """All headers; a chunked body has no length."""
+        """All headers."""
         fixed = [("Content-Type", self.content_type), ("X-Content-Type-Options", "nosniff"), *self.headers]
-        if self.chunks is None:
-            fixed.append(("Content-Length", str(len(self.body))))
+        if self.length is not None:
+            fixed.append(("Content-Length", str(self.length)))
         return fixed
 
     @property

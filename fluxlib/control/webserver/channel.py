@@ -39,12 +39,17 @@ class _Lean:
     status: str
     complete: bool
     wrote_header: bool
-    has_body: bool
     content_length: int | None
     content_bytes_written: int
     response_headers: list[tuple[str, str]]
     start_time: float
     set_close_on_finish: Callable[[], None]
+
+    @property
+    def has_body(self) -> bool:
+        # Where no length is told waitress writes chunks, and a last one behind a HEAD's answer too.
+        without = self.content_length is None and self.request.command == "HEAD"
+        return not without and bool(super().has_body)  # type: ignore[misc]
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
