@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 from fluxlib.control.channels import Line, Lines
@@ -14,7 +15,7 @@ from fluxlib.control.client_pending import OnRecord, guarded
 from fluxlib.control.client_stream import AgentStream
 from fluxlib.control.client_unary import UnaryExecutions
 from fluxlib.control.connection import ConnectionEvents, OnAnswer, OnReport, refusal
-from fluxlib.control.services import OutputStream
+from fluxlib.control.services import WHOLE_OUTPUT, OutputStream
 from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, FluxError, NotFound
 from fluxlib.lifecycle import Deadline, pause
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, FunctionSpec, Inventory
@@ -106,6 +107,8 @@ class AgentClient:
         request = pb.GetExecutionRequest(execution_id=execution_id, without_output=not whole)
         record = self._record_of(self._ask("GetExecution", request, _RECORD if not whole else _OUTPUT))
         if record is None or whole or not with_output:
+            return record
+        if record.output_bytes > WHOLE_OUTPUT:
             return record
         output = self._whole_output(execution_id) if record.output_bytes else b""
         return replace(record, output=output)
@@ -209,10 +212,17 @@ class AgentClient:
             raise AgentRefused(f"agent {self._agent_id} answered what cannot be read: {error}") from error
 
     def _whole_output(self, execution_id: str) -> bytes:
-        return b"".join(AgentOutput(self._lines, execution_id, 0, follow=False, timeout=_OUTPUT))
+        # Joined from a list it would be there twice.
+        whole = BytesIO()
+        for piece in AgentOutput(self._lines, execution_id, 0, follow=False, timeout=_OUTPUT):
+            whole.write(piece)
+        return whole.getvalue()
 
     def _whole_record(self, execution_id: str) -> ExecutionRecord | None:
-        return self.record(execution_id, with_output=True)
+        record = self.record(execution_id, with_output=True)
+        if record is None or record.output is not None:
+            return record
+        return replace(record, output=self._whole_output(execution_id))
 
     def _look_up(self, execution_id: str, on_record: OnRecord) -> None:
         def answered(answer: Any | FluxError) -> None:

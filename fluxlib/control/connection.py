@@ -70,7 +70,10 @@ class AgentConnection(Protocol):
         """
 
     def record(self, execution_id: str, *, with_output: bool) -> ExecutionRecord | None:
-        """The agent's own record; None when it knows no such execution."""
+        """The agent's own record; None when it knows no such execution.
+
+        Output larger than WHOLE_OUTPUT is left out: ``output`` reads it. An original agent's comes with the record.
+        """
 
     def output(self, execution_id: str, offset: int, *, follow: bool) -> OutputStream:
         """Raises NotFound at once when the agent knows no such execution."""

@@ -80,6 +80,10 @@ class AgentAway(AgentError):
         self.http_status = 502 if gone else 503
 
 
+# Bytes of output that come with a record. Larger ones are read by themselves, piece by piece.
+WHOLE_OUTPUT = 1024 * 1024
+
+
 class OutputStream(Protocol):
     """Bytes of one execution's output; ``close`` ends the agent's part of it."""
 
@@ -121,7 +125,7 @@ class Executions(Protocol):
         """Accept and answer the execution's ID; raises as ``execute`` does when it is not accepted."""
 
     def get(self, execution_id: str) -> ExecutionRecord:
-        """With the output so far. Raises NotFound, AgentAway."""
+        """With the output so far: None when it is larger than WHOLE_OUTPUT. Raises NotFound, AgentAway."""
 
     def list(self, where: ExecutionFilter, cursor: str, limit: int) -> Page: ...
 

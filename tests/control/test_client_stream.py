@@ -64,6 +64,11 @@ def test_standard_input_of_megabytes_arrives_and_large_output_comes_back_whole(c
     record = client.run("s-large", "cat", stdin=data + b"end")
     assert record.output == data + b"end"
     assert (record.truncated, record.output_bytes) == (False, len(data) + 3)
+    # Asked for again it would be held as a whole for nothing: it is left out, to be read piece by piece.
+    again = client.connection.record("s-large", with_output=True)
+    assert again is not None
+    assert (again.output, again.output_bytes) == (None, len(data) + 3)
+    assert b"".join(client.connection.output("s-large", 0, follow=False)) == data + b"end"
 
 
 def test_many_at_once_are_all_answered(client: Client) -> None:

@@ -90,6 +90,7 @@ class Client:
             json=json,
             headers=sent,
             environ_overrides={"REMOTE_ADDR": address, **environ},
+            buffered=True,  # closes the body, as a server does
         )
         is_json = response.headers["Content-Type"] == "application/json" and method != "HEAD" and response.data
         reply = Reply(response.status_code, response.data, response.headers, response.json if is_json else None)

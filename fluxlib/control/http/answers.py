@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 JSON = "application/json"
 Headers = tuple[tuple[str, str], ...]
@@ -32,18 +32,30 @@ class Nothing:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One response. ``chunks`` replaces ``body`` for what is not known in whole."""
+    """One response. ``chunks`` replaces ``body`` for what is not known in whole, ``file`` for what is large.
+
+    Whoever sends the file closes it. ``other_length`` is that of what replaces ``body``, where it is known.
+    """
 
     status: int
     body: bytes = b""
     content_type: str = JSON
     headers: Headers = ()
     chunks: Chunks | None = None
+    file: BinaryIO | None = None
+    other_length: int | None = None
 
     @property
     def length(self) -> int | None:
         """Of its body; None while that is not known."""
-        return len(self.body) if self.chunks is None else None
+        return len(self.body) if self.chunks is None and self.file is None else self.other_length
+
+    def without_body(self) -> Answer:
+        """As HEAD has it."""
+        for source in (self.chunks, self.file):
+            if source is not None:
+                source.close()
+        return replace(self, body=b"", chunks=Nothing(), file=None, other_length=self.length)
 
     def with_headers(self, more: Headers) -> Answer:
         return replace(self, headers=self.headers + more) if more else self

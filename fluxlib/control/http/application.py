@@ -7,6 +7,7 @@ from typing import Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.wsgi import FileWrapper
 
 from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.auth import FailedAttempts
@@ -100,5 +101,9 @@ def _failed(error: Exception, pipeline: Pipeline) -> Response:
 
 
 def _response(answer: Answer) -> Response:
-    body: Any = answer.chunks if answer.chunks is not None else answer.body
+    body: Any = answer.body
+    if answer.chunks is not None:
+        body = answer.chunks
+    elif answer.file is not None:
+        body = FileWrapper(answer.file)
     return Response(body, answer.status, answer.wsgi_headers())

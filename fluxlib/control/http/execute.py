@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from fluxlib.control.http.answers import Answer, json_answer
 from fluxlib.control.http.request import Request
-from fluxlib.control.services import Call
-from fluxlib.errors import Forbidden, NotFound
+from fluxlib.control.http.spooled import pieces, spooled_answer
+from fluxlib.control.services import WHOLE_OUTPUT, AgentAway, Call
+from fluxlib.errors import AgentError, Forbidden, NotFound
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import ExecutionFilter
 
@@ -16,7 +20,7 @@ def execute(request: Request) -> Answer:
     """200 for success; a run that failed or was cancelled is 500 with the same body and its ``error``."""
     call: Call = request.data
     record = request.services.executions.execute(call, request.caller)
-    return json_answer(200 if record.status is ExecutionStatus.SUCCESS else 500, _result(record))
+    return _answer(200 if record.status is ExecutionStatus.SUCCESS else 500, record, _result)
 
 
 def submit(request: Request) -> Answer:
@@ -49,7 +53,23 @@ def _result(record: ExecutionRecord) -> dict[str, Any]:
 
 
 def get_one(request: Request) -> Answer:
-    return json_answer(200, _record(request).to_json())
+    record = _record(request)
+    if record.output is not None or not record.output_bytes:
+        return _answer(200, record, ExecutionRecord.to_json)
+    stream = request.services.executions.output(record.execution_id, 0, follow=False)
+    with closing(stream):
+        try:
+            return spooled_answer(200, record.to_json(), stream)
+        except AgentError as error:
+            reason = f"agent {record.agent_id}, which owns this execution, was lost with its output: {error.message}"
+            raise AgentAway(reason, record, gone=False) from error
+
+
+def _answer(status: int, record: ExecutionRecord, view: Callable[[ExecutionRecord], dict[str, Any]]) -> Answer:
+    output = record.output or b""
+    if len(output) <= WHOLE_OUTPUT:
+        return json_answer(status, view(record))
+    return spooled_answer(status, view(replace(record, output=None)), pieces(output))
 
 
 def _record(request: Request) -> ExecutionRecord:

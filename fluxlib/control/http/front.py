@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from werkzeug.wsgi import FileWrapper
+
 from fluxlib.control.http.matcher import Matcher
 from fluxlib.control.http.pipeline import Pipeline
 from fluxlib.control.http.route import Route
@@ -33,6 +35,9 @@ class Front:
             return self._behind(environ, start_response)
         answer = self._pipeline.answer(found[0], environ, found[1])
         start_response(answer.status_line, answer.wsgi_headers())
+        if answer.file is not None:
+            file: Iterable[bytes] = environ.get("wsgi.file_wrapper", FileWrapper)(answer.file)
+            return file
         return answer.chunks if answer.chunks is not None else (answer.body,)
 
 

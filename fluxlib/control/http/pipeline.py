@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fluxlib.control.http import audit
-from fluxlib.control.http.answers import Answer, Chunks, Nothing
+from fluxlib.control.http.answers import Answer, Chunks
 from fluxlib.control.http.auth import Door, FailedAttempts, Keys, presented
 from fluxlib.control.http.bodies import read_body
 from fluxlib.control.http.budget import Budget, Waits, blocking_limit
@@ -81,11 +81,10 @@ class Pipeline:
         handed_on = False
         try:
             answer = route.handler(request)
+            if request.method == "HEAD":
+                return answer.without_body()
             if answer.chunks is None:
                 return answer
-            if request.method == "HEAD":
-                answer.chunks.close()
-                return replace(answer, chunks=Nothing())
             handed_on = True
             return replace(answer, chunks=_Guarded(answer.chunks, leave, request))
         finally:
