@@ -18,9 +18,9 @@ from fluxlib.config.key_file import with_key, without_key
 from fluxlib.config.keys import ADMIN_OF_ALL, ApiKey, function_problem, name_problem
 from fluxlib.config.reference import settings_markdown
 from fluxlib.errors import ConfigInvalid, Conflict, FluxError, InvalidInput
-from fluxlib.pki.authority import Authority, check_agent_id, enrolment_files
-from fluxlib.pki.certificates import make_csr, new_key
+from fluxlib.pki.authority import Authority, enrolment_files
 from fluxlib.pki.files import as_owner_of
+from fluxlib.pki.identity import check_agent_id
 
 
 class CannotWrite(FluxError):
@@ -68,8 +68,9 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
     directory = into / agent_id
     if directory.exists():
         raise Conflict(f"{directory} is there already: move it away, or name another place with --output")
-    # cryptography imports parts of itself at their first use, which the owner may not be allowed to read.
-    make_csr(new_key(), agent_id)
+    from fluxlib.pki.signer import import_all
+
+    import_all()
     with as_owner_of(config.certs_dir):
         identity = Authority.open(config.certs_dir).issue_agent(agent_id)
     try:

@@ -17,7 +17,7 @@ import grpc
 from fluxlib.errors import AgentUnreachable, FluxError, InvalidInput
 from fluxlib.lifecycle import Timers
 from fluxlib.pki import Identity, agent_server_name
-from fluxlib.pki.certificates import AGENT_NAME
+from fluxlib.pki.identity import AGENT_NAME
 from fluxlib.rpc import tls
 from fluxlib.rpc.gen import flux_pb2_grpc
 from fluxlib.rpc.status import from_rpc_error, surely_not_sent

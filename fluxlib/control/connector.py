@@ -13,8 +13,7 @@ from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, InvalidInp
 from fluxlib.lifecycle import Timers
 from fluxlib.model import Inventory
 from fluxlib.pki import Identity
-from fluxlib.pki.authority import check_agent_id
-from fluxlib.pki.certificates import AGENT_DOMAIN, AGENT_NAME
+from fluxlib.pki.identity import AGENT_DOMAIN, AGENT_NAME, check_agent_id
 from fluxlib.rpc import codec
 from fluxlib.rpc.codec import NodeReport
 from fluxlib.rpc.diagnosis import diagnose, names_shown

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from fluxlib.control.registry import Registry
 from fluxlib.errors import Conflict
 from fluxlib.pki import Authority
-from fluxlib.pki.authority import check_agent_id, enrolment_files
+from fluxlib.pki.authority import enrolment_files
+from fluxlib.pki.identity import check_agent_id
 
 
 class EnrolmentService:

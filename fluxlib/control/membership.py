@@ -18,7 +18,7 @@ from fluxlib.control.services import AgentView
 from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus
-from fluxlib.pki.authority import check_agent_id
+from fluxlib.pki.identity import check_agent_id
 
 log = logging.getLogger(__name__)
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 
 from fluxlib.control.connection import AgentConnection
 from fluxlib.control.leadership import Leadership
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.errors import FluxError
 from fluxlib.pki import Authority, Identity
-from fluxlib.pki.authority import RENEW_BEFORE
+from fluxlib.pki.identity import RENEW_BEFORE
 
 log = logging.getLogger(__name__)
 
 CHECK_EVERY = 60.0
-_WARN_SECONDS = RENEW_BEFORE.total_seconds()
 _RETRY_AFTER = 3600.0
 
 
@@ -72,9 +70,9 @@ class Renewal:
             return
         for state in self._registry.agents():
             connection = state.connection
-            if connection is None or not _renewable(state) or state.certificate_not_after - now > _WARN_SECONDS:
+            if connection is None or not _renewable(state) or state.certificate_not_after - now > RENEW_BEFORE:
                 continue
-            if not self._authority.outlives(datetime.fromtimestamp(state.certificate_not_after, UTC)):
+            if not self._authority.outlives(state.certificate_not_after):
                 continue  # it ends with the CA
             failed_at, _ = self._failed.get(state.agent_id, (0.0, ""))
             if now - failed_at >= _RETRY_AFTER:
@@ -82,7 +80,7 @@ class Renewal:
 
     def warnings(self) -> Sequence[str]:
         """What ends within 30 days, and why it was not renewed."""
-        limit = self._clock() + _WARN_SECONDS
+        limit = self._clock() + RENEW_BEFORE
         ending = [(one.name, one.not_after, "") for one in self._authority.expiries()]
         for state in self._registry.agents():
             if state.certificate_not_after:

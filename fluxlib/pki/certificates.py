@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -12,27 +11,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-FLUX_NAME = "flux"
-AGENT_NAME = "flux-agent"  # what the original checks; in every agent's certificate
-AGENT_DOMAIN = ".agent.flux.internal"
+from fluxlib.pki.identity import AGENT_DOMAIN, Identity, utc_now
+
 CA_LIFE, FLUX_LIFE, AGENT_LIFE = timedelta(days=3650), timedelta(days=1825), timedelta(days=365)
 # Machines' clocks differ; a certificate must not be from the future on the other side.
 _BACKDATE = timedelta(minutes=10)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """A certificate with its key and the CA that vouches for it, all PEM. ``not_after`` is epoch seconds."""
-
-    cert_pem: bytes
-    key_pem: bytes = field(repr=False)
-    ca_pem: bytes
-    not_after: float
-
-
-def agent_server_name(agent_id: str) -> str:
-    """The name by which Flux knows one agent from another."""
-    return agent_id + AGENT_DOMAIN
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -150,10 +133,6 @@ def fault_of(identity: Identity) -> str:
     if not is_signed_by(certificate, x509.load_pem_x509_certificate(identity.ca_pem)):
         return "is from another CA than the one it comes with"
     return ""
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 def _builder(

@@ -13,8 +13,8 @@ import socket
 import ssl
 import tempfile
 
-from fluxlib.pki import Identity, describe_certificate
-from fluxlib.pki.certificates import AGENT_NAME, fault_of
+from fluxlib.pki import Identity
+from fluxlib.pki.identity import AGENT_NAME
 
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
@@ -115,14 +115,20 @@ def _tls(plain: socket.socket, address: str, identity: Identity, server_name: st
 
 def _refused(address: str, identity: Identity) -> str:
     """A server of gRPC's drops a client it refuses without an alert: what is wrong must be seen from here."""
-    shown = describe_certificate(identity.cert_pem)
-    fault = fault_of(identity)
+    shown, fault = _own(identity)
     if fault:
         return f"the agent at {address} refuses Flux's own certificate, which {fault} ({shown})"
     return (
         f"the agent at {address} refuses Flux's certificate ({shown}): it trusts another CA than this Flux's (enrol it"
         " here), or its clock is wrong"
     )
+
+
+def _own(identity: Identity) -> tuple[str, str]:
+    """What Flux's own certificate says, and its fault or nothing."""
+    from fluxlib.pki.certificates import describe_certificate, fault_of
+
+    return describe_certificate(identity.cert_pem), fault_of(identity)
 
 
 def _verification(error: ssl.SSLCertVerificationError, address: str, server_name: str) -> str:
@@ -146,14 +152,13 @@ def _is_mismatch(reason: str) -> bool:
 
 def _alert(error: ssl.SSLError, address: str, identity: Identity) -> str:
     reason = (error.reason or str(error)).lower().replace("_", " ")
-    shown = describe_certificate(identity.cert_pem)
     with contextlib.suppress(ValueError):
         if "wrong version number" in reason or "record layer" in reason or "unexpected eof" in reason:
             return f"the agent at {address} does not speak TLS: {_plaintext_hint()}"
     if "unknown ca" in reason:
         return f"the agent at {address} trusts another CA than this Flux's: enrol it here"
     if "certificate" in reason:
-        fault = fault_of(identity)
+        shown, fault = _own(identity)
         if fault:
             return f"the agent at {address} refuses Flux's own certificate, which {fault} ({shown})"
         if "expired" in reason:

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from fluxlib.pki import Identity
-from fluxlib.pki.certificates import AGENT_NAME, FLUX_NAME
+from fluxlib.pki.identity import AGENT_NAME, FLUX_NAME
 
 # 50 MiB of archive or output, and what is wrapped around it. The original's
 # limit is exactly 50 MiB: what is larger is never sent to an original.

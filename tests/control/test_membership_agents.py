@@ -24,6 +24,7 @@ from fluxlib.lifecycle import Deadline, Loop, Timers
 from fluxlib.model import AgentStatus
 from fluxlib.pki import Authority
 from fluxlib.pki import certificates as certs
+from fluxlib.pki.identity import AGENT_NAME, agent_server_name
 from fluxlib.store.base import ControlStore
 from fluxlib.store.sqlite import SqliteControlStore
 from tests.support.fleet import Fleet, spec
@@ -69,10 +70,16 @@ class Lab:
         """Give the agent a certificate that ends soon."""
         certificates = agent.home / "certs"
         key = certs.load_key((certificates / "key_file.pem").read_bytes())
-        names = [certs.AGENT_NAME, certs.agent_server_name(agent.agent_id)]
+        names = [AGENT_NAME, agent_server_name(agent.agent_id)]
         ca = self.authority
         signed = certs.sign(
-            ca._ca, ca._ca_key, key.public_key(), agent.agent_id, names, timedelta(days=days), certs.utc_now()
+            ca._signer._ca,
+            ca._signer._ca_key,
+            key.public_key(),
+            agent.agent_id,
+            names,
+            timedelta(days=days),
+            certs.utc_now(),
         )
         (certificates / "cert_file.pem").write_bytes(certs.cert_pem(signed))
 

@@ -115,7 +115,13 @@ def test_every_connection_is_reopened_under_a_new_certificate_of_flux(place: Pla
     key = certs.new_key()
     authority = place.authority
     short = certs.sign(
-        authority._ca, authority._ca_key, key.public_key(), "flux", ["flux"], timedelta(days=20), certs.utc_now()
+        authority._signer._ca,
+        authority._signer._ca_key,
+        key.public_key(),
+        "flux",
+        ["flux"],
+        timedelta(days=20),
+        certs.utc_now(),
     )
     (place.directory / "flux" / "flux-key.pem").write_bytes(certs.key_pem(key))
     (place.directory / "flux" / "flux.pem").write_bytes(certs.cert_pem(short))

@@ -21,7 +21,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fluxlib.config.agent import load_agent
 from fluxlib.errors import Conflict, InvalidInput
-from fluxlib.pki import Authority, Identity, describe_certificate
+from fluxlib.pki import Authority, Identity
+from fluxlib.pki import authority as its_module
 from fluxlib.pki import certificates as certs
 from fluxlib.pki.files import CertificatesUnusable, as_owner_of, locked
 from tests.support.need import need, need_root
@@ -83,7 +84,9 @@ def test_what_the_certificates_say(tmp_path: Path) -> None:
         assert {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH} <= set(usage)
         assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    assert "worker-1.agent.flux.internal; valid" in describe_certificate(authority.issue_agent("worker-1").cert_pem)
+    assert "worker-1.agent.flux.internal; valid" in certs.describe_certificate(
+        authority.issue_agent("worker-1").cert_pem
+    )
 
 
 def test_openssl_agrees(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ def test_fluxs_own_is_renewed_before_it_ends_and_for_a_new_ca(tmp_path: Path, mo
     authority = Authority.open(tmp_path)
     first = authority.flux_identity()
     assert authority.flux_identity() == first
-    monkeypatch.setattr(certs, "utc_now", lambda: parsed(first).not_valid_after_utc - timedelta(days=29))
+    monkeypatch.setattr(its_module, "utc_now", lambda: parsed(first).not_valid_after_utc - timedelta(days=29))
     second = authority.flux_identity()
     assert second.cert_pem != first.cert_pem
     assert second.key_pem != first.key_pem

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fluxlib.errors import ProviderError
 from fluxlib.pki import Authority
-from fluxlib.pki.authority import SshKey
+from fluxlib.pki.ssh import SshKey
 from fluxlib.providers import ssh as module
 from fluxlib.providers.ssh import HostKeyChanged, RemoteFailed, Shell
 from tests.support.programs import free_port, wait_until

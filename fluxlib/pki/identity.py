@@ -1,0 +1,67 @@
+"""Who is who by certificate: the names, a certificate as it is handed around, and when it is due.
+
+Nothing here or in ``reading`` needs `cryptography`, which costs a process 11 MB: it is imported by what makes or
+signs certificates, when it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fluxlib.errors import InvalidInput
+from fluxlib.model import AGENT_ID, RESERVED_AGENT_IDS
+
+FLUX_NAME = "flux"
+AGENT_NAME = "flux-agent"  # what the original checks; in every agent's certificate
+AGENT_DOMAIN = ".agent.flux.internal"
+_DAY = 86400.0
+RENEW_BEFORE = 30 * _DAY
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a certificate, its key and its CA lie."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A certificate with its key and the CA that vouches for it, all PEM. ``not_after`` is epoch seconds."""
+
+    cert_pem: bytes
+    key_pem: bytes = field(repr=False)
+    ca_pem: bytes
+    not_after: float
+
+
+def agent_server_name(agent_id: str) -> str:
+    """The name by which Flux knows one agent from another."""
+    return agent_id + AGENT_DOMAIN
+
+
+def check_agent_id(agent_id: str) -> None:
+    """Raises InvalidInput for what cannot be an agent's ID: it becomes a path and a DNS name."""
+    if agent_id in RESERVED_AGENT_IDS or not AGENT_ID.fullmatch(agent_id):
+        raise InvalidInput(
+            f"{agent_id[:80]!r} cannot be an agent's ID: 1 to 63 lower-case letters, digits and inner hyphens,"
+            f" and none of {', '.join(sorted(RESERVED_AGENT_IDS))}"
+        )
+
+
+def outlives(ca_end: float, end: float) -> bool:
+    """Whether the CA lasts longer than ``end`` (epoch seconds), so that a renewal brings something."""
+    return ca_end - end > _DAY
+
+
+def is_due(end: float, ca_end: float, now: float) -> bool:
+    """Whether to renew what ends at ``end``. One that ends with its CA cannot be had with a later end."""
+    return end - now <= RENEW_BEFORE and outlives(ca_end, end)
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
