@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fluxlib.agent.certificates import Certificates, Files
+from fluxlib.agent.certificates import Certificates
 from fluxlib.agent.executor import build_executor
 from fluxlib.agent.executor.base import Executor, Limits
 from fluxlib.agent.executor.leftovers import kill_executions
@@ -21,6 +21,7 @@ from fluxlib.config.agent import AgentConfig
 from fluxlib.config.environment import function_basics, prepare_grpc
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
+from fluxlib.pki.identity import Files
 from fluxlib.store import open_record_store
 
 log = logging.getLogger(__name__)
