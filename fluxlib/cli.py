@@ -1,23 +1,24 @@
-"""The commands of the program. A configuration or start that fails is told in a sentence, never a traceback."""
+"""The commands of the program. A configuration or start that fails is told in a sentence, never a traceback.
+
+Each command imports what it needs itself: an agent has no use for the control plane's settings, nor `--version` for
+anybody's.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import threading
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fluxlib
-from fluxlib import log
-from fluxlib.config.control import ControlConfig, load_control
-from fluxlib.config.environment import is_named, under_journald
-from fluxlib.config.files import find_config
-from fluxlib.config.first_start import make_flux_yaml
-from fluxlib.config.keys import ROLES
+from fluxlib.config.roles import ROLES
 from fluxlib.errors import ConfigInvalid, FluxError
-from fluxlib.lifecycle import StopSignal
+
+if TYPE_CHECKING:
+    from fluxlib.config.control import ControlConfig
+    from fluxlib.lifecycle import StopSignal
 
 
 def main(arguments: list[str], default: str = "serve") -> int:
@@ -102,6 +103,11 @@ def _control_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from fluxlib.config.control import load_control
+    from fluxlib.config.environment import is_named
+    from fluxlib.config.files import find_config
+    from fluxlib.config.first_start import make_flux_yaml
+
     path = find_config("FLUX_CONFIG", "flux.yaml", "flux")
     if not is_named("FLUX_CONFIG") and make_flux_yaml(path):
         print(f"flux: made {path.absolute()} with a new api_key, and an embedded store beside it", file=sys.stderr)
@@ -128,14 +134,21 @@ def _run(options: argparse.Namespace) -> int:
 
 def first_local_config(state: Path) -> ControlConfig:
     """The configuration in ``state``, made on the first start. Raises ConfigInvalid."""
+    from fluxlib.config.control import load_control
+    from fluxlib.config.first_start import make_flux_yaml
+
     path = state / "flux.yaml"
     make_flux_yaml(path, data=".", listen_host="127.0.0.1", shutdown_sec=10)
     return load_control(path)
 
 
 def _agent(options: argparse.Namespace) -> int:
+    import threading
+    from dataclasses import replace
+
     from fluxlib.agent.app import serve
     from fluxlib.config.agent import load_agent
+    from fluxlib.config.files import find_config
 
     config = load_agent(find_config("AGENT_CONFIG", "agent.yaml", "flux-agent"))
     if options.port:
@@ -156,6 +169,7 @@ def _stop_with_stdin(stop: StopSignal) -> None:
 
 def _check_config(options: argparse.Namespace) -> int:
     from fluxlib import administration
+    from fluxlib.config.files import find_config
 
     if options.settings:
         return administration.show_settings()
@@ -198,14 +212,20 @@ def _service(options: argparse.Namespace) -> int:
 
 
 def _control_path() -> Path:
+    from fluxlib.config.files import find_config
+
     return find_config("FLUX_CONFIG", "flux.yaml", "flux")
 
 
 def _control_config() -> ControlConfig:
+    from fluxlib.config.control import load_control
+
     return load_control(_control_path())
 
 
 def _stop_signal() -> StopSignal:
+    from fluxlib.lifecycle import StopSignal
+
     stop = StopSignal().install()
     if sys.platform == "win32":
         from fluxlib.windows import console
@@ -215,4 +235,7 @@ def _stop_signal() -> StopSignal:
 
 
 def _log(level: str) -> None:
+    from fluxlib import log
+    from fluxlib.config.environment import under_journald
+
     log.set_up(level, timestamps=not under_journald())

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxlib.config.reader import Faults, one_of, setting, take
+from fluxlib.config.roles import ROLES
 from fluxlib.model import FUNCTION_NAME
 
-ROLES = ("admin", "deploy", "invoke", "read")
 ADMIN_OF_ALL = "cannot limit an admin, who adds agents, and each agent holds every function: choose another role"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 _HASH = re.compile(r"[0-9a-f]{64}")

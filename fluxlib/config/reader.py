@@ -7,7 +7,6 @@ declarations.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
@@ -146,6 +145,8 @@ def user_problem(value: Any) -> str | None:
 
 def nearest(word: str, known: Collection[str]) -> str:
     """`` (did you mean X?)`` when something known is close, else nothing."""
+    import difflib  # only a document with a mistake in it needs it
+
     close = difflib.get_close_matches(word[:100], sorted(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from fluxlib.config.keys import ROLES, ApiKey
+from fluxlib.config.keys import ApiKey
+from fluxlib.config.roles import ROLES
 from fluxlib.control.http.auth import FailedAttempts, address_of
 from fluxlib.control.http.route import Route
 from fluxlib.model import FunctionSpec

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxlib.config.control import ControlConfig
-from fluxlib.config.keys import ROLES
+from fluxlib.config.roles import ROLES
 from fluxlib.errors import Forbidden, Refused, Unauthenticated
 
 # A lower number may do more.

@@ -1,0 +1,3 @@
+"""The roles of API keys, most powerful first."""
+
+ROLES = ("admin", "deploy", "invoke", "read")
