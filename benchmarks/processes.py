@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -43,8 +44,28 @@ def usage(roots: dict[str, int]) -> Usage:
     return Usage(cpu, rss)
 
 
-def proportional(root: int) -> int:
-    """Bytes a process and its children hold, each shared page divided by those who share it (Linux; else RSS)."""
-    process = psutil.Process(root)
-    infos = [one.memory_full_info() for one in (process, *process.children(recursive=True))]
-    return sum(getattr(info, "pss", info.rss) for info in infos)
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process: resident; of these anonymous (not from a file); shared pages divided by their sharers.
+
+    Only Linux tells the last two; they are 0 elsewhere.
+    """
+
+    rss: int
+    anonymous: int
+    pss: int
+
+
+def memory(pid: int) -> Memory:
+    """Of the process alone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except FileNotFoundError:
+        return Memory(psutil.Process(pid).memory_info().rss, 0, 0)
+    sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return Memory(sizes["Rss"], sizes["Anonymous"], sizes["Pss"])
+
+
+def children(pid: int) -> list[int]:
+    """And theirs."""
+    return [one.pid for one in psutil.Process(pid).children(recursive=True)]

@@ -1,4 +1,7 @@
-"""What a start imports: the clouds' SDKs cost a second and 200 MB, so nobody pays for one that is not configured."""
+"""What a start imports: the clouds' SDKs cost a second and 200 MB, so nobody pays for one that is not configured.
+
+And what a process that waits for work holds: `cryptography` costs 11 MB, and is for making certificates.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.programs import TOP, Api, free_port, wait_until
+from tests.support.programs import TOP, Agent, Api, Flux, Program, free_port, wait_until
 
 CLOUD = {"boto3", "botocore", "google.cloud", "google.api_core", "google.auth", "paramiko"}
 HTTP_SERVER = {"flask", "waitress", "werkzeug", "fluxlib.control"}
+SETTINGS = {"fluxlib.config.control", "fluxlib.config.providers", "fluxlib.config.first_start"}
 
 
 def _imported(command: list[str], environment: dict[str, str], log: Path, ready: Callable[[], bool]) -> set[str]:
@@ -68,7 +72,7 @@ def test_flux_imports_no_sdk_unless_a_provider_asks_for_it(tmp_path: Path, provi
         assert not found
 
 
-def test_the_agent_imports_neither_clouds_nor_an_http_server(tmp_path: Path) -> None:
+def test_the_agent_imports_neither_clouds_nor_anything_of_the_control_planes(tmp_path: Path) -> None:
     port = free_port()
     (tmp_path / "agent.yaml").write_text(
         f"agent_id: lean\nport: {port}\nlisten_host: 127.0.0.1\nstate_dir: s\n"
@@ -78,4 +82,28 @@ def test_the_agent_imports_neither_clouds_nor_an_http_server(tmp_path: Path) -> 
     environment = {"AGENT_CONFIG": str(tmp_path / "agent.yaml")}
     modules = _imported(["agent"], environment, log, lambda: b"listens on" in log.read_bytes())
     assert "grpc" in modules
-    assert not _among(modules, CLOUD | HTTP_SERVER)
+    assert not _among(modules, CLOUD | HTTP_SERVER | SETTINGS)
+
+
+def test_a_version_is_told_without_reading_anything(tmp_path: Path) -> None:
+    modules = _imported(["--version"], {}, tmp_path / "version.log", lambda: False)
+    assert "fluxlib.cli" in modules
+    assert not _among(modules, {"yaml", "logging", "fluxlib.config.control", "fluxlib.model"})
+
+
+def _maps_cryptography(program: Program) -> bool:
+    assert program.process is not None
+    return "/cryptography/" in Path(f"/proc/{program.process.pid}/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_with_certificates_in_order_nobody_holds_what_makes_them(tmp_path: Path) -> None:
+    with Flux(tmp_path) as flux:
+        assert _maps_cryptography(flux)  # it has made the CA: the other half of the test
+    with flux, Agent(tmp_path, flux, "worker-1") as agent:
+        flux.register(agent)
+        flux.api.deploy({"name": "hello", "handler": "hello.sh"}, {"hello.sh": "#!/bin/sh\necho hello"})
+        assert flux.api.execute("hello")[0] == 200
+        assert flux.api.call("GET", "/health")[0] == 200
+        assert not _maps_cryptography(flux)
+        assert not _maps_cryptography(agent)
