@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import mmap
 import os
 import select
 import threading
@@ -56,8 +57,9 @@ class Reactor:
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poller.register(self._wake_read, select.EPOLLIN)
-        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each read.
-        self._buffer = memoryview(bytearray(_READ_SIZE))
+        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each read. Not a bytearray,
+        # whose zeros are written: of this only what has been read into is held.
+        self._buffer = memoryview(mmap.mmap(-1, _READ_SIZE))
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import marshal
+import mmap
 import os
 import socket
 import subprocess
@@ -61,8 +62,9 @@ class SpawnerLink:
             theirs.close()
         self._socket = ours
         self._lock = threading.Lock()
-        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each answer.
-        self._buffer = memoryview(bytearray(MAX_MESSAGE))
+        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each answer. Not a bytearray,
+        # whose zeros are written: a megabyte, of which answers take a page.
+        self._buffer = memoryview(mmap.mmap(-1, MAX_MESSAGE))
         ours.settimeout(_READY_TIMEOUT)
         first = self.receive()
         if not first or first[0][0] != "ready":
