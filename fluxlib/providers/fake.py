@@ -14,6 +14,10 @@ from dataclasses import dataclass, field, replace
 from fluxlib.errors import ProviderError, StrandedNode
 from fluxlib.providers.base import Launch, Node, NodeState
 
+# Of the public and private addresses; two clouds side by side never give the same one.
+_NETWORKS = {"aws": ("192.0.2", "10.0"), "gcp": ("198.51.100", "10.1")}
+_OTHER_NETWORK = ("203.0.113", "10.2")
+
 
 @dataclass
 class Faults:
@@ -118,14 +122,15 @@ class FakeCloud:
             if known is not None:
                 return known  # the client token: asked twice, there is one machine
             number = len(self._machines) + 1
+            public, private = _NETWORKS.get(self.name, _OTHER_NETWORK)
             node = Node(
                 provider=self.name,
                 provider_id=f"i-{number:04d}",
                 agent_id=wanted.agent_id,
                 instance_type=wanted.instance_type,
                 state=NodeState.RUNNING,
-                public_ip=f"192.0.2.{number % 250 + 1}",
-                private_ip=f"10.0.{number // 250}.{number % 250 + 1}",
+                public_ip=f"{public}.{number % 250 + 1}",
+                private_ip=f"{private}.{number // 250}.{number % 250 + 1}",
                 launched_at=self._clock(),
             )
             self._machines[node.provider_id] = node
