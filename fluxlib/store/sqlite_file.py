@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _MAX_BATCH = 500
 _BUSY_TIMEOUT = 5.0
 _CACHE_KB = 8192
+# Each may hold that cache and two descriptors for ever; a burst of readers opens its own and closes them.
+_IDLE_READERS = 8
 
 Write = Callable[[sqlite3.Connection], Any]
 
@@ -157,7 +159,7 @@ class SqliteFile:
 
     def _give_back(self, connection: sqlite3.Connection) -> None:
         with self._lock:
-            if not self._queue.closed:
+            if not self._queue.closed and len(self._idle) < _IDLE_READERS:
                 self._idle.append(connection)
                 return
         connection.close()

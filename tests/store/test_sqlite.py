@@ -210,6 +210,17 @@ def test_threads_that_come_and_go_leave_no_connections(store: SqliteControlStore
     assert len(store._file._idle) <= 4
 
 
+def test_a_burst_of_readers_leaves_a_few_connections(store: SqliteControlStore) -> None:
+    file = store._file
+    burst = [file._borrow() for _ in range(30)]
+    for connection in burst:
+        file._give_back(connection)
+    assert len(file._idle) == 8
+    for connection in set(burst) - set(file._idle):
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.execute("SELECT 1")
+
+
 def test_one_process_alone_has_it_until_it_closes_or_dies(state_dir: Path) -> None:
     command = [sys.executable, "-c", _VICTIM, str(state_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
