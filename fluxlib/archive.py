@@ -84,14 +84,17 @@ def unpack(archive: bytes, handler: str, directory: Path, limits: Limits = DEFAU
         directories = {directory}
         for info in opened.infolist():
             target = directory.joinpath(*_parts(info.filename))
-            if info.is_dir():
-                target.mkdir(parents=True, exist_ok=True)
-                directories.add(target)
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            left = _write(opened, info, target, left)
-        for parent in directories | {path for one in directories for path in one.rglob("*") if path.is_dir()}:
-            os.chmod(parent, 0o755)
+            within = target if info.is_dir() else target.parent
+            if within not in directories:
+                within.mkdir(parents=True, exist_ok=True)
+                # Looking for them afterwards, below each, would take the square of a deep zip's entries.
+                while within not in directories:
+                    directories.add(within)
+                    within = within.parent
+            if not info.is_dir():
+                left = _write(opened, info, target, left)
+        for made in directories:
+            os.chmod(made, 0o755)
 
 
 def _open(archive: bytes) -> zipfile.ZipFile:
@@ -123,10 +126,17 @@ def _check(opened: zipfile.ZipFile, size: int, limits: Limits) -> int:
         seen[folded] = info.filename
         if not info.is_dir():
             files.add(folded)
+    sound: set[str] = set()  # directories no part of whose path is a file
     for folded, name in seen.items():
-        parents = folded.split("/")[:-1]
-        if any("/".join(parents[:depth]) in files for depth in range(1, len(parents) + 1)):
+        passed = []
+        parent = folded.rpartition("/")[0]
+        while parent and parent not in sound and parent not in files:
+            passed.append(parent)
+            parent = parent.rpartition("/")[0]
+        if parent in files:
             faults.append(f"{_shown(name)}: lies inside a file")
+        else:
+            sound.update(passed)
     if total > limits.total_bytes:
         faults.append(f"unpacks to {total // 1024**2} MB, more than {limits.total_bytes // 1024**2}")
     elif total > 1024 * 1024 and total > size * limits.ratio:

@@ -195,6 +195,27 @@ def test_what_is_good_is_unpacked_as_it_is(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o7777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o755}
 
 
+def test_a_deep_and_wide_one_costs_what_it_has_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry of 200 directories in each other, with a thousand files in the innermost."""
+    path, files = "", {"main.sh": "#!/bin/sh\n"}
+    for _ in range(200):
+        path += "a/"
+        files[path] = ""
+    archive = make_zip(files | {f"{path}{number}": "" for number in range(1000)})
+    looks: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda at: looks.append(at) or scandir(at))  # type: ignore[func-returns-value]
+    archives.unpack(archive, "main.sh", tmp_path)
+    assert len(looks) <= 201
+    monkeypatch.undo()
+    at, depth = tmp_path, 0
+    while (at := at / "a").is_dir():
+        depth += 1
+        assert at.stat().st_mode & 0o7777 == 0o755
+    assert depth == 200
+    assert len(os.listdir(at.parent)) == 1000
+
+
 def test_set_user_bits_do_not_come_out(tmp_path: Path) -> None:
     archives.unpack(entries(("main.sh", b"x", {"external_attr": 0o106755 << 16})), "main.sh", tmp_path)
     assert (tmp_path / "main.sh").stat().st_mode & 0o7777 == 0o555
