@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +31,8 @@ def test_an_untouched_one_is_used_again_with_one_look(work: WorkDirectories, mon
     path = use(work, "a")
     work.remove(path)
     looks: list[str] = []
-    listed = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda at: looks.append(at) or listed(at))  # type: ignore[func-returns-value]
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda at: looks.append(at) or scandir(at))  # type: ignore[func-returns-value]
     for name in "bcd":
         assert use(work, name) == path
         work.remove(path)
@@ -70,3 +72,49 @@ def test_what_was_done_to_it_is_seen(work: WorkDirectories, monkeypatch: pytest.
     assert reused == (what in ("file and gone", "times"))
     if reused:
         assert os.listdir(path) == []
+
+
+def test_one_nested_too_deeply_for_a_path_is_removed_now_and_after_a_restart(tmp_path: Path) -> None:
+    def fill(path: str) -> None:
+        at = os.open(path, os.O_RDONLY)
+        for _ in range(1500):
+            os.mkdir("deeper", dir_fd=at)
+            inner = os.open("deeper", os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at = inner
+        os.close(at)
+
+    first = WorkDirectories(tmp_path / "work")
+    removed = threading.Event()
+    path = use(first, "a")
+    fill(path)
+    first.remove(path, removed.set)
+    assert removed.wait(30)
+    assert not os.path.exists(path)
+    fill(use(first, "left"))
+    first.stop(5)
+    second = WorkDirectories(tmp_path / "work")
+    second.stop(5)
+    assert os.listdir(tmp_path / "work") == []
+
+
+@pytest.mark.parametrize("what", [RecursionError("too deep"), PermissionError(1, "Operation not permitted")])
+def test_what_cannot_be_removed_keeps_nobody_elses(
+    work: WorkDirectories, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: Exception
+) -> None:
+    def fail(path: str) -> None:
+        monkeypatch.undo()
+        raise what
+
+    monkeypatch.setattr(directories, "remove_tree", fail)
+    stays, goes = use(work, "stays"), use(work, "goes")
+    for path in (stays, goes):
+        Path(path, "file").touch()
+    ended: list[str] = []
+    removed = threading.Event()
+    with caplog.at_level(logging.ERROR):
+        work.remove(stays, lambda: ended.append("stays"))
+        work.remove(goes, removed.set)
+        assert removed.wait(10)
+    assert f"{stays} cannot be removed" in caplog.text
+    assert ended == []

@@ -89,7 +89,7 @@ class WorkDirectories:
 
     def _is_as_new(self, path: str, found: os.stat_result) -> bool:
         """A look inside. What is done to it later changes a stamp that nobody can set: then there is another look."""
-        if found.st_mode != stat.S_IFDIR | 0o700 or os.listdir(path):
+        if found.st_mode != stat.S_IFDIR | 0o700 or _holds_anything(path):
             return False
         if not hasattr(os, "listxattr") or os.listxattr(path, follow_symlinks=False):
             return False
@@ -104,10 +104,18 @@ class WorkDirectories:
     def _run(self) -> None:
         while (task := self._queue.get()) is not None:
             path, then = task
+            # Whatever it is: without this thread nothing is removed any more, and no user is used again.
             try:
                 remove_tree(path)
+                if then is not None:
+                    then()
             except OSError as error:
-                log.error("the work directory %s cannot be removed: %s", path, error)
-                continue  # its user is not used again
-            if then is not None:
-                then()
+                log.error("the work directory %s cannot be removed: %s", path, error)  # its user is not used again
+            except Exception:
+                log.exception("the work directory %s cannot be removed", path)
+
+
+def _holds_anything(path: str) -> bool:
+    # Not a list of them: there may be millions.
+    with os.scandir(path) as entries:
+        return next(entries, None) is not None
