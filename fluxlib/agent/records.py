@@ -83,7 +83,9 @@ class Records:
         if not self._journal.strike(record.execution_id):
             self._journal.put(replace(record, output=b""), record.status_at)
         with self._lock:
-            self._open.pop(record.execution_id, None)
+            known = self._open.pop(record.execution_id, None)
+        if known is not None:
+            known[1].end()  # somebody may follow it already
 
     # -- asked for -----------------------------------------------------------------
 

@@ -132,6 +132,22 @@ def test_what_was_refused_never_was(open_records: Open) -> None:
     assert records._store.record("one") is None
 
 
+def test_whoever_follows_what_is_refused_is_told_its_end(open_records: Open) -> None:
+    records = open_records()
+    record = new_record("one", "hello", "worker-1", True, ())
+    records.begin(record)
+    reader = records.reader("one")
+    assert reader is not None
+    pieces: list[tuple[int, bytes, bool]] = []
+    follower = threading.Thread(target=lambda: pieces.extend(reader.pieces(0, 0, follow=True)))
+    follower.start()
+    records.refuse(replace(record, status=ExecutionStatus.FAILED, error_kind=ErrorKind.STOPPING, status_at=5.0))
+    follower.join(5)
+    reader.abandon()
+    follower.join()
+    assert pieces == [(0, b"", True)]
+
+
 def test_memory_of_what_just_ended_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RECENT", 10)
     monkeypatch.setattr(module, "_RECENT_BYTES", 1000)
