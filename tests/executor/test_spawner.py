@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -143,6 +144,21 @@ def test_no_descriptor_of_ours_is_inherited(executor: OffExecutor, directory: Pa
     run = Run(executor, directory, "ls /proc/self/fd")
     run.end()
     assert run.output.split() == [b"0", b"1", b"2", b"3"], "3 is ls's own"
+
+
+@pytest.mark.parametrize("failing", ["memfd_create", "write"])
+def test_a_start_that_fails_leaves_no_descriptor(
+    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def full(*_args: object) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, failing, full)
+        with pytest.raises(OSError, match="allocate"):
+            executor.start(Job("e-1", ("/bin/true",), {}, directory, stdin=b"x"), print, print)
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_after_stop_nothing_is_started(executor: OffExecutor, directory: Path) -> None:

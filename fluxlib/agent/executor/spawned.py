@@ -136,11 +136,12 @@ class SpawningExecutor(ABC):
             if self.needs_directory():
                 launch.directory = self._directories.make(job.execution_id, launch.uid, launch.gid)
             self.prepare(launch, job)
+            stdin = [as_file(job.stdin)] if job.stdin else []
+            opened += stdin
+            # The reading end is the reactor's to close: between here and there nothing may fail.
             output, written = os.pipe2(os.O_CLOEXEC)
             opened.append(written)
             pipe = OutputPipe(output, on_output)
-            stdin = [as_file(job.stdin)] if job.stdin else []
-            opened += stdin
             with self._lock:
                 if self._stopping:
                     os.close(output)
