@@ -10,13 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from fluxlib.agent.executor import off
 from fluxlib.agent.executor.base import Exit, Job
+from fluxlib.agent.executor.launch import Launch
 from fluxlib.agent.executor.launcher import Step, _Failures
+from fluxlib.agent.executor.linux import LinuxExecutor
 from fluxlib.agent.executor.off import OffExecutor
 from fluxlib.agent.executor.spawner_link import SpawnerLink
 from fluxlib.config.agent import read_agent
@@ -159,6 +163,42 @@ def test_a_start_that_fails_leaves_no_descriptor(
         with pytest.raises(OSError, match="allocate"):
             executor.start(Job("e-1", ("/bin/true",), {}, directory, stdin=b"x"), print, print)
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_machine_is_searched_once_for_what_a_dead_spawner_left(
+    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A session of its own: neither its group nor its number is known.
+    script = "setsid sh -c 'echo $$; exec sleep 60' & wait"
+    runs = [Run(executor, directory, script, f"e-{number}") for number in range(3)]
+    for run in runs:
+        run.wait_for(b"\n")
+    searches: list[set[str]] = []
+    kill = off.kill_executions
+    monkeypatch.setattr(off, "kill_executions", lambda ids: searches.append(set(ids)) or kill(ids))  # type: ignore[func-returns-value]
+    os.kill(executor._link.pid, signal.SIGKILL)
+    for run in runs:
+        assert run.end().lost
+        pid = int(run.output)
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert searches == [{"e-0", "e-1", "e-2"}]
+
+
+def test_in_cgroups_each_tree_is_ended_by_its_own_and_none_for_another() -> None:
+    killed: list[str] = []
+
+    class Group:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        def kill(self) -> None:
+            killed.append(self.path)
+            if self.path == "first":
+                raise OSError(errno.EMFILE, "Too many open files")
+
+    lost = [SimpleNamespace(launch=Launch(own=Group(path))) for path in ("first", "second")]
+    LinuxExecutor.end_trees(cast(Any, None), cast(Any, lost))
+    assert killed == ["first", "second"]
 
 
 def test_after_stop_nothing_is_started(executor: OffExecutor, directory: Path) -> None:

@@ -15,13 +15,10 @@ _ROUNDS = 50
 _EXECUTION = b"FLUX_EXECUTION_ID="
 
 
-def kill_execution(execution_id: str) -> int:
-    """SIGKILL to every process whose environment names the execution; how many there were."""
-    return kill_executions([execution_id])
-
-
 def kill_executions(execution_ids: Collection[str], home: Path | None = None) -> int:
-    """The same for many, and for every execution whose home directory is below ``home``.
+    """SIGKILL to every process whose environment names one of the executions; how many there were.
+
+    And to those of every execution whose home directory is below ``home``.
 
     A walk over /proc, so only for what is rare: a dead spawner, a restarted agent.
     """

@@ -162,6 +162,14 @@ class LinuxExecutor(SpawningExecutor):
         group.kill()
         look()
 
+    def end_trees(self, lost: list[Spawned]) -> None:
+        for spawned in lost:
+            group: RunGroup = spawned.launch.own
+            try:
+                group.kill()
+            except OSError as error:
+                log.error("what runs in %s cannot be ended: %s", group.path, error)
+
     def released(self, launch: Launch) -> None:
         self._users.give_back(launch.uid)
 

@@ -6,14 +6,17 @@ to is accepted and named in warnings.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 from fluxlib.agent.executor.base import Exit, Isolation, Job
 from fluxlib.agent.executor.launch import Launch
-from fluxlib.agent.executor.spawned import SpawningExecutor
+from fluxlib.agent.executor.leftovers import kill_executions
+from fluxlib.agent.executor.spawned import Spawned, SpawningExecutor
 from fluxlib.config.agent import AgentConfig
 from fluxlib.model import Enforcement, FunctionSpec, Network, WorkingDirectory
 
@@ -59,6 +62,15 @@ class OffExecutor(SpawningExecutor):
 
     def finish(self, launch: Launch, ended: Exit, then: Callable[[Exit], None]) -> None:
         then(ended)
+
+    def end_trees(self, lost: list[Spawned]) -> None:
+        for spawned in lost:
+            if spawned.pid is None:
+                continue
+            for target in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    target(spawned.pid, signal.SIGKILL)
+        kill_executions([spawned.job.execution_id for spawned in lost])
 
     def released(self, launch: Launch) -> None:
         return

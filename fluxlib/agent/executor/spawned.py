@@ -19,7 +19,6 @@ from fluxlib.agent.executor.base import Exit, Isolation, Job
 from fluxlib.agent.executor.directories import WorkDirectories
 from fluxlib.agent.executor.endings import exit_of, explain
 from fluxlib.agent.executor.launch import Launch, as_file
-from fluxlib.agent.executor.leftovers import kill_execution
 from fluxlib.agent.executor.reactor import OutputPipe, Reactor
 from fluxlib.agent.executor.spawner_link import SpawnerLink
 from fluxlib.errors import CannotStart, InvalidInput, Stopping
@@ -103,6 +102,10 @@ class SpawningExecutor(ABC):
     @abstractmethod
     def released(self, launch: Launch) -> None:
         """Nothing of the job is left, its files included: its user may be used again."""
+
+    @abstractmethod
+    def end_trees(self, lost: list[Spawned]) -> None:
+        """Kill what a dead spawner left running."""
 
     def needs_directory(self) -> bool:
         """Whether work directories are on disk."""
@@ -293,8 +296,8 @@ class SpawningExecutor(ABC):
         self._link.close()
         if not stopping:
             log.error("the spawner died with %d running programs: they are ended, and it is started again", len(lost))
-        for spawned in lost:
-            self.end_tree(spawned)
+        if lost:
+            self.end_trees(lost)
         # First the new one: whoever hears of an end may start something at once.
         connected = stopping or self._reconnect()
         for spawned in lost:
@@ -312,13 +315,3 @@ class SpawningExecutor(ABC):
             log.error("%s; trying again", error.message)
             return False
         return True
-
-    def end_tree(self, spawned: Spawned) -> None:
-        """Kill what a dead spawner left running of one job."""
-        if spawned.pid is not None:
-            for target in (os.killpg, os.kill):
-                try:
-                    target(spawned.pid, signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):
-                    continue
-        kill_execution(spawned.job.execution_id)
