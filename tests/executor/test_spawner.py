@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from fluxlib.agent.executor import off
+from fluxlib.agent.executor import off, spawner_link
 from fluxlib.agent.executor.base import Exit, Job
 from fluxlib.agent.executor.launch import Launch
 from fluxlib.agent.executor.launcher import Step, _Failures
@@ -24,7 +25,7 @@ from fluxlib.agent.executor.linux import LinuxExecutor
 from fluxlib.agent.executor.off import OffExecutor
 from fluxlib.agent.executor.spawner_link import SpawnerLink
 from fluxlib.config.agent import read_agent
-from fluxlib.errors import Stopping
+from fluxlib.errors import CannotStart, Stopping
 
 
 class Run:
@@ -199,6 +200,20 @@ def test_in_cgroups_each_tree_is_ended_by_its_own_and_none_for_another() -> None
     lost = [SimpleNamespace(launch=Launch(own=Group(path))) for path in ("first", "second")]
     LinuxExecutor.end_trees(cast(Any, None), cast(Any, lost))
     assert killed == ["first", "second"]
+
+
+def test_a_slow_spawner_is_not_told_as_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(script: str) -> None:
+        monkeypatch.setattr(spawner_link, "_command", lambda fd: [sys.executable, "-c", script])
+
+    command("import time; time.sleep(60)")
+    monkeypatch.setattr(spawner_link, "_READY_TIMEOUT", 0.01)
+    with pytest.raises(CannotStart, match=r"did not come up within 0\.01 s"):
+        SpawnerLink()
+    monkeypatch.setattr(spawner_link, "_READY_TIMEOUT", 20.0)
+    command("raise SystemExit(1)")
+    with pytest.raises(CannotStart, match="it ended at once"):
+        SpawnerLink()
 
 
 def test_after_stop_nothing_is_started(executor: OffExecutor, directory: Path) -> None:

@@ -44,6 +44,9 @@ class SpawnerLink:
     """One life of the spawner. Sending is safe from any thread; receiving is the reactor's."""
 
     def __init__(self, *arguments: str) -> None:
+        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each answer. Not a bytearray,
+        # whose zeros are written: a megabyte, of which answers take a page.
+        self._buffer = memoryview(mmap.mmap(-1, MAX_MESSAGE))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             for end in (ours, theirs):
@@ -62,18 +65,26 @@ class SpawnerLink:
             theirs.close()
         self._socket = ours
         self._lock = threading.Lock()
-        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each answer. Not a bytearray,
-        # whose zeros are written: a megabyte, of which answers take a page.
-        self._buffer = memoryview(mmap.mmap(-1, MAX_MESSAGE))
-        ours.settimeout(_READY_TIMEOUT)
-        first = self.receive()
-        if not first or first[0][0] != "ready":
+        try:
+            self.notes = self._wait_until_ready()
+        except BaseException:
             self.close()
-            if first:
-                raise SetUpRefused(*first[0][1:3])
+            raise
+
+    def _wait_until_ready(self) -> tuple[str, ...]:
+        """What it has to say of this machine."""
+        self._socket.settimeout(_READY_TIMEOUT)
+        try:
+            first = self.receive()
+        except TimeoutError as error:
+            self._process.kill()
+            raise CannotStart(f"the spawner did not come up within {_READY_TIMEOUT:g} s") from error
+        if not first:
             raise CannotStart("the spawner did not come up: it ended at once")
-        self.notes: tuple[str, ...] = tuple(first[0][1])
-        ours.settimeout(None)
+        if first[0][0] != "ready":
+            raise SetUpRefused(*first[0][1:3])
+        self._socket.settimeout(None)
+        return tuple(first[0][1])
 
     @property
     def pid(self) -> int:
@@ -95,7 +106,7 @@ class SpawnerLink:
         """One batch of answers; empty when the spawner is gone."""
         try:
             size = self._socket.recv_into(self._buffer)
-        except (ConnectionError, TimeoutError):
+        except ConnectionError:
             return []
         return list(marshal.loads(self._buffer[:size])) if size else []
 
