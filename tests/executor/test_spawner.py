@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from fluxlib.agent.executor import off, spawner_link
+from fluxlib.agent.executor import off, spawned, spawner_link
 from fluxlib.agent.executor.base import Exit, Job
 from fluxlib.agent.executor.launch import Launch
 from fluxlib.agent.executor.launcher import Step, _Failures
@@ -151,19 +152,77 @@ def test_no_descriptor_of_ours_is_inherited(executor: OffExecutor, directory: Pa
     assert run.output.split() == [b"0", b"1", b"2", b"3"], "3 is ls's own"
 
 
-@pytest.mark.parametrize("failing", ["memfd_create", "write"])
-def test_a_start_that_fails_leaves_no_descriptor(
-    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+def test_no_descriptor_left_for_a_new_spawner_and_then_again(
+    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_args: object) -> int:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    """What the dead one had is ended before there is another, and there is another in the end."""
+    monkeypatch.setattr(spawned, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(spawned, "_LAST_RETRY", 0.01)
+    run = Run(executor, directory, "echo there; exec sleep 60")
+    run.wait_for(b"there")
+    ended = threading.Event()
+    asked: list[int] = []
+    real = socket.socketpair
 
-    before = sorted(os.listdir("/proc/self/fd"))
-    with monkeypatch.context() as patched:
-        patched.setattr(os, failing, full)
-        with pytest.raises(OSError, match="allocate"):
-            executor.start(Job("e-1", ("/bin/true",), {}, directory, stdin=b"x"), print, print)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    def none_left(*args: Any) -> Any:
+        asked.append(0)
+        if len(asked) < 3 or not ended.is_set():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*args)
+
+    monkeypatch.setattr(socket, "socketpair", none_left)
+    os.kill(executor._link.pid, signal.SIGKILL)
+    assert run.end().lost
+    ended.set()
+    assert Run(executor, directory, "exit 3", "e-2").end().exit_code == 3
+    assert len(asked) >= 3
+
+
+def test_whatever_fails_with_a_new_spawner_it_is_tried_again(
+    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spawned, "_FIRST_RETRY", 0.01)
+    runs = [Run(executor, directory, "echo there; exec sleep 60", f"e-{number}") for number in range(2)]
+    for run in runs:
+        run.wait_for(b"there")
+    greeted: list[SpawnerLink] = []
+
+    def greet(link: SpawnerLink) -> None:
+        greeted.append(link)
+        if len(greeted) == 1:
+            raise RuntimeError("not this one")
+
+    def end_trees(lost: list[spawned.Spawned]) -> None:
+        raise RuntimeError("not these")
+
+    monkeypatch.setattr(executor, "greet", greet)
+    monkeypatch.setattr(executor, "end_trees", end_trees)
+    os.kill(executor._link.pid, signal.SIGKILL)
+    assert all(run.end().lost for run in runs)
+    assert Run(executor, directory, "exit 3", "e-3").end().exit_code == 3
+    assert len(greeted) == 2
+    assert not psutil.pid_exists(greeted[0].pid)
+    for run in runs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_a_stop_ends_the_tries_for_a_new_spawner(
+    executor: OffExecutor, monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    tried = threading.Event()
+
+    def greet(link: SpawnerLink) -> None:
+        tried.set()
+        raise RuntimeError("none")
+
+    monkeypatch.setattr(spawned, "_FIRST_RETRY", 300)
+    monkeypatch.setattr(executor, "greet", greet)
+    os.kill(executor._link.pid, signal.SIGKILL)
+    assert tried.wait(10)
+    began = time.monotonic()
+    executor.stop(began + 30)
+    assert time.monotonic() - began < 20
 
 
 def test_the_machine_is_searched_once_for_what_a_dead_spawner_left(
@@ -200,6 +259,21 @@ def test_in_cgroups_each_tree_is_ended_by_its_own_and_none_for_another() -> None
     lost = [SimpleNamespace(launch=Launch(own=Group(path))) for path in ("first", "second")]
     LinuxExecutor.end_trees(cast(Any, None), cast(Any, lost))
     assert killed == ["first", "second"]
+
+
+@pytest.mark.parametrize("failing", ["memfd_create", "write"])
+def test_a_start_that_fails_leaves_no_descriptor(
+    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def full(*_args: object) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, failing, full)
+        with pytest.raises(OSError, match="allocate"):
+            executor.start(Job("e-1", ("/bin/true",), {}, directory, stdin=b"x"), print, print)
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_slow_spawner_is_not_told_as_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:

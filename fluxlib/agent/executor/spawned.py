@@ -27,6 +27,7 @@ from fluxlib.model import FunctionSpec
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY = 0.2
+_LAST_RETRY = 5.0
 # How long a start waits for a new spawner; it takes a tenth of that.
 _REPLACED_WITHIN = 5.0
 
@@ -68,9 +69,11 @@ class SpawningExecutor(ABC):
         self._stopping = False
         self._idle = threading.Condition(self._lock)
         self._connected = threading.Event()
+        self._stopped = threading.Event()
+        self._retries: threading.Thread | None = None
         self._reactor = Reactor("programs-output")
         try:
-            self._link = self._connect()
+            self._connect()
         except BaseException:
             self._reactor.stop(0.1)
             self._directories.stop(2.0)
@@ -184,6 +187,9 @@ class SpawningExecutor(ABC):
             spawned.kill()
         with self._lock:
             self._idle.wait_for(lambda: not self._jobs, max(0.0, deadline - time.monotonic()))
+        self._stopped.set()
+        if self._retries is not None:
+            self._retries.join(max(0.1, deadline - time.monotonic()))
         self._reactor.forget(self._link.fileno())
         self._reactor.stop(max(0.1, deadline - time.monotonic()))
         self._link.close(max(0.1, deadline - time.monotonic()))
@@ -238,16 +244,22 @@ class SpawningExecutor(ABC):
         else:
             self.released(launch)
 
-    def _connect(self) -> SpawnerLink:
+    def _connect(self) -> None:
         link = SpawnerLink(*self._spawner_arguments)
         try:
             self.greet(link)
+            with self._lock:
+                if self._stopping:
+                    raise Stopping("the agent is stopping")
+                self._link = link
+                # Before it is watched: its death is to undo this.
+                self._connected.set()
+                self._reactor.watch(link.fileno(), self._on_answers)
         except BaseException:
+            self._connected.clear()
+            self._reactor.forget(link.fileno())
             link.close()
             raise
-        self._reactor.watch(link.fileno(), self._on_answers)
-        self._connected.set()
-        return link
 
     def _on_answers(self) -> None:
         answers = self._link.receive()
@@ -297,21 +309,36 @@ class SpawningExecutor(ABC):
         if not stopping:
             log.error("the spawner died with %d running programs: they are ended, and it is started again", len(lost))
         if lost:
-            self.end_trees(lost)
+            try:
+                self.end_trees(lost)
+            except Exception:
+                log.exception("what the spawner left running cannot be ended")
         # First the new one: whoever hears of an end may start something at once.
         connected = stopping or self._reconnect()
         for spawned in lost:
-            self._end(spawned, Exit(lost=True))
+            try:
+                self._end(spawned, Exit(lost=True))
+            except Exception:
+                log.exception("the end of %s cannot be told", spawned.job.execution_id)
+        if not connected:
+            # Elsewhere: the ends of the lost may need this thread.
+            self._retries = threading.Thread(target=self._retry, name="spawner-retries", daemon=True)
+            self._retries.start()
+
+    def _retry(self) -> None:
         pause = _FIRST_RETRY
-        while not connected and not self._stopping:
-            threading.Event().wait(pause)
-            pause = min(pause * 2, 5.0)
-            connected = self._reconnect()
+        while not self._stopped.wait(pause) and not self._reconnect():
+            pause = min(pause * 2, _LAST_RETRY)
 
     def _reconnect(self) -> bool:
         try:
-            self._link = self._connect()
+            self._connect()
+        except Stopping:
+            return True
         except CannotStart as error:
             log.error("%s; trying again", error.message)
+            return False
+        except Exception:
+            log.exception("the spawner cannot be started; trying again")
             return False
         return True

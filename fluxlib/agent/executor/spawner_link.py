@@ -44,10 +44,13 @@ class SpawnerLink:
     """One life of the spawner. Sending is safe from any thread; receiving is the reactor's."""
 
     def __init__(self, *arguments: str) -> None:
-        # Kept: an allocation of this size is a mapping made, touched and unmapped, for each answer. Not a bytearray,
-        # whose zeros are written: a megabyte, of which answers take a page.
-        self._buffer = memoryview(mmap.mmap(-1, MAX_MESSAGE))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # Kept: an allocation of this size is a mapping made, touched and unmapped, for each answer. Not a
+            # bytearray, whose zeros are written: a megabyte, of which answers take a page.
+            self._buffer = memoryview(mmap.mmap(-1, MAX_MESSAGE))
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise CannotStart(f"the spawner cannot be started: {error}") from error
         try:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
