@@ -22,10 +22,10 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import stat
 from pathlib import Path
 
+from fluxlib.agent.removal import discard
 from fluxlib.errors import FluxError
 from fluxlib.filelock import ExclusiveLock, try_lock
 
@@ -112,7 +112,7 @@ def _sweep(outside: Path) -> None:
         directory = Path(entry.path)
         if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and _abandoned(directory):
             log.info("removing the programs of an agent whose state is gone: %s", directory)
-            shutil.rmtree(directory, ignore_errors=True)
+            discard(directory)
 
 
 def _abandoned(directory: Path) -> bool:

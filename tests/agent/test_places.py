@@ -70,6 +70,23 @@ def test_what_belongs_to_state_that_is_gone_is_removed(outside: Path, private: P
     assert (outside / "somebody's").is_dir()
 
 
+def test_what_a_function_nested_for_state_that_is_gone_keeps_no_agent_from_starting(
+    outside: Path, private: Path
+) -> None:
+    gone, kept = state(private, "gone"), state(private, "kept")
+    left = programs_dir(gone, outside)
+    at = os.open(left, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("deeper", dir_fd=at)
+        inner = os.open("deeper", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = inner
+    os.close(at)
+    shutil.rmtree(gone)
+    programs_dir(kept, outside)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("trap", ["link", "writable", "not root's", "file"])
 def test_what_somebody_else_put_there_is_not_used(outside: Path, private: Path, tmp_path: Path, trap: str) -> None:
     target = tmp_path / "target"
