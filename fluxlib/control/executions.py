@@ -124,6 +124,9 @@ class ExecutionService:
     def get(self, execution_id: str) -> ExecutionRecord:
         return self._outputs.record(execution_id)
 
+    def function_of(self, execution_id: str) -> str:
+        return self._outputs.entry(execution_id).record.function_name
+
     def list(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         try:
             page = self._store.executions(where, cursor, limit)

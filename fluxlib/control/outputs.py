@@ -10,7 +10,7 @@ from fluxlib.control.agent_calls import AgentCalls
 from fluxlib.control.execution import merged
 from fluxlib.control.ledger import Ledger
 from fluxlib.control.recovery import Recovery
-from fluxlib.control.services import OutputStream
+from fluxlib.control.services import OutputStream, no_such_execution
 from fluxlib.errors import AgentError, InvalidInput, NotFound
 from fluxlib.model import ExecutionRecord
 from fluxlib.store.base import ExecutionEntry
@@ -31,7 +31,7 @@ class Outputs:
         """Raises NotFound."""
         entry = self._ledger.entry(execution_id)
         if entry is None:
-            raise NotFound(f"there is no execution {execution_id}: records are kept for a time after their end")
+            raise no_such_execution(execution_id)
         return entry
 
     def record(self, execution_id: str) -> ExecutionRecord:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fluxlib.config.control import ControlConfig
-from fluxlib.errors import AgentError
+from fluxlib.errors import AgentError, NotFound
 from fluxlib.lifecycle import LoopReport
 from fluxlib.model import AgentRecord, ExecutionRecord, Function, FunctionSpec, NodeFigures
 from fluxlib.store.base import ExecutionFilter, Page
@@ -80,6 +80,11 @@ class AgentAway(AgentError):
         self.http_status = 502 if gone else 503
 
 
+def no_such_execution(execution_id: str) -> NotFound:
+    """One text for all: which executions of others exist is not for every key to know."""
+    return NotFound(f"there is no execution {execution_id}: records are kept for a time after their end")
+
+
 # Bytes of output that come with a record. Larger ones are read by themselves, piece by piece.
 WHOLE_OUTPUT = 1024 * 1024
 
@@ -126,6 +131,9 @@ class Executions(Protocol):
 
     def get(self, execution_id: str) -> ExecutionRecord:
         """With the output so far: None when it is larger than WHOLE_OUTPUT. Raises NotFound, AgentAway."""
+
+    def function_of(self, execution_id: str) -> str:
+        """The function's name, without asking an agent. Raises NotFound (no_such_execution)."""
 
     def list(self, where: ExecutionFilter, cursor: str, limit: int) -> Page: ...
 

@@ -428,6 +428,7 @@ class TestCancel:
         agent = plane.agent(script=accept)
         execution_id = plane.submit()
         agent.down = AgentUnreachable("no route")
+        assert plane.service.function_of(execution_id) == "f"
         with pytest.raises(AgentAway, match="no route") as caught:
             plane.service.cancel(execution_id)
         assert (caught.value.http_status, caught.value.record.execution_id) == (503, execution_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlib.config.control import ControlConfig
-from fluxlib.control.services import AgentResult, AgentView, Call, Caller, PushResult, Services
+from fluxlib.control.services import AgentResult, AgentView, Call, Caller, PushResult, Services, no_such_execution
 from fluxlib.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
 from fluxlib.lifecycle import LoopReport
 from fluxlib.model import (
@@ -158,8 +158,13 @@ class FakeExecutions:
 
     def get(self, execution_id: str) -> ExecutionRecord:
         if execution_id not in self.records:
-            raise NotFound(f"there is no execution {execution_id}")
+            raise no_such_execution(execution_id)
         return self.records[execution_id]
+
+    def function_of(self, execution_id: str) -> str:
+        if execution_id not in self.records:
+            raise no_such_execution(execution_id)
+        return self.records[execution_id].function_name
 
     def list(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         self.lists.append((where, cursor, limit))

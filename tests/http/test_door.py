@@ -12,6 +12,7 @@ from fluxlib.config.keys import ApiKey
 from fluxlib.config.roles import ROLES
 from fluxlib.control.http.auth import FailedAttempts, address_of
 from fluxlib.control.http.route import Route
+from fluxlib.control.services import AgentAway
 from fluxlib.model import FunctionSpec
 from tests.http.conftest import Client, Clock
 from tests.http.fakes import ADMIN, Fakes, ended
@@ -164,6 +165,21 @@ class TestFunctionsOfAKey:
             assert client(method, path, key="key of one").status == 404
         assert client("DELETE", f"/executions/{made}", key="key of one").status == 404
         assert client("DELETE", f"/executions/{made}").status == 409
+
+    @pytest.mark.parametrize(("method", "after"), [("GET", ""), ("GET", "/output"), ("DELETE", "")])
+    def test_nor_when_their_agent_is_away(self, client: Client, fakes: Fakes, method: str, after: str) -> None:
+        made = client("POST", "/execute/secret").json["execution_id"]
+        record = fakes.executions.records[made]
+
+        def away(*args: object, **how: object) -> None:
+            raise AgentAway("worker-1 is offline", record, gone=False)
+
+        for name in ("get", "output", "cancel"):
+            setattr(fakes.executions, name, away)
+        others, unknown = (client(method, f"/executions/{i}{after}", key="key of one") for i in (made, "execution-99"))
+        assert others.status == unknown.status == 404
+        assert others.body.replace(made.encode(), b"execution-99") == unknown.body
+        assert client(method, f"/executions/{made}{after}").status == 503
 
     def test_lists_are_of_one_of_them(self, client: Client, fakes: Fakes) -> None:
         assert client("GET", "/executions", key="key of one").status == 200

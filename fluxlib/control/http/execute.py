@@ -10,8 +10,8 @@ from typing import Any
 from fluxlib.control.http.answers import Answer, json_answer
 from fluxlib.control.http.request import Request
 from fluxlib.control.http.spooled import pieces, spooled_answer
-from fluxlib.control.services import WHOLE_OUTPUT, AgentAway, Call
-from fluxlib.errors import AgentError, Forbidden, NotFound
+from fluxlib.control.services import WHOLE_OUTPUT, AgentAway, Call, no_such_execution
+from fluxlib.errors import AgentError, Forbidden
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import ExecutionFilter
 
@@ -53,7 +53,8 @@ def _result(record: ExecutionRecord) -> dict[str, Any]:
 
 
 def get_one(request: Request) -> Answer:
-    record = _record(request)
+    _check_owner(request)
+    record = request.services.executions.get(request.params["execution_id"])
     if record.output is not None or not record.output_bytes:
         return _answer(200, record, ExecutionRecord.to_json)
     stream = request.services.executions.output(record.execution_id, 0, follow=False)
@@ -72,19 +73,17 @@ def _answer(status: int, record: ExecutionRecord, view: Callable[[ExecutionRecor
     return spooled_answer(status, view(replace(record, output=None)), pieces(output))
 
 
-def _record(request: Request) -> ExecutionRecord:
-    """The record of the path's ID; for a key of some functions the others' executions do not exist."""
-    execution_id = request.params["execution_id"]
-    record = request.services.executions.get(execution_id)
-    if request.principal and not request.principal.may_use(record.function_name):
-        raise NotFound(f"there is no execution {execution_id}")
-    return record
-
-
 def _check_owner(request: Request) -> None:
-    """Asks for the record only when the key is bound to functions: it costs a look."""
-    if request.principal and request.principal.functions:
-        _record(request)
+    """For a key of some functions the others' executions do not exist.
+
+    Before anything else is asked: what goes wrong later may tell of the execution.
+    """
+    principal = request.principal
+    if principal is None or not principal.functions:
+        return
+    execution_id = request.params["execution_id"]
+    if not principal.may_use(request.services.executions.function_of(execution_id)):
+        raise no_such_execution(execution_id)
 
 
 def get_list(request: Request) -> Answer:
