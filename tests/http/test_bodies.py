@@ -64,6 +64,7 @@ class TestACall:
             (b'{"timeout": "5"}', "timeout: must be a number"),
             (b'{"timeout": true}', "timeout: must be a number"),
             (b'{"timeout": -1}', "timeout: must be between"),
+            (b'{"timeout": 1' + b"0" * 400 + b"}", "timeout: must be between"),
             (b'{"timeout": 1e400}', "timeout: must be a number"),
             (b'{"timeout": NaN}', "NaN"),
             (b'{"timeout": ' + b"9" * 5000 + b"}", "JSON"),
@@ -77,7 +78,7 @@ class TestACall:
             (json.dumps({"args": ["x" * 1000] * 2000}).encode(), "together"),
             (json.dumps({"args": [""] * 10_001}).encode(), "10000 arguments"),
         ],
-        ids=range(27),
+        ids=range(28),
     )
     def test_with_a_fault_starts_nothing(self, client: Client, fakes: Fakes, body: bytes, words: str) -> None:
         reply = call(client, body)

@@ -113,7 +113,9 @@ def boolean(value: Any) -> bool:
 
 def seconds(longest: float) -> Read:
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # Only floats: an integer with hundreds of digits, which JSON may hold, has none to be asked about.
+        strange = isinstance(value, float) and not math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or strange:
             raise ValueError("must be a number of seconds")
         if not 0 <= value <= longest:
             raise ValueError(f"must be between 0 and {longest:g} seconds")
