@@ -67,7 +67,7 @@ class Line:
         """Count a call, so that the channel outlives it; ``end`` must follow. Raises AgentUnreachable."""
         with self._lock:
             if self._retired:
-                raise AgentUnreachable(f"the connection to {_who(self._agent_id)} is closed")
+                raise self.closed()
             self._calls += 1
 
     def end(self) -> None:
@@ -92,8 +92,7 @@ class Line:
         except grpc.RpcError as error:
             raise self.translate(error) from error
         except ValueError as error:
-            # How gRPC says that the channel was closed under the call.
-            raise AgentUnreachable(f"the connection to {_who(self._agent_id)} is closed") from error
+            raise self.closed() from error
         finally:
             self.end()
 
@@ -103,7 +102,7 @@ class Line:
             future = start(self.stub)
         except ValueError:
             self.end()
-            on_done(AgentUnreachable(f"the connection to {_who(self._agent_id)} is closed"))
+            on_done(self.closed())
             return None
         future.add_done_callback(lambda done: self._settle(done, on_done))
         return future
@@ -112,6 +111,11 @@ class Line:
         self.end()
         # A done call of gRPC's is its own error; ``exception()`` would raise for a cancelled one.
         on_done(done.result() if done.code() is grpc.StatusCode.OK else self.translate(done))
+
+    def closed(self) -> AgentUnreachable:
+        """What gRPC says by a ValueError when the channel was closed before the call began."""
+        who = f"agent {self._agent_id}" if self._agent_id else "the agent"
+        return AgentUnreachable(f"the connection to {who} is closed")
 
     def translate(self, error: grpc.RpcError) -> FluxError:
         return from_rpc_error(error, sent=not surely_not_sent(error), agent_id=self._agent_id)
@@ -203,7 +207,3 @@ def check_address(address: str) -> None:
         raise InvalidInput(f"{shown} is no address of an agent: write an IPv6 address in brackets, as in [::1]:50052")
     if not all(letter.isalnum() or letter in "-._:[]%" for letter in host):
         raise InvalidInput(f"{shown} is no address of an agent: the host is no name and no IP address")
-
-
-def _who(agent_id: str) -> str:
-    return f"agent {agent_id}" if agent_id else "the agent"

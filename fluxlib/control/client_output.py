@@ -16,14 +16,18 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
 class AgentOutput:
-    """ReadOutput of an agent of ours. Iterating raises AgentLost when the connection breaks."""
+    """ReadOutput of an agent of ours. Raises AgentUnreachable; iterating, AgentLost when the connection breaks."""
 
     def __init__(self, lines: Lines, execution_id: str, offset: int, *, follow: bool, timeout: float | None) -> None:
         self._line = lines.begin()
         self._lock = threading.Lock()
         self._open = True
         request = pb.ReadOutputRequest(execution_id=execution_id, offset=offset, follow=follow)
-        self._call = self._line.stub.ReadOutput(request, timeout=timeout)
+        try:
+            self._call = self._line.stub.ReadOutput(request, timeout=timeout)
+        except ValueError as error:
+            self._line.end()
+            raise self._line.closed() from error
 
     def __iter__(self) -> Iterator[bytes]:
         try:

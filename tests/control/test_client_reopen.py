@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from fluxlib.control.channels import Line, Lines
+from fluxlib.control.client_output import AgentOutput
+from fluxlib.errors import AgentUnreachable
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from tests.support.clients import Client, Side, Told, running_timers
@@ -123,3 +125,16 @@ def test_output_that_is_being_fetched_is_not_lost_with_the_stream(agent: Scripte
     go_on.set()
     assert large.record().output == b"0123456789"
     assert len(large.answers) == 1
+
+
+def test_an_output_asked_for_as_the_channel_closes(timers: Timers) -> None:
+    class Closing(Lines):
+        def begin(self) -> Line:
+            line = super().begin()
+            line.close()
+            return line
+
+    line = Line("127.0.0.1:1", None, "agent.invalid", timers, agent_id="a1")
+    with pytest.raises(AgentUnreachable, match="agent a1 is closed"):
+        AgentOutput(Closing(lambda: line), "sent", 0, follow=False, timeout=None)
+    assert line._calls == 0
