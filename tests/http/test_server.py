@@ -376,6 +376,38 @@ class TestLargeBodies:
             assert wire.answer()[0] == 401
         assert fakes.functions.archives == {}
 
+    @pytest.mark.parametrize(
+        ("path", "key", "limit"),
+        [("/health", "", 64), ("/health", ADMIN, 64), ("/functions", ADMIN, 256), ("/deploy/hello", ADMIN, 1024)],
+    )
+    def test_without_a_length_is_ended_where_its_route_ends(
+        self, serve: Serve, path: str, key: str, limit: int
+    ) -> None:
+        server = serve(Fakes(max_archive_mb=1))
+        method = "GET" if path == "/health" else "PUT"
+        with Wire(server.port) as wire:
+            wire.raw(chunked(method, path, key))
+            piece = b"8000\r\n" + bytes(0x8000) + b"\r\n"
+            for _ in range(limit // 32):
+                wire.raw(piece)
+            # The next chunk is too much as soon as it is announced.
+            wire.raw(b"1\r\n")
+            status, headers, body = wire.answer()
+            assert (status, headers["connection"]) == (413, "close")
+            size = "1 MB" if limit == 1024 else f"{limit} KB"
+            assert f"larger than {size}" in json.loads(body)["error"]
+            wire.raw(piece * 10)  # what is on its way is read, so that the answer is seen
+            wire.socket.shutdown(socket.SHUT_WR)
+            assert wire.closed()
+
+    @pytest.mark.parametrize("between", [b"1;", b"0\r\nX: "])
+    def test_nor_can_it_be_put_between_the_chunks(self, fakes: Fakes, serve: Serve, between: bytes) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(chunked("GET", "/health", "") + between)
+            for _ in range(5):
+                wire.raw(b"x" * 4096)
+            assert wire.answer()[0] == 400
+
     def test_what_follows_a_refusal_is_never_served(self, fakes: Fakes, serve: Serve) -> None:
         """A body that was not read must not be taken for a request."""
         with Wire(serve(fakes).port) as wire:
@@ -394,6 +426,11 @@ class TestLargeBodies:
             wire.raw(bytes(self.SIZE))
             assert wire.answer()[0] == 201
         assert len(fakes.functions.archives["hello"]) == self.SIZE
+
+
+def chunked(method: str, path: str, key: str) -> bytes:
+    request = head("GET", path, Transfer_Encoding="chunked").replace(b"GET", method.encode(), 1)
+    return request.replace(ADMIN.encode(), key.encode()) if key else request.replace(b"X-API-Key", b"X-Nothing")
 
 
 def test_the_loop_does_not_spin_while_calls_wait(fakes: Fakes, serve: Serve, gate: Gate) -> None:

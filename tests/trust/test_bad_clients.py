@@ -32,7 +32,15 @@ def is_open(wire: Wire) -> bool:
         return False
 
 
-@pytest.mark.parametrize("begun", [b"GET / HT", head("POST", "/execute/hello", 50) + b'{"args"'])
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET / HT",
+        head("POST", "/execute/hello", 50) + b'{"args"',
+        # Without a size, to a route that needs no key.
+        head("GET", "/health", Transfer_Encoding="chunked") + b"1\r\nx\r\n",
+    ],
+)
 def test_a_request_that_drips_is_ended(server: WebServer, begun: bytes) -> None:
     with Wire(server.port) as slow, Wire(server.port) as good:
         slow.raw(begun)

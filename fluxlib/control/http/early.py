@@ -1,4 +1,4 @@
-"""Refusing a large body before it is sent.
+"""Refusing a large body before it is sent, or while it is where its size is not told.
 
 The server reads a body to its end before the application sees the request:
 without this, strangers could fill the disk with uploads that are refused later.
@@ -7,6 +7,7 @@ without this, strangers could fill the disk with uploads that are refused later.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fluxlib.control.http.answers import Answer
@@ -20,20 +21,32 @@ from fluxlib.control.http.route import Route
 UNQUESTIONED = 64 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """So many bytes may be sent, 0 = none and no request without any either; ``beyond`` is the answer to more."""
+
+    limit: int
+    beyond: Answer
+
+
 class EarlyCheck:
-    """What the server asks when a head announces more than ``UNQUESTIONED`` bytes, or does not say how many."""
+    """What the server asks when a head announces more than ``UNQUESTIONED`` bytes, or does not say how many.
+
+    Whose limit is more than that has shown a key: no public route takes as much.
+    """
 
     def __init__(self, pipeline: Pipeline, routes: Iterable[Route]) -> None:
         self._pipeline = pipeline
         self._matcher = Matcher(routes)
 
-    def __call__(self, environ: Mapping[str, Any], length: int | None) -> Answer | None:
-        """The refusal, or None to read on. ``environ`` has the method, the path, the address and the headers."""
+    def __call__(self, environ: Mapping[str, Any]) -> Verdict:
+        """``environ`` has the method, the path, the address and the headers."""
         found = self._matcher.find(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         if found is None:
-            return simple(404, "there is no such path that takes a body: GET /openapi.json lists them")
+            return Verdict(0, simple(404, "there is no such path that takes a body: GET /openapi.json lists them"))
         route, params = found
         refusal = self._pipeline.refusal(route, environ, params)
-        if refusal is None and length is not None and length > route.body.limit:
-            refusal = self._pipeline.failed(too_large(route.body.limit), environ)
-        return refusal
+        if refusal is not None:
+            return Verdict(0, refusal)
+        limit = min(route.body.limit, UNQUESTIONED) if route.public else route.body.limit
+        return Verdict(limit, self._pipeline.failed(too_large(limit), environ))

@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from waitress import wasyncore
@@ -15,8 +15,8 @@ from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
 from fluxlib.config.control import ControlConfig
-from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.budget import RESERVED_THREADS, WINDOWS_CONNECTIONS
+from fluxlib.control.http.early import EarlyCheck
 from fluxlib.control.webserver.channel import QuietChannel
 from fluxlib.control.webserver.loop import POLLIN, Poller, Watched, best_poller
 from fluxlib.control.webserver.threads import LazyThreads
@@ -39,7 +39,7 @@ class _Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
 
     channel_class = QuietChannel
     draining = False
-    early_check: Callable[[Mapping[str, Any], int | None], Answer | None] | None = None
+    early_check: EarlyCheck | None = None
 
     def __init__(self, app: Wsgi, poller: Poller, **kwargs: Any) -> None:
         self.poller = poller

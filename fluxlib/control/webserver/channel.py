@@ -10,14 +10,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, WSGITask
-from waitress.utilities import RequestEntityTooLarge, build_http_date
+from waitress.utilities import build_http_date
 
-from fluxlib.control.http.answers import Answer
-from fluxlib.control.http.early import UNQUESTIONED
 from fluxlib.control.http.problems import simple
 from fluxlib.control.webserver.loop import Watched
+from fluxlib.control.webserver.parser import ApiParser, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class ApiErrorTask(_Lean, ErrorTask):  # type: ignore[misc]
         if isinstance(error, Refusal):
             answer = error.answer
         else:
-            # waitress says its own limit in bytes: that of a body whose size was not told beforehand.
+            # waitress says its own limit in bytes: of an application nobody can ask, or for what stands between chunks.
             limit = self.channel.adj.max_request_body_size // 2**20
             too_large = f"the body is larger than {limit} MB, the most this route takes"
             answer = simple(error.code, too_large if error.code == 413 else f"{error.reason.lower()}: {error.body}")
@@ -109,55 +107,6 @@ class ApiErrorTask(_Lean, ErrorTask):  # type: ignore[misc]
         self.set_close_on_finish()
         self.content_length = len(answer.body)
         self.write(answer.body)
-
-
-class Refusal:
-    """An answer that needs no body: waitress treats it as it does its own errors."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
-
-
-class ApiParser(HTTPRequestParser):  # type: ignore[misc]
-    """Asks about a large body once the head is there, and takes it only when it is wanted."""
-
-    def __init__(self, channel: QuietChannel, adj: Any) -> None:
-        super().__init__(adj)
-        self.error: Any
-        self._channel = channel
-        self._asked = False
-        self.begun = time.time()
-
-    @property
-    def questioned(self) -> bool:
-        """Whether it is large, and its sender was found to have a key for it."""
-        return bool(self.headers_finished and (self.chunked or self.content_length > UNQUESTIONED))
-
-    def received(self, data: bytes) -> int:
-        consumed: int = super().received(data)
-        if self.headers_finished and not self._asked:
-            self._asked = True
-            # What waitress finds too large is asked about as well: it may have no key, or no such path.
-            fits = self.error is None or isinstance(self.error, RequestEntityTooLarge)
-            if fits and self.questioned:
-                self._ask()
-        if self.error is not None:
-            # waitress would ask a client that waits for it to send all the same.
-            self.expect_continue = False
-        return consumed
-
-    def _ask(self) -> None:
-        check = self._channel.server.early_check
-        if check is None:
-            return
-        environ = {f"HTTP_{name}": value for name, value in self.headers.items()}
-        environ["REQUEST_METHOD"] = self.command
-        environ["PATH_INFO"] = self.path
-        environ["REMOTE_ADDR"] = self._channel.addr[0]
-        answer = check(environ, None if self.chunked else self.content_length)
-        if answer is not None:
-            self.error = Refusal(answer)
-            self.completed = True
 
 
 class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
@@ -243,7 +192,7 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
         """Whether a request has been coming in for too long; each byte of it looks like activity. From the loop."""
         request = self.request
         # A whole one stays here for a moment after it was handed to a worker, who may have answered by then.
-        coming = request is not None and not request.completed and not request.questioned
+        coming = request is not None and not request.completed and not request.admitted
         return coming and now - request.begun > _REQUEST_SECONDS
 
     def readable(self) -> bool:
@@ -293,6 +242,9 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
 
     def handle_close(self) -> None:
         super().handle_close()
+        coming = self.request
+        if coming is not None and not coming.completed:
+            coming.close()  # its file at once: parser and channel know each other, and only the collector parts them
         self._call_gone()
 
     def del_channel(self, map: dict[int, Any] | None = None) -> None:

@@ -1,0 +1,91 @@
+"""A request as it comes in: a large body is taken only when it is wanted, and no more of it than its route takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Protocol
+
+from waitress.parser import HTTPRequestParser
+from waitress.utilities import BadRequest, RequestEntityTooLarge
+
+from fluxlib.control.http.answers import Answer
+from fluxlib.control.http.early import UNQUESTIONED, EarlyCheck
+
+# Between two chunks, and behind the last: waitress keeps a size's extensions and a trailer until their end comes.
+_BETWEEN_CHUNKS = 16 * 1024
+
+
+class Refusal:
+    """An answer that needs no body: waitress treats it as it does its own errors."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+
+class _Server(Protocol):
+    early_check: EarlyCheck | None
+
+
+class _Sender(Protocol):
+    """The channel, as far as a parser knows it."""
+
+    server: _Server
+    addr: tuple[str, int]
+
+
+class ApiParser(HTTPRequestParser):  # type: ignore[misc]
+    """Asks about a large body once the head is there. One without a length is held to its route's limit as it comes."""
+
+    def __init__(self, channel: _Sender, adj: Any) -> None:
+        super().__init__(adj)
+        self.error: Any
+        self._channel = channel
+        self._asked = False
+        self._limit: float = math.inf  # of a chunked body
+        self._beyond: Answer  # what to say to more than that
+        self.admitted = False  # its route takes large bodies, and its sender was found to have a key for it
+        self.begun = time.time()
+
+    def received(self, data: bytes) -> int:
+        consumed: int = super().received(data)
+        if self.headers_finished and not self._asked:
+            self._asked = True
+            # What waitress finds too large is asked about as well: it may have no key, or no such path.
+            fits = self.error is None or isinstance(self.error, RequestEntityTooLarge)
+            if fits and (self.chunked or self.content_length > UNQUESTIONED):
+                self._ask()
+        elif self.chunked and self.body_rcv is not None and self.error is None:
+            self._hold_to_limit()
+        if self.error is not None:
+            # waitress would ask a client that waits for it to send all the same.
+            self.expect_continue = False
+        return consumed
+
+    def _ask(self) -> None:
+        check = self._channel.server.early_check
+        if check is None:
+            return
+        environ = {f"HTTP_{name}": value for name, value in self.headers.items()}
+        environ["REQUEST_METHOD"] = self.command
+        environ["PATH_INFO"] = self.path
+        environ["REMOTE_ADDR"] = self._channel.addr[0]
+        verdict = check(environ)
+        if not verdict.limit or self.content_length > verdict.limit:
+            self._refuse(verdict.beyond)
+            return
+        self._limit, self._beyond = verdict.limit, verdict.beyond
+        self.admitted = verdict.limit > UNQUESTIONED
+
+    def _hold_to_limit(self) -> None:
+        receiver = self.body_rcv
+        if max(len(receiver.control_line), len(receiver.trailer)) > _BETWEEN_CHUNKS:
+            self.error = BadRequest("too much stands between the chunks")
+            self.completed = True
+        elif receiver.buf.__len__() + receiver.chunk_remainder > self._limit:
+            # The size a chunk announces counts: all of it will come.
+            self._refuse(self._beyond)
+
+    def _refuse(self, answer: Answer) -> None:
+        self.error = Refusal(answer)
+        self.completed = True
