@@ -217,6 +217,31 @@ class TestFollowing:
                 wire.chunk()
         assert stream.closed.is_set()
 
+    def test_one_who_stops_reading_is_left_and_one_who_waits_is_not(self, fakes: Fakes, serve: Serve) -> None:
+        server = serve(fakes)
+        (listener,) = server._listeners
+        budget = server._listeners[0].application.extensions["flux"]["pipeline"].budget
+        quiet = self._stream(fakes, "execution-1")
+        quiet.feed(b"x")
+        unread = self._stream(fakes, "execution-2")
+        for _ in range(300):
+            unread.feed(bytes(100_000))
+        with Wire(server.port) as follower, Wire(server.port) as stuck:
+            follower.send("GET", "/executions/execution-1/output?follow=1").read_until(b"\r\n\r\n")
+            stuck.send("GET", "/executions/execution-2/output?follow=1").read_until(b"\r\n\r\n")
+            high = listener.adj.outbuf_high_watermark
+            wait_until(lambda: any(channel.total_outbufs_len > high for channel in server._channels()), "a full buffer")
+            listener.tidy(time.time() + 70)
+            assert len(server._channels()) == budget.blocking == 2
+            listener.tidy(time.time() + 76)
+            assert unread.closed.wait(5)
+            wait_until(lambda: budget.blocking == 1, "its place to be free")
+            assert stuck.closed()
+            listener.tidy(time.time() + 1000)
+            quiet.finish()
+            assert follower.chunk() == b"x"
+            assert follower.chunk() == b""
+
     def test_takes_a_quarter_of_the_places_at_most(self, serve: Serve) -> None:
         fakes = Fakes(max_blocking=8)
         server = serve(fakes)
@@ -248,6 +273,17 @@ class TestFollowing:
 def _follow(server: WebServer, execution_id: str) -> int:
     with Wire(server.port) as wire:
         return wire.send("GET", f"/executions/{execution_id}/output?follow=1").answer()[0]
+
+
+def test_connections_are_probed(fakes: Fakes, serve: Serve) -> None:
+    """A follower that vanished without a word is noticed by nothing else."""
+    server = serve(fakes)
+    with Wire(server.port) as wire:
+        wire.send("GET", "/health").answer()
+        (channel,) = server._channels()
+        assert channel.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
 
 
 class TestProtocol:

@@ -7,18 +7,18 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from typing import Any
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
-from waitress.server import TcpWSGIServer
 
 from fluxlib.config.control import ControlConfig
 from fluxlib.control.http.budget import RESERVED_THREADS, WINDOWS_CONNECTIONS
-from fluxlib.control.http.early import EarlyCheck
 from fluxlib.control.webserver.channel import QuietChannel
-from fluxlib.control.webserver.loop import POLLIN, Poller, Watched, best_poller
+from fluxlib.control.webserver.listener import Listener, Wsgi
+from fluxlib.control.webserver.loop import Poller, best_poller
 from fluxlib.control.webserver.threads import LazyThreads
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline
@@ -30,66 +30,6 @@ _CONNECTIONS = 4_000
 _OTHER_DESCRIPTORS = 512
 _IDLE_CONNECTION_SECONDS = 75
 _LOOP_SECONDS = 5.0
-
-Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
-
-
-class _Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
-    """One listening socket and the connections it took."""
-
-    channel_class = QuietChannel
-    draining = False
-    early_check: EarlyCheck | None = None
-
-    def __init__(self, app: Wsgi, poller: Poller, **kwargs: Any) -> None:
-        self.poller = poller
-        self._trigger_lock = threading.Lock()
-        self._trigger_closed = False
-        super().__init__(app, **kwargs)
-        poller.want(self.trigger._fileno, POLLIN)
-        self.watch(poller)
-
-    def pull_trigger(self) -> None:
-        """What waitress's channels call when something has changed. Ours tell the poller themselves, if it listens."""
-        if not self.poller.watches:
-            self.wake()
-
-    def wake(self) -> None:
-        """End the loop's wait. After its end by no means: the descriptor's number may be another file's by then."""
-        with self._trigger_lock:
-            if not self._trigger_closed:
-                self.trigger.pull_trigger()
-
-    def close_trigger(self) -> None:
-        with self._trigger_lock:
-            if not self._trigger_closed:
-                self._trigger_closed = True
-                self.poller.forget(self.trigger._fileno)
-                self.trigger.close()
-
-    def del_channel(self, map: dict[int, Any] | None = None) -> None:
-        self.unwatch()
-        super().del_channel(map)
-
-    def maintenance(self, now: float) -> None:
-        """Closes idle connections, those whose client has stopped reading, and those that drip a request."""
-        for channel in list(self.active_channels.values()):
-            if channel.dawdles(now):
-                channel.handle_close()
-        if not self.poller.watches:
-            super().maintenance(now)
-            return
-        # Not by their will_close flag as waitress does: a full socket would never come to it.
-        for channel in list(self.active_channels.values()):
-            if not channel.requests and channel.last_activity < now - self.adj.channel_timeout:
-                channel.handle_close()
-
-    def set_reuse_addr(self) -> None:
-        # On Windows SO_REUSEADDR lets a second program take the port of a living one.
-        if sys.platform == "win32":
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            super().set_reuse_addr()
 
 
 class WebServer:
@@ -108,13 +48,11 @@ class WebServer:
         self._pool = LazyThreads(config.max_blocking + RESERVED_THREADS)
         self._map: dict[int, Any] = {}
         self._poller = (poller or best_poller)(self._map)
-        self._listeners: list[_Listener] = []
+        self._listeners: list[Listener] = []
         try:
             for address in adjustments.listen:
                 self._listeners.append(
-                    _Listener(
-                        app, self._poller, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address
-                    )
+                    Listener(app, self._poller, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address)
                 )
         except OSError as error:
             self._close_all()
@@ -154,7 +92,9 @@ class WebServer:
                 self._poller.turn(_LOOP_SECONDS)
                 self.turns += 1
                 for listener in self._listeners:
-                    listener.refresh()  # room for connections again, or none left; idle ones to close
+                    listener.refresh()  # room for connections again, or none left
+                    if listener.untidy:
+                        listener.tidy(time.time())
             self._stop_listening()
             while self._open_channels() and self._deadline.remaining() > 0:
                 self._poller.turn(min(_LOOP_SECONDS, self._deadline.remaining()))

@@ -133,9 +133,17 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
 
     # -- output --------------------------------------------------------------------
 
+    @property
+    def waits(self) -> bool:
+        """Whether its silence is the server's doing: a request is served and all of its answer so far has been sent."""
+        return bool(self.requests and not self.total_outbufs_len)
+
     def write_soon(self, data: Any) -> int:
         left = False
         with self.outbuf_lock:
+            if not self.total_outbufs_len:
+                # From now on the client is at it; from then on only what it takes is activity.
+                self.last_activity = time.time()
             count: int = self._sent_at_once(data) or super().write_soon(data)
             if self.total_outbufs_len and not self._unsent:
                 self._unsent = left = True
