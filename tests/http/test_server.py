@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import pytest
@@ -557,9 +558,39 @@ class TestListening:
         server.stop(Deadline(1))
 
     def test_open_files_are_not_what_limits_it(self, fakes: Fakes, serve: Serve) -> None:
-        serve(fakes)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert soft == hard or soft >= 4000
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+        try:
+            serve(fakes)
+            raised, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        # Connections have a limit of their own; agents' channels get the rest.
+        assert raised == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
+
+    def test_the_loop_does_not_spin_while_there_are_none_left(self, fakes: Fakes, serve: Serve) -> None:
+        server = serve(fakes)
+        client = socket.socket()
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        last = os.dup(client.fileno())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+        taken = [last]
+        try:
+            with suppress(OSError):
+                while True:
+                    taken.append(os.dup(client.fileno()))
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(head("GET", "/health"))
+            turns = server.turns
+            select.select([client], [], [], 0.3)
+            assert server.turns - turns <= 3
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for number in taken:
+                os.close(number)
+        with client:
+            client.settimeout(10)
+            assert client.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 def _is_known(host: str) -> bool:

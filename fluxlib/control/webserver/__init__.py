@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from waitress import wasyncore
@@ -26,8 +27,9 @@ from fluxlib.lifecycle import Deadline
 log = logging.getLogger(__name__)
 
 _CONNECTIONS = 4_000
-# For the store, the agents' channels, temporary files of large bodies.
+# For the store, the agents' channels, temporary files of large bodies: at least. The rest up to _DESCRIPTORS is theirs.
 _OTHER_DESCRIPTORS = 512
+_DESCRIPTORS = 65_536
 _IDLE_CONNECTION_SECONDS = 75
 _LOOP_SECONDS = 5.0
 
@@ -89,7 +91,7 @@ class WebServer:
     def _run(self) -> None:
         try:
             while self._deadline is None:
-                self._poller.turn(_LOOP_SECONDS)
+                self._poller.turn(min(listener.patience(_LOOP_SECONDS) for listener in self._listeners))
                 self.turns += 1
                 for listener in self._listeners:
                     listener.refresh()  # room for connections again, or none left
@@ -164,7 +166,7 @@ def _connection_limit(max_blocking: int) -> int:
     if sys.platform == "win32":
         return WINDOWS_CONNECTIONS
     wanted = max(_CONNECTIONS, 2 * max_blocking)
-    available = _raise_descriptor_limit(wanted + 2 * _OTHER_DESCRIPTORS) - _OTHER_DESCRIPTORS
+    available = _raise_descriptor_limit(_DESCRIPTORS) - _OTHER_DESCRIPTORS
     if available < wanted:
         log.warning(
             "the limit of open files leaves room for %d connections of %d; raise it (ulimit -n)", available, wanted
@@ -178,8 +180,13 @@ def _raise_descriptor_limit(wanted: int) -> int:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        # macOS has a limit behind the hard one and refuses what is beyond.
+        for attempt in (raised, min(raised, 10_240)):
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (max(attempt, soft), hard))
+                soft = max(attempt, soft)
+                break
     return wanted if soft == resource.RLIM_INFINITY else soft
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -15,8 +18,14 @@ from fluxlib.control.http.early import EarlyCheck
 from fluxlib.control.webserver.channel import QuietChannel
 from fluxlib.control.webserver.loop import POLLIN, Poller, Watched
 
+log = logging.getLogger(__name__)
+
 # Whoever follows a quiet output sends and gets nothing: without these probes one that vanished would do so for ever.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+
+# No descriptor, or no memory for one, is left to the process or the system.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PAUSE_SECONDS = 1.0
 
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -27,6 +36,8 @@ class Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
     channel_class = QuietChannel
     draining = False
     untidy = False
+    _listens_at = 0.0
+    _exhausted = False
     early_check: EarlyCheck | None = None
 
     def __init__(self, app: Wsgi, poller: Poller, **kwargs: Any) -> None:
@@ -58,6 +69,30 @@ class Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
     def del_channel(self, map: dict[int, Any] | None = None) -> None:
         self.unwatch()
         super().del_channel(map)
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        try:
+            pair: tuple[socket.socket, Any] | None = super().accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                # The connection stays where it is and would wake the loop at once, again and again.
+                self._listens_at = time.monotonic() + _PAUSE_SECONDS
+                if not self._exhausted:
+                    log.warning("new connections must wait: %s", error.strerror)
+                self._exhausted = True
+            raise
+        self._exhausted = False
+        return pair
+
+    def patience(self, seconds: float) -> float:
+        """How long the loop may wait: not beyond the end of a pause."""
+        pause = self._listens_at - time.monotonic()
+        return min(seconds, pause) if pause > 0 else seconds
+
+    def readable(self) -> bool:
+        # First: it also sees when to tidy.
+        wanted = bool(super().readable())
+        return wanted and time.monotonic() >= self._listens_at
 
     def maintenance(self, now: float) -> None:
         """Called by waitress every half minute, in the midst of asking the sockets what they wait for.
