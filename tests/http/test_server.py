@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import pytest
+from waitress.channel import HTTPChannel
 
 from fluxlib.control.http import create_app
 from fluxlib.control.services import Call, Caller
@@ -178,6 +179,27 @@ class TestAbandoned:
         wait_until(lambda: _no_channel(server), "the server to see the client go")
         go_on.set()
         assert told.wait(5)
+
+    def test_nor_is_it_missed_while_the_request_before_ends(
+        self, fakes: Fakes, serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        serve_one = HTTPChannel.service
+        second_waits = threading.Event()
+
+        def ends_late(channel: HTTPChannel) -> None:
+            first = not channel.requests[0].body_rcv
+            serve_one(channel)
+            if first:
+                assert second_waits.wait(10)
+
+        monkeypatch.setattr(HTTPChannel, "service", ends_late)
+        server = serve(fakes)
+        with Wire(server.port) as wire:
+            wire.raw(head("GET", "/health")).send("POST", "/execute/hello", b"{}")
+            gate.wait_for(1)
+            second_waits.set()
+            wait_until(lambda: len(server._pool._idle) == 1, "the first one's end")
+        assert gate.gone_event.wait(5)
 
 
 def _no_channel(server: WebServer) -> bool:

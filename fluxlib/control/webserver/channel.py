@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -86,7 +86,7 @@ class ApiTask(_Lean, WSGITask):  # type: ignore[misc]
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ["flux.on_gone"] = self.channel.on_gone
+        environ["flux.on_gone"] = partial(self.channel.on_gone, self.request)
         return environ
 
 
@@ -123,7 +123,6 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
     error_task_class = ApiErrorTask
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._gone_calls: list[Callable[[], None]] = []
         self._unsent = False  # changed under outbuf_lock
         self._unread = False  # a body was refused that the client may be sending
         self._discard_until = 0.0
@@ -239,49 +238,52 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
 
     # -- the client's going away -----------------------------------------------------
 
-    def on_gone(self, callback: Callable[[], None]) -> None:
-        """Calls it once when the connection closes before the request being served has its answer.
+    def on_gone(self, request: ApiParser, callback: Callable[[], None]) -> None:
+        """Calls it once when the connection closes before this request, which is being served, has its answer.
 
         On the main loop's thread, which everyone waits for meanwhile: it must be short.
         """
-        self._gone_calls.append(callback)
+        request.gone_calls.append(callback)
         if not self.connected:
-            self._call_gone()
+            _call_gone([request])
 
     def handle_close(self) -> None:
         super().handle_close()
         coming = self.request
         if coming is not None and not coming.completed:
             coming.close()  # its file at once: parser and channel know each other, and only the collector parts them
-        self._call_gone()
+        _call_gone(self.requests)
 
     def del_channel(self, map: dict[int, Any] | None = None) -> None:
         self.unwatch()  # the socket is closed next
         super().del_channel(map)
 
     def cancel(self) -> None:
+        requests = self.requests
         super().cancel()
-        self._call_gone()
+        _call_gone(requests)
 
     def service(self) -> None:
-        self._unread = self.requests[0].error is not None
+        request = self.requests[0]
+        self._unread = request.error is not None
         try:
             super().service()
         finally:
-            # They belonged to this request, not to the next one on the connection.
-            if self.connected:
-                self._gone_calls.clear()
+            # It is over: nobody is told any more, and what they hold is let go.
+            request.gone_calls.clear()
             self._changed()
             if self.server.draining:
                 self.server.wake()
 
-    def _call_gone(self) -> None:
-        while True:
+
+def _call_gone(requests: Iterable[ApiParser]) -> None:
+    for request in list(requests):
+        while request.gone_calls:
             try:
                 # pop is atomic: each is called once, whoever gets here first.
-                callback = self._gone_calls.pop()
+                callback = request.gone_calls.pop()
             except IndexError:
-                return
+                break
             try:
                 callback()
             except Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from waitress.parser import HTTPRequestParser
@@ -46,6 +47,8 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
         self._beyond: Answer  # what to say to more than that
         self.admitted = False  # its route takes large bodies, and its sender was found to have a key for it
         self.begun = time.time()
+        # Kept here: what follows on the connection may be served before this one's end is through.
+        self.gone_calls: list[Callable[[], None]] = []
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
