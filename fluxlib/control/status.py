@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import psutil
 
@@ -18,13 +19,15 @@ SAMPLE_EVERY = 5.0
 # /health is public: however often it is asked, the store is asked once in this time.
 _STORE_SECONDS = 1.0
 _PERSISTENCE_SECONDS = 60.0
+# After this a store that has not answered is away for those who ask, though its own timeout is longer.
+_STORE_PATIENCE = 2.0
 _MB = 1024 * 1024
 
 Warnings = Callable[[], Iterable[str]]
 
 
 class StatusService:
-    """services.Status. ``tick`` samples the machine every :data:`SAMPLE_EVERY` seconds.
+    """services.Status. ``tick`` samples the machine and asks the store every :data:`SAMPLE_EVERY` seconds.
 
     ``loops`` and ``warnings`` may be added to until the API is served; each of ``warnings`` answers
     what it knows now (certificates, strays, …).
@@ -51,7 +54,8 @@ class StatusService:
         self._warnings = list(warnings)
         self._clock = clock
         self._started = clock()
-        self._lock = threading.Lock()
+        self._asking = threading.Lock()
+        self._asked_at: float | None = None  # since when somebody has been waiting for the store
         self._checked_at = -_STORE_SECONDS
         self._store_problem: StoreUnavailable | None = None
         self._persistence_at = -_PERSISTENCE_SECONDS
@@ -68,29 +72,24 @@ class StatusService:
 
     def tick(self, now: float) -> None:
         self._sampled = self._sample(now)
+        self._ask_store()  # so that what those are told who need not wait is never old
 
     # -- services.Status ---------------------------------------------------------------
 
     def check_store(self) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if now - self._checked_at >= _STORE_SECONDS:
-                try:
-                    self._store.ping()
-                except StoreUnavailable as error:
-                    self._store_problem = error
-                else:
-                    self._store_problem = None
-                self._checked_at = time.monotonic()
-            problem = self._store_problem
+        self._ask_store()
+        problem, asked_at = self._store_problem, self._asked_at
         if problem is not None:
             raise StoreUnavailable(problem.message, retry_after=problem.retry_after)
+        if asked_at is not None and time.monotonic() - asked_at > _STORE_PATIENCE:
+            raise StoreUnavailable(f"the store has not answered for {_STORE_PATIENCE:g} s")
 
     def loops(self) -> Sequence[LoopReport]:
         return [loop.report() for loop in self._loops]
 
     def warnings(self) -> Sequence[str]:
-        found = list(self._store_warnings())
+        self._ask_store()
+        found = list(self._persistence)
         if not self._tls:
             found.append(
                 "agents are spoken to without TLS (disable_grpc_tls): whoever reaches them can run programs there"
@@ -108,15 +107,26 @@ class StatusService:
     def stopping(self) -> bool:
         return self._stopping()
 
-    def _store_warnings(self) -> tuple[str, ...]:
-        with self._lock:
+    def _ask_store(self) -> None:
+        """One asks at a time, and nobody waits for it: a store that hangs must not take every thread."""
+        if time.monotonic() - self._checked_at < _STORE_SECONDS or not self._asking.acquire(blocking=False):
+            return
+        try:
+            self._asked_at = time.monotonic()
+            try:
+                self._store.ping()
+            except StoreUnavailable as error:
+                self._store_problem = error
+                return
+            self._store_problem = None
             if time.monotonic() - self._persistence_at >= _PERSISTENCE_SECONDS:
-                try:
+                self._persistence_at = time.monotonic()
+                with suppress(StoreUnavailable):  # what was known before still holds
                     self._persistence = self._store.persistence()
-                    self._persistence_at = time.monotonic()
-                except StoreUnavailable:
-                    return self._persistence  # check_store says it
-            return self._persistence
+        finally:
+            self._checked_at = time.monotonic()
+            self._asked_at = None
+            self._asking.release()
 
     def _sample(self, now: float) -> NodeFigures:
         memory = psutil.virtual_memory()

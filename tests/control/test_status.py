@@ -37,6 +37,53 @@ def test_a_store_that_is_away_is_said_and_asked_once_a_second_only(monkeypatch: 
     status.check_store()
 
 
+class Hanging(MemoryControlStore):
+    """Answers nothing until it is let go, as a frozen Redis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go_on = threading.Semaphore(0), threading.Event()
+
+    def ping(self) -> None:
+        self.asked.release()
+        assert self.go_on.wait(20)
+        raise StoreUnavailable("redis did not answer in 5 s")
+
+    def persistence(self) -> tuple[str, ...]:
+        raise AssertionError("asked although the store is away")
+
+
+@pytest.mark.parametrize("first", ["request", "loop"])
+def test_a_store_that_hangs_holds_one_thread_only_and_shows(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    store = Hanging()
+    status = service(store)
+
+    def ask() -> None:
+        if first == "loop":
+            status.tick(2_000_000_000.0)
+        else:
+            with pytest.raises(StoreUnavailable, match="did not answer"):
+                status.check_store()
+
+    asker = threading.Thread(target=ask, name="test-asker")
+    asker.start()
+    try:
+        assert store.asked.acquire(timeout=5)
+        for _ in range(20):
+            status.check_store()  # what is known: it was there
+            assert status.warnings() == []
+        monkeypatch.setattr("fluxlib.control.status._STORE_PATIENCE", -1.0)
+        with pytest.raises(StoreUnavailable, match="has not answered"):
+            status.check_store()
+        assert not store.asked.acquire(blocking=False)
+    finally:
+        store.go_on.set()
+        asker.join(5)
+    assert not asker.is_alive()
+    with pytest.raises(StoreUnavailable, match="did not answer"):
+        status.check_store()
+
+
 def test_warnings_name_the_store_the_missing_tls_and_what_others_know() -> None:
     status = service(MemoryControlStore(), tls=False)
     status.warn(lambda: ["a stray node"])
