@@ -1,4 +1,4 @@
-"""Commands for whoever runs Flux: looking at configuration, enrolling agents, managing keys. They talk to no server."""
+"""Commands for whoever runs Flux: enrolling agents, managing keys. They talk to no server."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fluxlib.config.agent import load_agent
-from fluxlib.config.control import ControlConfig, load_control
-from fluxlib.config.document import load_mapping
-from fluxlib.config.files import read_file
+from fluxlib.config.control import ControlConfig
 from fluxlib.config.first_start import random_key
 from fluxlib.config.key_file import with_key, without_key
 from fluxlib.config.keys import ADMIN_OF_ALL, ApiKey, function_problem, name_problem
-from fluxlib.config.reference import settings_markdown
 from fluxlib.errors import ConfigInvalid, Conflict, FluxError, InvalidInput
 from fluxlib.pki.authority import Authority, enrolment_files
 from fluxlib.pki.files import as_owner_of
@@ -25,39 +21,6 @@ from fluxlib.pki.identity import check_agent_id
 
 class CannotWrite(FluxError):
     """A file that a command should write cannot be written."""
-
-
-def _looks_like_an_agents(path: Path) -> bool:
-    with contextlib.suppress(FluxError):
-        document = load_mapping(read_file(path), str(path), ConfigInvalid)
-        return "agent_id" in document and "api_key" not in document
-    return False
-
-
-def show_settings() -> int:
-    print(settings_markdown(), end="")
-    return 0
-
-
-def check_config(path: Path, *, agent: bool) -> int:
-    """Print every fault and warning of a configuration file; 0 when it can be used."""
-    if not agent and _looks_like_an_agents(path):
-        print(f"{path} looks like an agent.yaml: flux check-config --agent {path}")
-        return 1
-    try:
-        config = load_agent(path) if agent else load_control(path)
-    except ConfigInvalid as error:
-        print(f"{path} cannot be used:" if error.faults else error.message)
-        for fault in error.faults:
-            print(f"  - {fault}")
-        return 1
-    for warning in config.warnings:
-        print(f"warning: {warning}")
-    if isinstance(config, ControlConfig):
-        for note in config.notes:
-            print(f"note: {note}")
-    print(f"{path} is fine")
-    return 0
 
 
 def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:

@@ -62,7 +62,8 @@ def _parser(default: str) -> argparse.ArgumentParser:
 
     check = commands.add_parser("check-config", help="say what is wrong with a configuration file, all of it")
     check.add_argument("file", nargs="?", type=Path, help="default: the one that would be used")
-    check.add_argument("--agent", action="store_true", default=alone, help="it is an agent.yaml")
+    about_agent = argparse.SUPPRESS if alone else "it is an agent.yaml"
+    check.add_argument("--agent", action="store_true", default=alone, help=about_agent)
     check.add_argument("--settings", action="store_true", help="print every setting there is, with default and reason")
     check.set_defaults(run=_check_config)
 
@@ -168,15 +169,15 @@ def _stop_with_stdin(stop: StopSignal) -> None:
 
 
 def _check_config(options: argparse.Namespace) -> int:
-    from fluxlib import administration
+    from fluxlib import checking
     from fluxlib.config.files import find_config
 
     if options.settings:
-        return administration.show_settings()
+        return checking.show_settings(agent=options.agent)
     variable, name, package = (
         ("AGENT_CONFIG", "agent.yaml", "flux-agent") if options.agent else ("FLUX_CONFIG", "flux.yaml", "flux")
     )
-    return administration.check_config(options.file or find_config(variable, name, package), agent=options.agent)
+    return checking.check_config(options.file or find_config(variable, name, package), agent=options.agent)
 
 
 def _enroll(options: argparse.Namespace) -> int:

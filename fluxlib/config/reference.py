@@ -34,10 +34,12 @@ _CHOSEN = {
 }
 
 
-def settings_markdown() -> str:
-    """A table for each section."""
+def settings_markdown(only: str = "") -> str:
+    """A table for each section, or for the one titled ``only``."""
     parts = []
     for title, cls, about in SECTIONS:
+        if only not in ("", title):
+            continue
         rows = [_row(field, declared) for field, declared in settings_of(cls)]
         parts += [f"## {title}", "", about, "", "| setting | takes | default | why |", "|---|---|---|---|", *rows, ""]
     return "\n".join(parts)

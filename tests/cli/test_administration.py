@@ -143,3 +143,12 @@ def test_an_agents_file_is_known_as_one(home: Path) -> None:
     assert done.returncode == 1
     assert "--agent" in done.stdout
     assert run(home, "check-config", "--agent", "agent.yaml").returncode == 0
+
+
+def test_the_settings_of_an_agent_are_told_alone(home: Path) -> None:
+    everything = run(home, "check-config", "--settings").stdout
+    agents = run(home, "check-config", "--agent", "--settings").stdout
+    assert "`runner_user`" in agents
+    assert agents.strip() in everything
+    assert "`api_key`" in everything
+    assert "`api_key`" not in agents
