@@ -13,9 +13,9 @@ import yaml
 
 from fluxlib.config.agent import AgentConfig, load_agent
 from fluxlib.config.control import ControlConfig
+from tests.support.need import need_root
 
 UNIT = """[Service]
-User=ubuntu
 WorkingDirectory={home}
 ExecStart=/usr/bin/serverless-agent
 """
@@ -40,6 +40,8 @@ class Original:
         for name in ("ca", "agent", "agent-key"):
             (self.home / f"certs/{name}.pem").write_text(f"{name}\n")
         (self.home / "agent.yaml").write_text(CONFIG.format(ca="/home/ubuntu/certs/ca.pem"))
+        for path in [self.home / "agent.yaml", *self.home.rglob("*.pem")]:
+            path.chmod(0o600)
         self.unit = root / directory / "flux-agent.service"
         self.unit.parent.mkdir(parents=True)
         self.unit.write_text(unit.format(home="/home/ubuntu"))
@@ -130,6 +132,122 @@ def test_a_missing_certificate_is_told_and_ends_nothing(original: Original) -> N
     (original.home / "certs/agent.pem").unlink()
     assert "/home/ubuntu/certs/agent.pem is missing" in original.preinst()
     assert (original.etc / "certs/key_file.pem").exists()
+
+
+def _is_untouched(original: Original) -> bool:
+    return (original.home / "agent.yaml").exists() and not (original.etc / "agent.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("unit", "user"),
+    [
+        ("[Service]\nUser=ubuntu\nWorkingDirectory={home}\n", "ubuntu"),
+        ("[Service]\nUser=root\n  User = ubuntu \nWorkingDirectory={home}\n", "ubuntu"),
+        ("[Service]\nDynamicUser=yes\nWorkingDirectory={home}\n", "a user made"),
+    ],
+)
+def test_what_ran_as_somebody_else_is_not_roots_configuration(top: Path, tmp_path: Path, unit: str, user: str) -> None:
+    original = Original(top, tmp_path, unit)
+    said = original.preinst()
+    assert f"/home/ubuntu/agent.yaml is not taken over: the agent ran as {user}" in said
+    assert _is_untouched(original)
+    assert len(list(original.home.rglob("*.pem"))) == 3
+
+
+@pytest.mark.parametrize("user", ["User=root", "User=0", "User=ubuntu\nUser="])
+def test_root_may_be_named(top: Path, tmp_path: Path, user: str) -> None:
+    original = Original(top, tmp_path, f"[Service]\n{user}\nWorkingDirectory={{home}}\n")
+    original.preinst()
+    assert (original.etc / "agent.yaml").exists()
+
+
+def test_a_drop_in_counts(original: Original) -> None:
+    drop_in = original.unit.parent / "flux-agent.service.d/user.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Service]\nUser=ubuntu")
+    assert "ran as ubuntu" in original.preinst()
+    assert _is_untouched(original)
+
+
+def test_another_users_configuration_is_not_taken(original: Original) -> None:
+    need_root()
+    os.chown(original.home / "agent.yaml", 1000, 1000)
+    assert "/home/ubuntu/agent.yaml is not taken over" in original.preinst()
+    assert _is_untouched(original)
+
+
+def test_a_configuration_that_others_can_write_is_not_taken(original: Original) -> None:
+    (original.home / "agent.yaml").chmod(0o664)
+    assert "/home/ubuntu/agent.yaml is not taken over" in original.preinst()
+    assert _is_untouched(original)
+
+
+def _names(original: Original, ca: str) -> None:
+    (original.home / "agent.yaml").write_text(CONFIG.format(ca=ca))
+
+
+def _is_not_taken(original: Original, victim: Path) -> bool:
+    content = victim.read_text()
+    said = original.preinst()
+    taken = sorted(path.name for path in (original.etc / "certs").iterdir())
+    assert taken == ["cert_file.pem", "key_file.pem"], "the others are taken all the same"
+    assert not list(original.etc.glob(".taking*"))
+    return "is not taken over" in said and victim.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "named", ["/etc/shadow", "../../etc/shadow", "/home/other/secret", "/home/ubuntu/../other/secret"]
+)
+def test_nothing_outside_that_home_is_read_or_removed(original: Original, named: str) -> None:
+    victim = original.root / ("etc/shadow" if "shadow" in named else "home/other/secret")
+    victim.parent.mkdir(exist_ok=True, parents=True)
+    victim.write_text("secret\n")
+    _names(original, named)
+    assert _is_not_taken(original, victim)
+
+
+@pytest.mark.parametrize("through", ["file", "directory", "relative"])
+def test_no_link_leads_out_of_that_home(original: Original, through: str) -> None:
+    victim = original.root / "etc/ca.pem"
+    victim.write_text("secret\n")
+    if through == "directory":
+        (original.home / "way").symlink_to(victim.parent)
+        _names(original, "/home/ubuntu/way/ca.pem")
+    else:
+        (original.home / "certs/ca.pem").unlink()
+        (original.home / "certs/ca.pem").symlink_to("../../../etc/ca.pem" if through == "relative" else victim)
+    assert _is_not_taken(original, victim)
+
+
+def test_no_link_is_followed_to_a_configuration(original: Original) -> None:
+    victim = original.root / "etc/shadow"
+    victim.write_text("secret\n")
+    (original.home / "agent.yaml").unlink()
+    (original.home / "agent.yaml").symlink_to(victim)
+    assert "is not taken over" in original.preinst()
+    assert victim.exists()
+    assert not (original.etc / "agent.yaml").exists()
+
+
+def test_a_home_that_is_elsewhere_is_left_alone(original: Original) -> None:
+    elsewhere = original.root / "srv"
+    original.home.rename(elsewhere)
+    original.home.symlink_to(elsewhere)
+    assert "is not taken over" in original.preinst()
+    assert (elsewhere / "agent.yaml").exists()
+
+
+def test_what_another_owns_in_that_home_stays(original: Original) -> None:
+    need_root()
+    victim = original.home / "certs/ca.pem"
+    os.chown(victim, 1000, 1000)
+    assert _is_not_taken(original, victim)
+
+
+def test_what_is_no_file_is_not_waited_for(original: Original) -> None:
+    (original.home / "certs/ca.pem").unlink()
+    os.mkfifo(original.home / "certs/ca.pem")
+    assert "/home/ubuntu/certs/ca.pem is not taken over" in original.preinst()
 
 
 def test_scripts_are_sound_shell(top: Path) -> None:
