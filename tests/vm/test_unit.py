@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.lab import TOP
+from tests.support.machine import GUEST_TREE
 from tests.support.programs import wait_until
 from tests.vm.rig import SPAWNER, STATE, UNIT, GuestAgent
 
@@ -101,3 +103,21 @@ def test_a_crash_of_the_agent_kills_what_ran_and_accounts_for_it(ready: GuestAge
         record = ready.record(identifier)
         assert (record["status"], record["error_kind"]) == ("failed", "agent_stopped")
         assert "agent restarted while it ran" in record["error"]
+
+
+def test_the_documented_line_starts_an_agent_without_the_package(agent: GuestAgent) -> None:
+    """A transient service starts in /, with systemd's PATH: what the line names must not be relative to a shell."""
+    text = (TOP / "docs/isolation.md").read_text().partition("To try a profile by hand")[2]
+    line = text.split("\n\n")[1]
+    assert "systemd-run" in line
+    machine, clone = agent.machine, "/root/clone"
+    machine.run(f"mkdir -p {clone}/.venv/bin && ln -s {GUEST_TREE}/flux.py {GUEST_TREE}/fluxlib {clone}")
+    python = f'#!/bin/sh\nPYTHONPATH={GUEST_TREE}:/opt/site exec /usr/bin/python3 "$@"\n'
+    machine.write(f"{clone}/.venv/bin/python", python, 0o755)
+    settings = "port: 50053\nisolation: default\nstate_dir: /var/lib/flux-try\ntls: {enabled: false}\n"
+    machine.write(f"{clone}/agent.yaml", f"agent_id: try\n{settings}", 0o600)
+    machine.write(f"{clone}/line", f"cd {clone}\n{line}\n", 0o755)
+    machine.run(f"sh {clone}/line >{clone}/said 2>&1 </dev/null &")
+    up = f"grep -q 'listens on.*isolation default' {clone}/said"
+    machine.run(f"for i in $(seq 300); do {up} && break; sleep 0.1; done; cat {clone}/said; {up}")
+    machine.run("systemctl stop flux-try")
