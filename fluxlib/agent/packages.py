@@ -53,9 +53,8 @@ class Installed:
 class Packages:
     """The functions of this agent. Safe from any thread; reading takes no lock."""
 
-    def __init__(self, directory: Path, owner: tuple[int, int] = (-1, -1)) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._owner = owner
         self._lock = threading.Lock()
         self._installed: dict[str, Installed] = {}
         self._in_use: Counter[Path] = Counter()
@@ -197,7 +196,6 @@ class Packages:
         fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=_FRESH))
         try:
             archives.unpack(archive, handler, fresh)
-            self._give_away(fresh)
             with self._lock:
                 if not target.is_dir():  # else the same code came twice at once
                     os.rename(fresh, target)
@@ -249,13 +247,6 @@ class Packages:
                 # What an interrupted deploy or removal left.
                 if entry.name not in (_SPEC, installed.code_digest):
                     discard(entry) if entry.is_dir() else entry.unlink()
-
-    def _give_away(self, directory: Path) -> None:
-        """Code belongs to a user no function runs as, so that none can give itself write access."""
-        if self._owner[0] < 0:
-            return
-        for path in [directory, *directory.rglob("*")]:
-            os.chown(path, *self._owner, follow_symlinks=False)
 
 
 def check_names(spec: FunctionSpec) -> None:

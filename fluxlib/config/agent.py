@@ -113,7 +113,7 @@ class AgentConfig:
         "runner_user",
         "string",
         "flux-runner",
-        why="owns deployed code, and runs functions where each has no user of its own",
+        why="runs the functions where root's agent has isolation: off; deployed code is root's",
         check=user_problem,
     )
     kill_grace_sec: float = setting(
