@@ -52,14 +52,18 @@ class LoopReport:
 class Loop:
     """Calls ``body(now)`` every ``interval`` seconds, or sooner when woken.
 
-    ``now`` is epoch seconds. A body that raises is logged, counted and called
+    ``now`` is epoch seconds, by the wall clock unless another one is given: a body that pauses or counts
+    ages needs ``fluxlib.clock.steady_time``. A body that raises is logged, counted and called
     again after a pause; the loop itself ends only by ``stop``.
     """
 
-    def __init__(self, name: str, body: Callable[[float], object], interval: float) -> None:
+    def __init__(
+        self, name: str, body: Callable[[float], object], interval: float, clock: Callable[[], float] = time.time
+    ) -> None:
         self.name = name
         self._body = body
         self._interval = interval
+        self._clock = clock
         self._condition = threading.Condition()
         self._woken = False
         self._stopping = False
@@ -96,7 +100,7 @@ class Loop:
         while self._wait(pause):
             try:
                 self._last_ran_at = time.time()
-                self._body(self._last_ran_at)
+                self._body(self._clock())
                 pause = self._interval
             except Exception as error:
                 self._crashes += 1

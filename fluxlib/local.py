@@ -16,13 +16,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 import yaml
 
+from fluxlib.clock import steady_time
 from fluxlib.config.agent import load_agent
 from fluxlib.config.control import ControlConfig
 from fluxlib.config.environment import for_child
@@ -99,11 +99,11 @@ class LocalAgent:
         self._problem = ""
         self._lock = threading.Lock()
         self._stopping = False
-        self._watch = Loop("local-agent", self.tick, 0.5)
+        self._watch = Loop("local-agent", self.tick, 0.5, steady_time)
 
     def start(self) -> LocalAgent:
         """Starts the process; it comes up beside the caller. Raises CannotStart."""
-        self._launch(time.time())
+        self._launch(steady_time())
         return self
 
     def join(self, join: Callable[[str], object], within: Deadline) -> None:
@@ -112,7 +112,7 @@ class LocalAgent:
         while not (answers := self._answers()) and within.remaining() and self._lives():
             pause(_LOOK_EVERY)
         if answers:
-            self.tick(time.time())
+            self.tick(steady_time())
         self._watch.start()
 
     def warnings(self) -> list[str]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fluxlib.clock import steady_time
 from fluxlib.control.demand import Demand
 from fluxlib.control.leadership import Leadership
 from fluxlib.control.node_notes import NodePhase, notes_of
@@ -70,7 +70,7 @@ class Autoscaler:
         *,
         drain_seconds: float,
         lost_after: float,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -308,6 +308,7 @@ class Autoscaler:
             raise Unavailable("this Flux has just taken over, and is still reading the nodes", retry_after=2)
         for name, fleet in self._fleets.items():
             fleet.state = ScalerState.from_text(self._store.get_fact(_fact(name)))
+            fleet.state.begin(self._clock(), _LONGEST_PAUSE)
             fleet.due_at = 0.0
         self._loaded = True
 

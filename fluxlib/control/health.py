@@ -9,11 +9,11 @@ row make an agent offline; it comes back by being brought in step again.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from fluxlib.clock import steady_time
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.joining import ExecutionsPart, Joiner
 from fluxlib.control.leadership import Leadership
@@ -53,7 +53,7 @@ class HealthPoller:
         *,
         interval: float,
         lost_after: float,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._registry = registry
         self._roster = roster
@@ -65,12 +65,11 @@ class HealthPoller:
         self._sharing = sharing
         self._interval = interval
         self._lost_after = lost_after
-        self._clock = clock
         self._answers: deque[Answer] = deque()
         self._next_round = 0.0
         self._led = False
         self._adopted: frozenset[str] = frozenset()
-        self.loop = Loop("health", self.tick, min(interval / 2, _LONGEST_PAUSE))
+        self.loop = Loop("health", self.tick, min(interval / 2, _LONGEST_PAUSE), clock)
         leadership.on_change(lambda leads: self.loop.wake())
 
     def start(self) -> None:

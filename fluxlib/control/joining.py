@@ -7,12 +7,12 @@ An agent gets work only after it was brought in step.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
+from fluxlib.clock import steady_time
 from fluxlib.control.connection import AgentConnection, ConnectionEvents, Connector, Introduction
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.leadership import Leadership
@@ -61,7 +61,7 @@ class Joiner:
         *,
         tls: bool,
         at_a_time: int = 32,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._store = store
         self._registry = registry

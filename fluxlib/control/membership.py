@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from fluxlib.clock import steady_time
 from fluxlib.control.connection import AgentConnection, Connector
 from fluxlib.control.joining import ExecutionsPart, Joiner
 from fluxlib.control.pushes import Pusher
@@ -47,7 +47,7 @@ class Membership:
         executions: ExecutionsPart,
         pusher: Pusher,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._registry = registry
         self._roster = roster

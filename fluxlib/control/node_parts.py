@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxlib.clock import steady_time
 from fluxlib.config.control import ControlConfig
 from fluxlib.control.autoscaler import Autoscaler
 from fluxlib.control.crew import Crew
@@ -105,7 +106,7 @@ def build_nodes(
         interrupt=setup.interrupt,
     )
     strays = Strays(clouds, store, retirer, leadership, installation_id=installation_id, end_strays=config.end_strays)
-    looks = Loop("strays", strays.tick, LOOK_EVERY)
+    looks = Loop("strays", strays.tick, LOOK_EVERY, steady_time)
 
     def stop(deadline: Deadline) -> None:
         brief = Deadline(min(_STOP_SECONDS, deadline.remaining()))
@@ -117,7 +118,11 @@ def build_nodes(
         log.warning("%s", warning)
     return NodeParts(
         service,
-        (Loop("nodes", service.tick, _TICK), Loop("autoscaler", autoscaler.tick, _TICK), looks),
+        (
+            Loop("nodes", service.tick, _TICK, steady_time),
+            Loop("autoscaler", autoscaler.tick, _TICK, steady_time),
+            looks,
+        ),
         lambda: settings + strays.warnings(),
         stop,
     )

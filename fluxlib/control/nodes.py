@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fluxlib.clock import steady_time
 from fluxlib.control.autoscaler import Autoscaler
 from fluxlib.control.crew import Crew
 from fluxlib.control.leadership import Leadership
@@ -41,7 +41,7 @@ class NodeService:
         *,
         drain_seconds: float,
         interrupt: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._clouds = {cloud.name: cloud for cloud in clouds}
         self._registry = registry

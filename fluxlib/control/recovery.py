@@ -41,7 +41,7 @@ class Recovery:
         self._adoptions = 0
         self._taken = 0  # how many of them what the store says is ours was compared with what is in hand for
         self._taking = threading.Lock()
-        self._audit_at = 0.0
+        self._audited_at = float("-inf")
         dispatcher.on_lost = self._following.add
 
     # -- what former lives left --------------------------------------------------------
@@ -215,8 +215,9 @@ class Recovery:
         if self._taken != self._adoptions:
             self._try_to_take_over()
         self._give_up_departed()
-        if self._shared and now >= self._audit_at:
-            self._audit_at = now + _AUDIT_SECONDS
+        # Apart, in whichever direction: ``now`` is the wall clock's, and may have been set back.
+        if self._shared and abs(now - self._audited_at) >= _AUDIT_SECONDS:
+            self._audited_at = now
             self._audit(now)
 
     def _followed_ended(self, ours: ExecutionRecord, theirs: ExecutionRecord) -> None:
@@ -243,7 +244,7 @@ class Recovery:
 
     def _audit(self, now: float) -> None:
         """What another Flux ended (a cancel that crossed our sending, an agent given up) runs here no more."""
-        held = [one for one in self._ledger.all() if one.accepted and one.accepted_at < now - _AUDIT_SECONDS]
+        held = [one for one in self._ledger.all() if one.accepted and abs(now - one.accepted_at) > _AUDIT_SECONDS]
         if not held:
             return
         still_open = {entry.execution_id for entry in self._ledger.store.executions_of(self._ledger.session)}

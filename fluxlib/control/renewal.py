@@ -75,7 +75,8 @@ class Renewal:
             if not self._authority.outlives(state.certificate_not_after):
                 continue  # it ends with the CA
             failed_at, _ = self._failed.get(state.agent_id, (0.0, ""))
-            if now - failed_at >= _RETRY_AFTER:
+            # Apart, in whichever direction: the wall clock, which certificates need, may have been set back.
+            if abs(now - failed_at) >= _RETRY_AFTER:
                 self._renew(state, connection, now)
 
     def warnings(self) -> Sequence[str]:

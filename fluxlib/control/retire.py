@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 
+from fluxlib.clock import steady_time
 from fluxlib.control.crew import Crew
 from fluxlib.control.leadership import Leadership
 from fluxlib.control.membership import Membership
@@ -47,7 +47,7 @@ class Retirer:
         leadership: Leadership,
         *,
         settle: Callable[[], float] = lambda: 0.0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._clouds = {cloud.name: cloud for cloud in clouds}
         self._membership = membership

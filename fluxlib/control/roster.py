@@ -96,7 +96,8 @@ class Roster:
                 return known
             member = self._members[record.agent_id] = Member(record.agent_id, record)
         if record.status is not AgentStatus.PROVISIONING:
-            record = replace(record, status=AgentStatus.OFFLINE, offline_since=record.offline_since or now)
+            # Whoever wrote it may have had a clock that was ahead.
+            record = replace(record, status=AgentStatus.OFFLINE, offline_since=min(record.offline_since or now, now))
         state = AgentState(record)
         state.problem = "was not asked yet since Flux started" if state.record.address else ""
         self._registry.add(state)

@@ -41,11 +41,17 @@ class ScalerState:
 
     def sample(self, agent_id: str, sample: Sample, window: float) -> tuple[Sample, ...]:
         """Keep one more; the window's, and the last one before it."""
-        kept = self.samples.setdefault(agent_id, [])
+        # Those from the future are another process's, whose clock is ahead: they would stay until it has come.
+        kept = self.samples[agent_id] = [one for one in self.samples.get(agent_id, ()) if one.at <= sample.at]
         kept.append(sample)
         while len(kept) > 1 and kept[1].at <= sample.at - window:
             del kept[0]
         return tuple(kept)
+
+    def begin(self, now: float, longest_pause: float) -> None:
+        """A new life: what another one's clock, which was ahead, has written must not hold this one up."""
+        self.last_change_at = min(self.last_change_at, now)
+        self.paused_until = min(self.paused_until, now + longest_pause)
 
     def failed(self, now: float, agent_id: str, error: str) -> None:
         self.failures = [*self.failures, {"at": now, "agent_id": agent_id, "error": error}][-_FAILURES:]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from fluxlib.clock import steady_time
 from fluxlib.control.crew import Crew
 from fluxlib.control.leadership import Leadership
 from fluxlib.control.membership import Membership
@@ -89,7 +90,7 @@ class Spawner:
         start_seconds: float,
         join_seconds: float = _JOIN_WITHIN,
         on_result: Sequence[OnResult] = (),
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._membership = membership
         self._registry = registry

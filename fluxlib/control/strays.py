@@ -10,10 +10,10 @@ than the machine, so that an emptied store ends nothing.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fluxlib.clock import steady_time
 from fluxlib.control.leadership import Leadership
 from fluxlib.control.node_notes import NodePhase, notes_of
 from fluxlib.control.retire import Retirer
@@ -52,7 +52,7 @@ class Strays:
         *,
         installation_id: str,
         end_strays: bool,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._clouds = list(clouds)
         self._store = store

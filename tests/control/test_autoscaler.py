@@ -463,3 +463,26 @@ def test_the_report_shows_samples_conditions_and_reasons(fleet: CloudFleet) -> N
     assert [sample["cpu_percent"] for sample in node["samples"]] == [42, 42, 42]
     assert report["enabled"] is True
     assert report["last_decision"]["reason"]
+
+
+# -- another life's clock ----------------------------------------------------------------
+
+
+def test_what_a_clock_that_was_ahead_has_left_holds_nothing_up() -> None:
+    store = MemoryControlStore()
+    state = ScalerState(last_change_at=103_600.0, paused_until=103_600.0)
+    for second in range(3):
+        state.sample("w1", Sample(103_600.0 + second, 10, 10), 60)
+    assert [one.at for one in state.sample("w1", Sample(100_000.0, 10, 10), 60)] == [100_000.0]
+    store.set_fact("autoscaler/aws", state.to_text())
+    fleet = fleet_of(store=store)
+    try:
+        fleet.later(1)
+        assert "cooling down" in fleet.last()["reason"]
+        fleet.later(600)
+        assert "cooling down" not in fleet.last()["reason"]
+        stored = ScalerState.from_text(store.get_fact("autoscaler/aws"))
+        assert stored.last_change_at <= 100_001
+        assert stored.paused_until <= 100_601
+    finally:
+        fleet.close()

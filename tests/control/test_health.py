@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from fluxlib.errors import LeaseLost, StoreUnavailable
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus
 from tests.support.fleet import Fleet, Machine, spec
 from tests.support.programs import make_zip, wait_until
@@ -373,3 +375,36 @@ def test_a_leader_that_was_frozen_writes_nothing_on_waking(pair: tuple[Fleet, Fl
         leader.health.tick(leader.now)
     assert leader.stored("w1") == before
     assert leader.leadership.lease is None
+
+
+# -- a clock that is set -----------------------------------------------------------------
+
+
+def test_a_wall_clock_that_is_set_back_does_not_stop_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(interval=0.01)
+    fleet.wire.add("w1")
+    fleet.membership.register("w1:50052", legacy=False)
+    member = fleet.roster.get("w1")
+    assert member is not None
+    try:
+        fleet.health.start()
+        wait_until(lambda: member.asked > 0, "the first question")
+        set_back = time.time() - 3600
+        monkeypatch.setattr(time, "time", lambda: set_back)
+        asked = member.asked
+        wait_until(lambda: member.asked > asked + 2, "further questions")
+    finally:
+        fleet.health.stop(Deadline(5))
+        fleet.close()
+
+
+def test_an_agent_recorded_as_offline_in_the_future_is_given_up_in_time() -> None:
+    fleet = Fleet(lost_after=300)
+    fleet.store.save_agent(AgentRecord("w1", "w1:50052", status=AgentStatus.OFFLINE, offline_since=fleet.now + 3600))
+    fleet.start()
+    try:
+        for _ in range(31):
+            fleet.round()
+        assert ("lost", "w1") in fleet.executions.calls
+    finally:
+        fleet.close()

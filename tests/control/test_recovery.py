@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -313,3 +314,14 @@ def test_none_ends_what_another_was_given(planes: list[Plane], store: Store) -> 
     assert here.record(running).status is ExecutionStatus.RUNNING
     owner.on_ended(forged)
     assert here.record(running).status is ExecutionStatus.SUCCESS
+
+
+def test_what_another_flux_ended_is_noticed_under_a_clock_that_was_set_back(planes: list[Plane], store: Store) -> None:
+    here = plane(planes, store, "s1", shared=True)
+    agent = here.agent(script=accept)
+    execution_id = here.submit()
+    here.service.tick(time.time() + 60)
+    ended = entry(store, execution_id).ended(ExecutionStatus.CANCELLED, at=1.0, error="cancelled")
+    store.end_execution(ended, time.time() + 3600).wait()
+    here.service.tick(time.time() - 3600)
+    assert agent.wait_cancelled()[0][0] == execution_id

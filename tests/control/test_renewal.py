@@ -90,6 +90,9 @@ def test_a_failure_is_told_with_its_reason_and_tried_again_after_a_while(
     assert len(asked) == 1
     place.renewal.tick(later(place, 0.1))
     assert len(asked) == 2
+    # A clock that was set back does not stretch the pause.
+    place.renewal.tick(place.fleet.now - 4 * 3600)
+    assert len(asked) == 3
     given = able(place, monkeypatch)
     place.renewal.tick(later(place, 0.1))
     assert len(given) == 1
