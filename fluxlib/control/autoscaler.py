@@ -199,7 +199,9 @@ class Autoscaler:
         if record.status.present:
             return NodeCondition.ONLINE
         lost = record.offline_since and now - record.offline_since >= self._lost_after
-        return NodeCondition.LOST if lost else NodeCondition.OFFLINE
+        if not lost:
+            return NodeCondition.OFFLINE
+        return NodeCondition.STOPPED if self._retirer.is_stopped(record) else NodeCondition.LOST
 
     def _view(self, fleet: _Fleet, nodes: tuple[NodeView, ...], waits: tuple[Wait, ...]) -> FleetView:
         others = [other for other in self._fleets.values() if other is not fleet and other.cloud.scaling.enabled]
@@ -266,7 +268,7 @@ class Autoscaler:
             for agent_id in decision.agents:
                 self._retirer.begin(agent_id, decision.reason, self._drain_seconds)
             for agent_id in decision.ends:
-                self._retirer.begin(agent_id, f"offline for more than {self._lost_after:.0f} s", 0.0)
+                self._retirer.end_lost(agent_id, f"offline for more than {self._lost_after:.0f} s")
         except StoreUnavailable:
             raise
         except FluxError as error:

@@ -18,8 +18,9 @@ from fluxlib.control.node_notes import NodePhase, noted, notes_of
 from fluxlib.control.registry import Registry
 from fluxlib.control.roster import DRAINING
 from fluxlib.errors import NotFound, ProviderError, StoreUnavailable
+from fluxlib.model import AgentRecord
 from fluxlib.providers import Cloud
-from fluxlib.providers.base import NodeState
+from fluxlib.providers.base import Node, NodeState
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Retirer:
         self._draining: set[str] = set()
         self._retry_at: dict[str, float] = {}
         self.ended: dict[str, float] = {}  # provider ID → when: a cloud's list lags behind
+        self._stopped: dict[str, frozenset[str]] = {}  # provider → IDs of machines that somebody has stopped
         registry.on_capacity(self._changed)
         registry.on_change(lambda agent_id: self._changed(agent_id, None))
 
@@ -82,6 +84,18 @@ class Retirer:
             self._retry_at.pop(agent_id, None)
             self._condition.notify_all()
         self._crew.follow(agent_id, lambda: self._retire(agent_id))
+
+    def end_lost(self, agent_id: str, reason: str) -> None:
+        """Have one ended that has been away for too long, unless its machine turns out to be stopped."""
+        self._crew.start(agent_id, lambda: self._end_lost(agent_id, reason))
+
+    def note_stopped(self, provider: str, nodes: Sequence[Node]) -> None:
+        """What a provider has just listed."""
+        self._stopped[provider] = frozenset(node.provider_id for node in nodes if node.state is NodeState.STOPPED)
+
+    def is_stopped(self, record: AgentRecord) -> bool:
+        """Whether somebody has stopped its machine, as far as was seen."""
+        return record.provider_id in self._stopped.get(record.provider, ())
 
     def resume(self, agent_id: str, now: float) -> None:
         """Go on with one that is recorded as ending, not too often."""
@@ -115,6 +129,22 @@ class Retirer:
         log.info("node %s (%s %s) has ended", agent_id, record.provider, provider_id or "was never launched")
 
     # -- inside ------------------------------------------------------------------------
+
+    def _end_lost(self, agent_id: str, reason: str) -> None:
+        state = self._registry.get(agent_id)
+        if state is None or state.record.status.present:
+            return
+        record = state.record
+        try:
+            self.note_stopped(record.provider, self._cloud(record.provider).provider.nodes())
+            if self.is_stopped(record):
+                log.warning("node %s: %s was stopped, and is left to its owner", agent_id, record.provider_id)
+            else:
+                self.begin(agent_id, reason, 0.0)
+        except NotFound:
+            return
+        except (ProviderError, StoreUnavailable) as error:
+            log.warning("node %s, %s, is ended later: %s", agent_id, reason, error.message)
 
     def _retire(self, agent_id: str) -> None:
         try:

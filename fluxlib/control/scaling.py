@@ -16,9 +16,10 @@ The rules, first match wins:
 6. every online node was cold (both at or under the lower thresholds) likewise, nothing
    waits, and more than ``min_nodes`` are there: end the least loaded idle one.
 
-Beside each of them, nodes that have been away for too long are ended, once another one is
-online: when all are away it may be Flux's own network that is. It is no rule of the list,
-for in a large fleet some node is lost at every look, and nothing else would ever be done.
+Beside each of them, nodes that have been away for too long are ended (unless somebody has
+stopped their machine), once another one is online: when all are away it may be Flux's own
+network that is. It is no rule of the list, for in a large fleet some node is lost at every
+look, and nothing else would ever be done.
 
 The work is spread over all agents, so heat and waiting are felt by every provider at
 once: what another provider has answered is given time to take effect. Nodes
@@ -51,6 +52,7 @@ class NodeCondition(str, Enum):
     ONLINE = "online"
     OFFLINE = "offline"
     LOST = "lost"  # offline for so long that it is given up
+    STOPPED = "stopped"  # lost, with a machine that somebody has stopped: it is left to its owner
     LEAVING = "leaving"  # draining or being ended
 
 
@@ -139,7 +141,8 @@ def fits(kind: NodeType, memory_mb: int) -> bool:
 
 def _decide(view: FleetView, config: AutoscalingConfig, now: float) -> Decision:
     types = by_size(config.node_types)
-    here = [node for node in view.nodes if node.condition not in (NodeCondition.LEAVING, NodeCondition.LOST)]
+    gone = (NodeCondition.LEAVING, NodeCondition.LOST, NodeCondition.STOPPED)
+    here = [node for node in view.nodes if node.condition not in gone]
     coming = [node for node in here if node.condition is NodeCondition.COMING]
     online = [node for node in here if node.condition is NodeCondition.ONLINE]
 
@@ -177,7 +180,7 @@ def _launch(kind: NodeType, reason: str, count: int = 1, replaces: str = "") -> 
 
 def _room(view: FleetView, config: AutoscalingConfig) -> int:
     """How many more there may be. What is leaving or lost still runs in the cloud, and is paid for."""
-    return config.max_nodes - len(view.nodes)
+    return config.max_nodes - sum(node.condition is not NodeCondition.STOPPED for node in view.nodes)
 
 
 # -- executions that wait --------------------------------------------------------------
@@ -288,7 +291,7 @@ def _go_on(view: FleetView, here: list[NodeView], online: list[NodeView]) -> Dec
     conditions = {node.agent_id: node.condition for node in view.nodes}
     for one in view.replacing:
         condition = conditions.get(one.agent_id)
-        if condition is None:
+        if condition in (None, NodeCondition.STOPPED):
             return Decision(
                 Action.LAUNCH,
                 f"{one.agent_id} has made room for a larger node",

@@ -31,6 +31,7 @@ OLD_ENOUGH = 900.0
 _MARGIN = 300.0
 # One that was ended is listed as running for a while; for longer, its end did not come.
 _ENDED_SHOWS = 600.0
+_THERE = (NodeState.PENDING, NodeState.RUNNING, NodeState.STOPPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Strays:
                 # Before the records: a launch is recorded before it is asked for.
                 nodes = cloud.provider.nodes()
                 self._unreadable.pop(cloud.name, None)
+                self._retirer.note_stopped(cloud.name, nodes)
             except ProviderError as error:
                 self._unreadable[cloud.name] = error.message
                 log.warning("the machines at %s cannot be compared with the registry: %s", cloud.name, error.message)
@@ -108,9 +110,8 @@ class Strays:
         asked = {agent_id for agent_id, record in records.items() if not record.provider_id}
         strays = []
         for node in nodes:
-            costs = node.state in (NodeState.PENDING, NodeState.RUNNING, NodeState.STOPPED)
             ours = node.provider_id in known or node.agent_id in asked or node.provider_id in self._retirer.ended
-            if costs and not ours:
+            if node.state in _THERE and not ours:
                 strays.append(Stray(node, predates=node.launched_at < since + _MARGIN))
         return strays
 
@@ -144,7 +145,8 @@ class Strays:
 
     def _forget_gone(self, cloud: Cloud, nodes: Sequence[Node], records: Mapping[str, AgentRecord], now: float) -> None:
         """A spot machine taken back, one ended in the console: no agent will come back from there."""
-        there = {node.provider_id for node in nodes if node.state in (NodeState.PENDING, NodeState.RUNNING)}
+        # One that somebody has stopped is there, with its disk: it is its owner's to start again, or to end.
+        there = {node.provider_id for node in nodes if node.state in _THERE}
         for agent_id, record in records.items():
             notes = notes_of(record)
             settled = notes.phase is NodePhase.READY and now - notes.asked_at > _MARGIN

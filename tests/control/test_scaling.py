@@ -23,11 +23,12 @@ from fluxlib.control.scaling import (
 
 NOW = 100_000.0
 SMALL, MIDDLE, LARGE = NodeType("small", 2, 4), NodeType("middle", 4, 8), NodeType("large", 8, 16)
-COMING, ONLINE, OFFLINE, LOST, LEAVING = (
+COMING, ONLINE, OFFLINE, LOST, STOPPED, LEAVING = (
     NodeCondition.COMING,
     NodeCondition.ONLINE,
     NodeCondition.OFFLINE,
     NodeCondition.LOST,
+    NodeCondition.STOPPED,
     NodeCondition.LEAVING,
 )
 
@@ -241,6 +242,16 @@ def test_lost_nodes_are_ended_once_another_is_online() -> None:
     assert (waiting.action, waiting.ends) == (Action.NOTHING, ())
 
 
+def test_one_whose_machine_was_stopped_is_replaced_beside_the_bound_and_not_ended() -> None:
+    stopped = away("z", STOPPED)
+    healing = asked(node("a"), stopped, using=config(min_nodes=2, max_nodes=2))
+    assert (healing.action, healing.count, healing.ends) == (Action.LAUNCH, 1, ())
+    growing = asked(node("a", 99), stopped, using=config(max_nodes=2))
+    assert (growing.action, growing.ends, growing.replaces) == (Action.LAUNCH, (), "")
+    room = asked(node("a"), stopped, replacing=(Replacement("z", "large"),))
+    assert (room.action, room.instance_type, room.replaces) == (Action.LAUNCH, "large", "z")
+
+
 def test_ending_lost_nodes_keeps_nothing_else_from_being_done() -> None:
     lost = away("z", LOST)
     hot = asked(node("a", 99), lost)
@@ -348,7 +359,8 @@ def test_no_decision_breaks_the_bounds(fleet: tuple[FleetView, AutoscalingConfig
     view, using = fleet
     decision = decide(view, using, NOW)
     by_id = {one.agent_id: one for one in view.nodes}
-    here = [one for one in view.nodes if one.condition not in (LEAVING, LOST)]
+    here = [one for one in view.nodes if one.condition not in (LEAVING, LOST, STOPPED)]
+    paid = sum(one.condition is not STOPPED for one in view.nodes)
     online = [one for one in here if one.condition is ONLINE]
     assert decision.reason
     assert decide(view, using, NOW) == decision
@@ -359,10 +371,10 @@ def test_no_decision_breaks_the_bounds(fleet: tuple[FleetView, AutoscalingConfig
         assert decision.instance_type in {kind.instance_type for kind in using.node_types} | owed_types
         healing = len(here) + decision.count <= using.min_nodes
         replacing = bool(decision.replaces)
-        assert healing or replacing or len(view.nodes) + decision.count <= using.max_nodes
+        assert healing or replacing or paid + decision.count <= using.max_nodes
     if decision.action is Action.DRAIN:
         for agent_id in decision.agents:
-            assert by_id[agent_id].condition is not LEAVING
+            assert by_id[agent_id].condition not in (LEAVING, STOPPED)
         makes_room = decision.instance_type or any(one.agent_id in decision.agents for one in view.replacing)
         succeeded = any(one.replaces in decision.agents for one in online)
         if not makes_room and not succeeded:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fluxlib.errors import ProviderError, StoreUnavailable
+from fluxlib.model import AgentStatus
 from fluxlib.providers.base import NodeState
 from fluxlib.store.memory import MemoryControlStore
 from tests.support.clouds import CloudFleet, cloud
@@ -187,3 +188,37 @@ def test_a_machine_that_ended_by_itself_is_forgotten_once_its_agent_is_away(flee
     fleet.quiet()
     assert fleet.node_ids() == []
     assert ("lost", agent_id) in fleet.executions.calls
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["autoscaling", "no autoscaling"])
+def test_a_machine_that_somebody_stopped_is_left_to_its_owner(scaled: bool) -> None:
+    fleet = CloudFleet(cloud(min_nodes=2, max_nodes=2, enabled=scaled), now=NOW)
+    try:
+        fleet.nodes.initialize()
+        stopped, other = fleet.node_ids()
+        record = fleet.state(stopped).record
+        fleet.cloud().end(record.provider_id, NodeState.STOPPED)
+        fleet.wire.machines[record.address].up = False
+        for _ in range(3):
+            fleet.round()
+        # The autoscaler may look before the clouds' list is compared, or after.
+        for _ in range(3):
+            fleet.later(305)
+            fleet.strays.tick(fleet.now)
+            fleet.quiet()
+        assert [call for call in fleet.cloud().calls if call[0] == "terminate"] == []
+        assert fleet.state(stopped).record.status is AgentStatus.OFFLINE
+        assert fleet.strays.warnings() == []
+        assert len(fleet.node_ids()) == (3 if scaled else 2)
+        if scaled:
+            assert fleet.conditions()[stopped] == "stopped"
+            assert all("ends" not in one for one in fleet.autoscaler.report()["providers"]["aws"]["decisions"][1:])
+        # Started again it is a node as before.
+        fleet.cloud().end(record.provider_id, NodeState.RUNNING)
+        fleet.wire.machines[record.address].up = True
+        for _ in range(2):
+            fleet.round()
+        assert fleet.state(stopped).takes_work
+        assert fleet.state(other).takes_work
+    finally:
+        fleet.close()
