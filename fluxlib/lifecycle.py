@@ -13,11 +13,9 @@ import queue
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -194,69 +192,6 @@ class Timers:
                 timer.fire()
             except Exception:
                 log.exception("a timer of %s failed", self.name)
-
-
-class Pool:
-    """Does things soon, on at most ``threads`` threads of its own, which start as they are needed.
-
-    Unlike an executor's they are daemons: what still blocks when ``stop``'s deadline has passed does not
-    hold up the end of the process. ``work`` must catch what it raises; what it does not is logged.
-    """
-
-    def __init__(self, name: str, threads: int) -> None:
-        self.name = name
-        self._most = threads
-        self._condition = threading.Condition()
-        self._queue: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._threads: list[threading.Thread] = []
-        self._idle = 0
-        self._stopping = False
-
-    def submit(self, work: Callable[..., object], *arguments: Any) -> bool:
-        """False: it will not be done, the pool was stopped."""
-        with self._condition:
-            if self._stopping:
-                return False
-            self._queue.append((work, arguments))
-            if self._idle >= len(self._queue):
-                self._condition.notify()
-            elif len(self._threads) < self._most:
-                thread = threading.Thread(target=self._run, name=f"{self.name}-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            return True
-
-    def stop(self, deadline: Deadline) -> list[tuple[Any, ...]]:
-        """Begin nothing more and wait for what was begun; the arguments of what was not."""
-        with self._condition:
-            self._stopping = True
-            left = [arguments for _, arguments in self._queue]
-            self._queue.clear()
-            self._condition.notify_all()
-            threads = list(self._threads)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(deadline.remaining())
-        late = sum(thread.is_alive() for thread in threads)
-        if late:
-            log.warning("%d threads of %s did not end in time", late, self.name)
-        return left
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._idle += 1
-                self._condition.wait_for(lambda: self._queue or self._stopping)
-                self._idle -= 1
-                if not self._queue:
-                    return
-                work, arguments = self._queue.popleft()
-            try:
-                work(*arguments)
-            except Exception:
-                log.exception("a thread of %s failed, and goes on", self.name)
-            # Not kept until the next one comes: it may be megabytes.
-            del work, arguments
 
 
 def pause(seconds: float) -> None:

@@ -10,8 +10,9 @@ from fluxlib.control.execution import Execution
 from fluxlib.control.registry import Registry
 from fluxlib.control.services import AgentAway
 from fluxlib.errors import AgentError
-from fluxlib.lifecycle import Deadline, Pool
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentStatus, ExecutionRecord, ExecutionStatus
+from fluxlib.pool import Pool
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,9 @@ from fluxlib.errors import (
     Stopping,
     StoreUnavailable,
 )
-from fluxlib.lifecycle import Deadline, Pool, Timers
+from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, Phase
+from fluxlib.pool import Pool
 
 log = logging.getLogger(__name__)
 

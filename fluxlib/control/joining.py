@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from fluxlib.control.roster import Member, Roster, Wanted, present_status
 from fluxlib.errors import AgentRefused, AgentUnreachable, Conflict, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, FunctionState, Inventory
+from fluxlib.pool import Pool
 from fluxlib.store.base import ControlStore, Lease
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Joiner:
         self._leadership = leadership
         self.tls = tls
         self._clock = clock
-        self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="join")
+        self._pool = Pool("join", at_a_time)
 
     def want(self, member: Member, wanted: Wanted) -> None:
         """Have it done soon; what is wanted while a worker is at it is done right after."""
@@ -84,9 +84,7 @@ class Joiner:
             if member.working:
                 return
             member.working = True
-        try:
-            self._pool.submit(self._work, member)
-        except RuntimeError:  # shut down: this process ends
+        if not self._pool.submit(self._work, member):  # this process ends
             self._idle(member)
 
     def wait(self, member: Member, seconds: float) -> bool:
@@ -101,8 +99,9 @@ class Joiner:
             return member.condition.wait_for(done, seconds)
 
     def stop(self, deadline: Deadline) -> None:
-        del deadline  # what is under way ends by the deadlines of its calls
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Begin with no further agent. One that takes its time, as a dropped host does, holds up nothing."""
+        for (member,) in self._pool.stop(deadline):
+            self._idle(member)
 
     # -- identity ------------------------------------------------------------------
 

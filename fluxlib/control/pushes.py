@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fluxlib.control.connection import AgentConnection
@@ -19,6 +18,7 @@ from fluxlib.control.services import AgentResult
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import Function, FunctionState
+from fluxlib.pool import Pool
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Pusher:
     def __init__(self, registry: Registry, archive: Callable[[str], bytes | None], *, at_a_time: int = 16) -> None:
         self._registry = registry
         self._archives = Archives(archive)
-        self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="push")
+        self._pool = Pool("push", at_a_time)
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         self._missed: set[str] = set()  # agents that did not answer a push: what they lack is worth a retry
@@ -90,11 +90,11 @@ class Pusher:
 
     def push_all(self, agents: Sequence[AgentState], function: Function) -> list[Pushed]:
         """The function to each of the agents, in parallel; answers in the order of the agents."""
-        return list(self._pool.map(lambda agent: _guarded(agent, lambda: self.push(agent, function)), agents))
+        return self._side_by_side(agents, lambda agent: self.push(agent, function))
 
     def remove_all(self, agents: Sequence[AgentState], name: str) -> list[Pushed]:
         """Away with a function, in parallel."""
-        return list(self._pool.map(lambda agent: _guarded(agent, lambda: self.remove(agent, name)), agents))
+        return self._side_by_side(agents, lambda agent: self.remove(agent, name))
 
     def push(self, agent: AgentState, function: Function) -> Pushed:
         """What differs of one function to one agent. Never raises a FluxError."""
@@ -178,8 +178,15 @@ class Pusher:
 
     def stop(self, deadline: Deadline) -> None:
         """What is queued is dropped: agents get it when they are next brought in step."""
-        del deadline  # a push has a deadline of its own, and nothing of ours hangs on its end
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.stop(deadline)
+
+    def _side_by_side(self, agents: Sequence[AgentState], act: Callable[[AgentState], Pushed]) -> list[Pushed]:
+        done = self._pool.map(lambda agent: _guarded(agent, lambda: act(agent)), agents)
+        left = "Flux is stopping: it is brought in step later"
+        return [
+            pushed or Pushed(AgentResult(agent.agent_id, SKIPPED, left), again=True)
+            for agent, pushed in zip(agents, done, strict=True)
+        ]
 
     def _steps(self, agent: AgentState, superfluous: Iterable[str], functions: Iterable[Function]) -> Iterator[Pushed]:
         for name in superfluous:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from fluxlib.control.pushes import Archives
+from fluxlib.control.services import PushResult
 from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import Platform
 from tests.support.fleet import Fleet, Machine, spec
 from tests.support.programs import make_zip, wait_until
@@ -248,3 +250,23 @@ def test_archives_are_read_once_and_kept_within_their_bound() -> None:
     archives.get("a")
     assert reads == ["a", "b", "a"]
     assert archives.get("gone") is None
+
+
+def test_a_push_that_is_not_taken_does_not_hold_up_the_end(fleet: Fleet) -> None:
+    gate = threading.Event()
+    for number in range(6):  # four are pushed to at a time
+        joined(fleet, f"w{number}", gate=gate)
+    fleet.functions.put(spec())
+    results: list[PushResult] = []
+    pushing = threading.Thread(target=lambda: results.append(fleet.functions.deploy("hello", CODE)))
+    pushing.start()
+    try:
+        wait_until(lambda: sum(one.waiting for one in fleet.wire.machines.values()) == 4, "four pushes to be under way")
+        fleet.pusher.stop(Deadline(0.01))
+        # The interpreter waits at its end for threads that are no daemons.
+        assert [one.daemon for one in threading.enumerate() if one.name.startswith("push")] == [True] * 4
+    finally:
+        gate.set()
+        pushing.join(10)
+    messages = [one.message for one in results[0].agents]
+    assert sum("Flux is stopping" in message for message in messages) == 2

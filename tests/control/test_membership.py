@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from fluxlib.errors import AgentUnreachable, Conflict, NotFound, StoreUnavailable
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus, ExecutionStatus
 from tests.support.fleet import Fleet, spec
 from tests.support.programs import make_zip
@@ -245,3 +247,32 @@ def test_a_node_is_provisioning_until_its_agent_answers(fleet: Fleet) -> None:
     assert (view.record.status, view.record.provider_id) == (AgentStatus.ONLINE, "i-1")
     assert fleet.stored("n1").extra == {"host_key": "abc"}
     assert fleet.state("n1").takes_work
+
+
+# -- the end of the process --------------------------------------------------------------
+
+
+def daemons(name: str) -> list[bool]:
+    """Of the threads of a pool: the interpreter waits at its end for those that are no daemons."""
+    return [one.daemon for one in threading.enumerate() if one.name.startswith(name)]
+
+
+def test_a_host_that_swallows_everything_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet()
+    fleet.store.save_agent(AgentRecord("w1", "w1:50052", status=AgentStatus.ONLINE))
+    begun, given_up = threading.Event(), threading.Event()
+
+    def swallow(*arguments: object, **more: object) -> None:
+        begun.set()
+        given_up.wait(10)
+        raise AgentUnreachable("it does not answer")
+
+    monkeypatch.setattr(fleet.wire, "introduce", swallow)
+    fleet.membership.start()
+    try:
+        assert begun.wait(10)
+        fleet.membership.stop(Deadline(0.02))
+        assert daemons("join") == [True]
+    finally:
+        given_up.set()
+        fleet.close()

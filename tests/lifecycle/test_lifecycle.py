@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from fluxlib import lifecycle
-from fluxlib.lifecycle import Deadline, Loop, Parts, Pool, Timers
+from fluxlib.lifecycle import Deadline, Loop, Parts, Timers
+from fluxlib.pool import Pool
+from tests.support.programs import wait_until
 
 
 @pytest.fixture
@@ -247,3 +249,42 @@ def test_a_pool_stops_by_its_deadline_and_gives_back_what_was_not_begun() -> Non
     assert pool.stop(Deadline(0.01)) == [("second",), ("third",)]
     end.set()
     assert pool.stop(Deadline(10)) == []
+
+
+def test_a_pool_answers_what_became_of_each_in_their_order() -> None:
+    pool = Pool("crew", 2)
+    together = threading.Barrier(2)
+
+    def double(number: int) -> int:
+        if number < 2:
+            together.wait(10)
+        return 2 * number
+
+    def divide(number: int) -> float:
+        return 1 / number
+
+    assert pool.map(double, range(5)) == [0, 2, 4, 6, 8]
+    with pytest.raises(ZeroDivisionError):
+        pool.map(divide, [1, 0])
+    pool.stop(Deadline(10))
+    assert pool.map(double, [3]) == [None]
+
+
+def test_whoever_waits_for_what_a_stopped_pool_did_not_begin_is_told() -> None:
+    pool = Pool("crew", 1)
+    begun, end, answers = threading.Event(), threading.Event(), []
+
+    def work(number: int) -> int:
+        begun.set()
+        end.wait(10)
+        return number
+
+    caller = threading.Thread(target=lambda: answers.extend(pool.map(work, [1, 2, 3])))
+    caller.start()
+    begun.wait(10)
+    wait_until(lambda: len(pool._queue) == 2, "the others to be queued")
+    pool.stop(Deadline(0))
+    end.set()
+    caller.join(10)
+    assert answers == [1, None, None]
+    pool.stop(Deadline(10))

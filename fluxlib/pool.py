@@ -1,0 +1,105 @@
+"""Things done side by side, on a few threads that hold nothing up."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any, TypeVar
+
+from fluxlib.lifecycle import Deadline
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Pool:
+    """Does things soon, on at most ``threads`` threads of its own, which start as they are needed.
+
+    Unlike an executor's they are daemons: what still blocks when ``stop``'s deadline has passed does not
+    hold up the end of the process. ``work`` must catch what it raises; what it does not is logged.
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self._most = threads
+        self._condition = threading.Condition()
+        self._queue: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._stopping = False
+
+    def submit(self, work: Callable[..., object], *arguments: Any) -> bool:
+        """False: it will not be done, the pool was stopped."""
+        with self._condition:
+            if self._stopping:
+                return False
+            self._queue.append((work, arguments))
+            if self._idle >= len(self._queue):
+                self._condition.notify()
+            elif len(self._threads) < self._most:
+                thread = threading.Thread(target=self._run, name=f"{self.name}-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            return True
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R | None]:
+        """What ``work`` answered of each item, once all are done; None: it was not, the pool was stopped."""
+        futures: list[Future[R]] = [Future() for _ in items]
+        for future, item in zip(futures, items, strict=True):
+            if not self.submit(_fulfil, future, work, item):
+                future.cancel()
+        return [_outcome(future) for future in futures]
+
+    def stop(self, deadline: Deadline) -> list[tuple[Any, ...]]:
+        """Begin nothing more and wait for what was begun; the arguments of what was not."""
+        with self._condition:
+            self._stopping = True
+            left = [arguments for _, arguments in self._queue]
+            for work, arguments in self._queue:
+                if work is _fulfil:
+                    arguments[0].cancel()
+            self._queue.clear()
+            self._condition.notify_all()
+            threads = list(self._threads)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(deadline.remaining())
+        late = sum(thread.is_alive() for thread in threads)
+        if late:
+            log.warning("%d threads of %s did not end in time", late, self.name)
+        return left
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._idle += 1
+                self._condition.wait_for(lambda: self._queue or self._stopping)
+                self._idle -= 1
+                if not self._queue:
+                    return
+                work, arguments = self._queue.popleft()
+            try:
+                work(*arguments)
+            except Exception:
+                log.exception("a thread of %s failed, and goes on", self.name)
+            # Not kept until the next one comes: it may be megabytes.
+            del work, arguments
+
+
+def _fulfil(future: Future[R], work: Callable[[T], R], item: T) -> None:
+    try:
+        future.set_result(work(item))
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _outcome(future: Future[R]) -> R | None:
+    try:
+        return future.result()
+    except CancelledError:
+        return None
