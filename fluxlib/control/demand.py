@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 _NODES = Platform("linux")
 
 
+_AGAIN_EVERY = 60  # calls of publish, about one a second
+
+
 class Demand:
     """``publish`` in a process that follows, ``read`` in the one that leads."""
 
@@ -34,21 +37,34 @@ class Demand:
         self._waiting = waiting
         self._lookup = lookup
         self._published: Mapping[str, int] = {}
+        self._calls = 0
+        self._forgotten: frozenset[str] = frozenset()
 
     def publish(self) -> None:
         """Tell the leader what waits here, when that has changed. Raises StoreUnavailable."""
         waiting = dict(self._waiting())
-        if waiting != self._published:
+        self._calls += 1
+        # Told again: a process that was frozen for long was taken for gone, and what it had told was deleted.
+        again = bool(waiting) and self._calls % _AGAIN_EVERY == 0
+        if waiting != self._published or again:
             self._store.set_fact(_fact(self._leadership.session), json.dumps(waiting, separators=(",", ":")))
             self._published = waiting
 
     def read(self) -> tuple[Wait, ...]:
-        """By function. Raises StoreUnavailable."""
+        """By function. Raises StoreUnavailable, LeaseLost."""
+        self._forget_gone()
         counts = Counter(self._waiting())
         for session in self._leadership.others:
             counts.update(json.loads(self._store.get_fact(_fact(session)) or "{}"))
         found = (self._wait(name, count) for name, count in sorted(counts.items()) if count > 0)
         return tuple(wait for wait in found if wait is not None)
+
+    def _forget_gone(self) -> None:
+        gone, lease = self._leadership.gone, self._leadership.lease
+        self._forgotten &= gone
+        for session in gone - self._forgotten if lease is not None else ():
+            self._store.delete_fact(_fact(session), lease)
+            self._forgotten |= {session}
 
     def _wait(self, name: str, count: int) -> Wait | None:
         try:

@@ -33,6 +33,10 @@ _CLOSE_SECONDS = 5.0
 ATTACH = "attach"
 
 
+def shown_id_fact(agent_id: str) -> str:
+    return f"agent-shown-id/{agent_id}"
+
+
 class ExecutionsPart(Protocol):
     """What membership needs of the executions."""
 
@@ -113,7 +117,7 @@ class Joiner:
         """
         if not self.tls:
             return
-        fact = f"agent-shown-id/{introduction.agent_id}"
+        fact = shown_id_fact(introduction.agent_id)
         shown = self._store.get_fact(fact) is not None
         if introduction.legacy_certificate and shown:
             raise Conflict(

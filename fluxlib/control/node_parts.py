@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fluxlib.clock import steady_time
@@ -14,6 +15,7 @@ from fluxlib.control.crew import Crew
 from fluxlib.control.demand import Demand
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.executions import ExecutionService
+from fluxlib.control.joining import shown_id_fact
 from fluxlib.control.leadership import Leadership
 from fluxlib.control.membership import Membership
 from fluxlib.control.node_setup import CARRIED, NodeSetup
@@ -70,6 +72,7 @@ def build_nodes(
         leadership,
         # Another Flux learns in its next round that a node drains.
         settle=lambda: config.health_interval_sec * 1.5 if leadership.others else 0.0,
+        forget=partial(forget_node, authority, store),
     )
     spawner = Spawner(
         membership,
@@ -126,3 +129,9 @@ def build_nodes(
         lambda: settings + strays.warnings(),
         stop,
     )
+
+
+def forget_node(authority: Authority, store: ControlStore, agent_id: str) -> None:
+    """Its private key, and the note that it has shown its ID. Raises CertificatesUnusable, StoreUnavailable."""
+    authority.forget_agent(agent_id)
+    store.delete_fact(shown_id_fact(agent_id))

@@ -17,7 +17,7 @@ from fluxlib.control.membership import Membership
 from fluxlib.control.node_notes import NodePhase, noted, notes_of
 from fluxlib.control.registry import Registry
 from fluxlib.control.roster import DRAINING
-from fluxlib.errors import NotFound, ProviderError, StoreUnavailable
+from fluxlib.errors import FluxError, NotFound, ProviderError, StoreUnavailable
 from fluxlib.model import AgentRecord
 from fluxlib.providers import Cloud
 from fluxlib.providers.base import Node, NodeState
@@ -37,6 +37,7 @@ class Retirer:
     """Ends nodes in the background (``begin``) or on the caller's thread (``finish``).
 
     ``settle`` answers how many seconds other Flux processes may still send a node work after it began to drain.
+    ``forget`` is told which node's ID nobody will need any more; no ID of a node comes back.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Retirer:
         leadership: Leadership,
         *,
         settle: Callable[[], float] = lambda: 0.0,
+        forget: Callable[[str], object] = lambda agent_id: None,
         clock: Callable[[], float] = steady_time,
     ) -> None:
         self._clouds = {cloud.name: cloud for cloud in clouds}
@@ -56,6 +58,7 @@ class Retirer:
         self._crew = crew
         self._leadership = leadership
         self._settle = settle
+        self._forget = forget
         self._clock = clock
         self._condition = threading.Condition()
         self._draining: set[str] = set()
@@ -126,7 +129,16 @@ class Retirer:
             raise
         self._membership.deregister(agent_id)
         self._retry_at.pop(agent_id, None)
+        if record.provider:
+            self.forget(agent_id)
         log.info("node %s (%s %s) has ended", agent_id, record.provider, provider_id or "was never launched")
+
+    def forget(self, agent_id: str) -> None:
+        """Away with what is kept of a node beside its record. What cannot be removed is left: it does no harm."""
+        try:
+            self._forget(agent_id)
+        except FluxError as error:
+            log.warning("node %s: something is left of it: %s", agent_id, error.message)
 
     # -- inside ------------------------------------------------------------------------
 

@@ -253,6 +253,7 @@ class Spawner:
                 self._retirer.ended[making.provider_id] = self._clock()
             except ProviderError as error:
                 log.warning("%s could not be ended: %s", making.provider_id, error.message)
+        self._retirer.forget(making.agent_id)
 
     # -- small things ------------------------------------------------------------------
 

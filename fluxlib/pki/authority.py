@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from fluxlib.errors import Conflict
-from fluxlib.pki.files import locked, make_directory, read_file, write_secret
+from fluxlib.pki.files import locked, make_directory, read_file, remove_directory, write_secret
 from fluxlib.pki.identity import FLUX_NAME, Identity, check_agent_id, is_due, outlives, utc_now
 from fluxlib.pki.reading import Read, normalised, read_authority, read_leaf
 
@@ -98,6 +98,12 @@ class Authority:
             write_secret(directory / "agent-key.pem", identity.key_pem)
             write_secret(directory / "agent.pem", identity.cert_pem)
         return identity
+
+    def forget_agent(self, agent_id: str) -> None:
+        """Away with what ``agents/`` keeps of an agent that does not come back. Raises InvalidInput for a bad ID."""
+        check_agent_id(agent_id)
+        with locked(self._directory):
+            remove_directory(self._directory / "agents" / agent_id)
 
     def sign_agent_csr(self, csr_pem: bytes, agent_id: str) -> tuple[bytes, float]:
         """(certificate PEM, not_after) for the key an agent made itself. Raises InvalidInput."""

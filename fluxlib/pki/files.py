@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +45,16 @@ def write_secret(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise CertificatesUnusable(f"{path} cannot be written: {error.strerror}") from error
+
+
+def remove_directory(path: Path) -> None:
+    """``path`` and what is in it; one that is not there is no error. Raises CertificatesUnusable."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CertificatesUnusable(f"{path} cannot be removed: {error.strerror or error}") from error
 
 
 def read_file(path: Path) -> bytes | None:

@@ -187,6 +187,9 @@ class ControlStore(Protocol):
 
     def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None: ...
 
+    def delete_fact(self, key: str, lease: Lease | None = None) -> None:
+        """One that is not there is no error."""
+
     # -- the store itself --------------------------------------------------------
 
     def ping(self) -> None:

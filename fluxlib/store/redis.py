@@ -144,6 +144,9 @@ class RedisControlStore(RedisExecutions):
     def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None:
         self._set("facts", key, value, lease)
 
+    def delete_fact(self, key: str, lease: Lease | None = None) -> None:
+        self._link.write(scripts.DELETE_FIELD, "facts", key, *fence(lease), read=in_time(lease)).wait()
+
     def _set(self, table: str, field: str, value: str, lease: Lease | None) -> None:
         self._link.write(scripts.SET_FIELD, table, field, value, *fence(lease), read=in_time(lease)).wait()
 

@@ -166,6 +166,13 @@ class SqliteControlStore(SqliteExecutions):
 
         self._file.write(write, durable=True).wait()
 
+    def delete_fact(self, key: str, lease: Lease | None = None) -> None:
+        def write(db: sqlite3.Connection) -> None:
+            check_lease(db, lease)
+            db.execute("DELETE FROM facts WHERE key = ?", (key,))
+
+        self._file.write(write, durable=True).wait()
+
     # -- the store itself
 
     def ping(self) -> None:

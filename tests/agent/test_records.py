@@ -14,7 +14,7 @@ from fluxlib.agent.output import IN_MEMORY
 from fluxlib.agent.records import Records, new_record
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import RecordStore
-from fluxlib.store.memory import MemoryRecordStore
+from fluxlib.store.records_memory import MemoryRecordStore
 from fluxlib.store.records_sqlite import SqliteRecordStore
 
 Open = Callable[[], Records]

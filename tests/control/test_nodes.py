@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from fluxlib.control.joining import shown_id_fact
 from fluxlib.control.node_notes import NodePhase
+from fluxlib.control.node_parts import forget_node
 from fluxlib.control.spawn import new_agent_id
 from fluxlib.errors import Conflict, NotFound, ProviderError, StoreUnavailable, Unavailable
 from fluxlib.model import AGENT_ID, AgentStatus
+from fluxlib.pki import Authority
 from fluxlib.store.memory import MemoryControlStore
 from tests.support.clouds import STEPS, CloudFleet, cloud
 from tests.support.programs import wait_until
@@ -531,3 +535,31 @@ def test_names_of_nodes_fit_every_cloud(name: str) -> None:
     assert AGENT_ID.fullmatch(made)
     assert made[0].isalpha()
     assert new_agent_id(name) != made
+
+
+# -- what is left of a node ----------------------------------------------------------------
+
+
+def test_nothing_is_kept_of_a_node_that_has_ended_and_everything_of_an_agent_by_hand(fleet: CloudFleet) -> None:
+    fleet.wire.add("by-hand")
+    fleet.membership.register("by-hand:50052", legacy=False)
+    fleet.nodes.initialize()
+    nodes = fleet.node_ids()
+    assert fleet.forgotten == []
+    fleet.nodes.terminate(nodes[0])
+    fleet.nodes.remove_all()
+    fleet.membership.deregister("by-hand")
+    assert sorted(fleet.forgotten) == sorted(nodes)
+
+
+def test_forgetting_a_node_takes_its_key_and_what_it_has_shown(tmp_path: Path) -> None:
+    authority, store = Authority.open(tmp_path), MemoryControlStore()
+    kept = {}
+    for agent_id in ("web-1", "web-2"):
+        authority.issue_agent(agent_id)
+        kept[agent_id] = shown_id_fact(agent_id)
+        store.set_fact(kept[agent_id], "yes")
+    forget_node(authority, store, "web-1")
+    assert [one.name for one in (tmp_path / "agents").iterdir()] == ["web-2"]
+    assert (store.get_fact(kept["web-1"]), store.get_fact(kept["web-2"])) == (None, "yes")
+    forget_node(authority, store, "web-1")

@@ -434,3 +434,24 @@ def test_root_acts_as_the_owner_and_is_not_led_astray(tmp_path: Path) -> None:
         with pytest.raises(CertificatesUnusable), as_owner_of(directory):
             Authority.open(directory).issue_agent("w")
         assert not (tmp_path / "w").exists()
+
+
+def test_a_forgotten_agent_leaves_no_key_and_bad_ids_forget_nothing(tmp_path: Path) -> None:
+    authority = Authority.open(tmp_path)
+    authority.issue_agent("web-1")
+    authority.forget_agent("web-1")
+    assert list((tmp_path / "agents").iterdir()) == []
+    authority.forget_agent("web-1")
+    for bad in ("..", "../ca", "", "a/b"):
+        with pytest.raises(InvalidInput):
+            authority.forget_agent(bad)
+    assert (tmp_path / "ca" / "ca-key.pem").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_a_link_is_not_followed_to_what_it_names(tmp_path: Path) -> None:
+    authority = Authority.open(tmp_path)
+    (tmp_path / "agents" / "web-1").symlink_to(tmp_path / "ca")
+    with pytest.raises(CertificatesUnusable):
+        authority.forget_agent("web-1")
+    assert (tmp_path / "ca" / "ca-key.pem").exists()

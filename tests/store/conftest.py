@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fluxlib.store.base import ControlStore, RecordStore
-from fluxlib.store.memory import MemoryControlStore, MemoryRecordStore
+from fluxlib.store.memory import MemoryControlStore
+from fluxlib.store.records_memory import MemoryRecordStore
 from fluxlib.store.records_redis import RedisRecordStore
 from fluxlib.store.records_sqlite import SqliteRecordStore
 from fluxlib.store.redis import RedisControlStore

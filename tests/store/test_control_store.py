@@ -350,9 +350,13 @@ def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
     with pytest.raises(LeaseLost):
         store.set_fact("key", "old", late)
     with pytest.raises(LeaseLost):
+        store.delete_fact("key", late)
+    with pytest.raises(LeaseLost):
         store.adopt_executions("dead", "a", late)
     assert store.agents() == [AgentRecord("w", "h:1")]
     assert store.get_fact("key") == "new"
+    store.delete_fact("key", now)
+    assert store.get_fact("key") is None
     assert store.adopt_executions("dead", "b", now) == 1
     assert store.delete_agent("w", now) is True
 
@@ -381,6 +385,10 @@ def test_facts(store: ControlStore) -> None:
     store.set_fact("scale", "ö")
     store.set_fact("scale", "b")
     assert store.get_fact("scale") == "b"
+    store.set_fact("other", "c")
+    store.delete_fact("scale")
+    store.delete_fact("scale")
+    assert (store.get_fact("scale"), store.get_fact("other")) == (None, "c")
 
 
 # -- the store itself
@@ -409,6 +417,7 @@ def test_a_closed_store_is_away_never_empty(store: ControlStore) -> None:
         lambda: store.leases("f"),
         lambda: store.get_fact("k"),
         lambda: store.set_fact("k", "v"),
+        lambda: store.delete_fact("k"),
         lambda: store.save_function(function()),
         lambda: store.create_execution(entry("e-2"), durable=False),
         lambda: store.assign_execution("e-1", "w", "o").wait(),

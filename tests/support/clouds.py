@@ -101,7 +101,16 @@ class CloudFleet(Fleet):
             one.provider._clock = self.clock  # type: ignore[attr-defined]
         self.crew = Crew()
         self.setup = FakeSetup(self.wire)
-        self.retirer = Retirer(clouds, self.membership, self.registry, self.crew, self.leadership, clock=self.clock)
+        self.forgotten: list[str] = []
+        self.retirer = Retirer(
+            clouds,
+            self.membership,
+            self.registry,
+            self.crew,
+            self.leadership,
+            forget=self.forgotten.append,
+            clock=self.clock,
+        )
         self.spawner = Spawner(
             self.membership,
             self.registry,
