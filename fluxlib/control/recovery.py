@@ -152,7 +152,8 @@ class Recovery:
         entry = self._ledger.entry(execution_id)
         if entry is None:
             log.warning("agent %s runs %s, which this Flux knows nothing of; it is left alone", agent_id, execution_id)
-        elif entry.record.status.ended:
+        elif entry.record.status is ExecutionStatus.CANCELLED or entry.record.error_kind is ErrorKind.AGENT_LOST:
+            # Others with an end have come to it by themselves, after the agent had listed them.
             log.warning("agent %s still ran %s, which was given up: it is ended", agent_id, execution_id)
             record = replace(entry.record, agent_id=agent_id)
             self._calls.soon(

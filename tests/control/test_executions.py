@@ -526,6 +526,18 @@ class TestRecovery:
         assert (record.status, record.error_kind) == (ExecutionStatus.FAILED, ErrorKind.AGENT_LOST)
         assert len(agent.cancels) == 1
 
+    def test_one_that_ended_after_the_agent_listed_it_is_not_called_given_up(
+        self, plane: Plane, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        agent = plane.agent(script=accept)
+        ended, cancelled = plane.submit(), plane.submit()
+        plane.service.events("a1").ended(agent.asked[0].record.ended(ExecutionStatus.SUCCESS, at=9.0))
+        plane.service.events("a1").ended(agent.asked[1].record.ended(ExecutionStatus.CANCELLED, at=9.0))
+        until(lambda: plane.record(ended).status.ended and plane.record(cancelled).status.ended)
+        plane.service.reconcile("a1", [ended, cancelled])
+        assert agent.wait_cancelled()[0][0] == cancelled
+        assert not any(ended in message for message in caplog.messages)
+
     def test_an_agent_that_restarted_gives_the_end_of_what_it_ran(self, plane: Plane) -> None:
         agent = plane.agent(script=accept)
         execution_id = plane.submit()
