@@ -169,15 +169,29 @@ def test_a_drop_in_counts(original: Original) -> None:
     assert _is_untouched(original)
 
 
-def test_another_users_configuration_is_not_taken(original: Original) -> None:
+def test_what_was_uploaded_as_the_homes_owner_is_taken(original: Original) -> None:
+    """The original copied its files there over SSH; root's unit ran with them."""
     need_root()
-    os.chown(original.home / "agent.yaml", 1000, 1000)
+    for path in [original.home, *original.home.rglob("*")]:
+        os.chown(path, 1000, 1000)
+        path.chmod(0o775 if path.is_dir() else 0o664)
+    original.preinst()
+    taken = [original.etc / "agent.yaml", *(original.etc / "certs").iterdir()]
+    assert len(taken) == 4
+    assert all((path.stat().st_uid, path.stat().st_mode & 0o777) == (0, 0o600) for path in taken)
+    assert not list(original.home.rglob("*.pem"))
+
+
+def test_a_third_users_configuration_is_not_taken(original: Original) -> None:
+    need_root()
+    os.chown(original.home, 1000, 1000)
+    os.chown(original.home / "agent.yaml", 1001, 1001)
     assert "/home/ubuntu/agent.yaml is not taken over" in original.preinst()
     assert _is_untouched(original)
 
 
-def test_a_configuration_that_others_can_write_is_not_taken(original: Original) -> None:
-    (original.home / "agent.yaml").chmod(0o664)
+def test_a_configuration_that_everybody_can_write_is_not_taken(original: Original) -> None:
+    (original.home / "agent.yaml").chmod(0o646)
     assert "/home/ubuntu/agent.yaml is not taken over" in original.preinst()
     assert _is_untouched(original)
 
