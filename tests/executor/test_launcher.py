@@ -66,6 +66,18 @@ def programs() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
+@pytest.fixture(scope="module")
+def shared(programs: Path) -> Iterator[Path]:
+    """A mount whose changes go to the namespaces copied from this one, where every profile may read."""
+    place = Path(tempfile.mkdtemp(prefix="flux-shared-", dir="/opt"))
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    subprocess.run(["mount", "--make-shared", place], check=True)
+    (place / "later").mkdir()
+    yield place
+    subprocess.run(["umount", "-R", place], check=True)
+    place.rmdir()
+
+
 def _root_is_a_mount() -> bool:
     with open("/proc/self/mountinfo") as file:
         return any(line.split()[4] == "/" for line in file)
@@ -115,7 +127,7 @@ class Launched:
 
 
 @pytest.fixture(scope="module", params=[DEFAULT, STRICT, MINIMAL])
-def launched(request: pytest.FixtureRequest, programs: Path, cgroups: Path) -> Iterator[Launched]:
+def launched(request: pytest.FixtureRequest, programs: Path, cgroups: Path, shared: Path) -> Iterator[Launched]:
     launched = Launched(request.param, programs, cgroups)
     yield launched
     launched.link.close()
@@ -173,6 +185,24 @@ def test_it_writes_to_its_own_and_nowhere_else(launched: Launched) -> None:
     if not minimal:
         # Of the first nothing is there for the second.
         assert launched.run("ls -A /tmp /dev/shm $HOME")[0].split() == ["/dev/shm:", "/run/flux/work:", "/tmp:"]
+
+
+def test_what_the_machine_mounts_later_is_read_only_to_it(launched: Launched, shared: Path) -> None:
+    if launched.profile == MINIMAL:
+        return  # the machine's own view, where Landlock refuses it
+    later = shared / "later"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "none", later], check=True)
+    try:
+        output, _ = launched.run(f"stat -f -c %T {later}; echo x >{later}/f; echo x >/proc/self/comm && echo named")
+        options = launched.run(f"grep ' {later} ' /proc/self/mountinfo")[0].split()[5]
+    finally:
+        # Not kept in use by the spawner: it goes there as well.
+        subprocess.run(["umount", later], check=True)
+    assert output.splitlines()[0] == "tmpfs", "it has to be there for this to show anything"
+    assert "Read-only file system" in output
+    assert launched.profile == STRICT or output.splitlines()[-1] == "named", "Landlock has no file in /proc to write to"
+    assert {"ro", "nosuid"} <= set(options.split(","))
+    assert str(later) not in launched.run("cat /proc/self/mountinfo")[0]
 
 
 def test_memory_file_systems_have_their_size(launched: Launched) -> None:

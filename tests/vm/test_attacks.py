@@ -44,6 +44,7 @@ EXPECTED: dict[str, tuple[str, str, str, str]] = {
     "add to its own code": ("EACCES", "EROFS", "EROFS", "EACCES"),
     "write to /usr": ("EROFS", "EROFS", "EROFS", "EROFS"),
     "write to /var/tmp": (WORKS, "EROFS", "EROFS", "EACCES"),
+    "write to a disk mounted later": (WORKS, "EROFS", "EROFS", "EACCES"),
     "leave its cgroup": ("ENOENT", "EACCES", "ENOENT", "EACCES"),
     "see other cgroups": ("ENOENT", "ENOENT", "ENOENT", "ENOENT"),
     "read a disk": ("ENOENT", "ENOENT", "ENOENT", "ENOENT"),
@@ -86,6 +87,7 @@ def bait(machine: Machine) -> None:
 def seen(request: pytest.FixtureRequest, bait: None, agent: GuestAgent) -> Seen:
     """What the probe found under one profile."""
     agent.configure(request.param)
+    agent.machine.run("mkdir -p /opt/lab-disk && mount -t tmpfs -o mode=1777 none /opt/lab-disk")
     agent.deploy("probe", "probe.py")
     victim = Victim(agent)
     record = agent.run("probe", victim.described())
@@ -93,6 +95,7 @@ def seen(request: pytest.FixtureRequest, bait: None, agent: GuestAgent) -> Seen:
         " 683 " in agent.machine.run("cat /proc/sysvipc/shm")  # 0x2AB
     )
     victim.end()
+    agent.machine.run("umount /opt/lab-disk")
     agent.machine.run("ipcrm -M 0x2ab 2>/dev/null; rm -f /tmp/mine /dev/shm/mine /var/tmp/lab", check=False)
     assert record["status"] == "success", record
     return Seen(request.param, json.loads(record["output"]), int(victim.uid), left)

@@ -122,6 +122,7 @@ class Launcher:
         self._namespaces = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWIPC if self._mounts else 0
         # What every child does alike.
         self._first = [(Step.SESSION, *prepared.new_session()), (Step.SESSION, *prepared.unblock_signals())]
+        self._read_only = [(Step.MOUNTS, *call) for call in mounts.everything_read_only()]
         self._cgroup_view = [(Step.CGROUP_VIEW, *call) for call in mounts.hide_other_cgroups()]
         self._no_privileges = [
             (Step.USER, *prepared.clear_capabilities()),
@@ -209,6 +210,7 @@ class Launcher:
         if not self._atomic:
             calls.append((Step.CGROUP, _enter, (cgroup, flags)))
         if self._mounts:
+            calls += self._read_only
             calls += [(Step.MOUNTS, *call) for call in mounts.mounts_of_run(code, uid, plan.tmp_bytes)]
         if self._profile == STRICT:
             calls += self._cgroup_view

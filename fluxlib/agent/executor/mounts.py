@@ -2,7 +2,8 @@
 
 Once per spawner: everything read-only and without set-user-ID, the machine's
 private directories and every state directory hidden, processes of others
-invisible. Once per run: its code, its work directory and its own /tmp:
+invisible. Once per run: what the machine has mounted since then read-only too,
+and the run's code, its work directory and its own /tmp:
 
     /run/flux/code     its code, read-only
     /run/flux/work     its work directory: memory, as large as /tmp may be
@@ -70,10 +71,8 @@ def prepare_namespace(programs: bytes, hidden: Iterable[bytes]) -> None:
         if os.path.isdir(directory):
             _cover(directory)
     syscalls.mount(b"proc", b"/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, b"hidepid=invisible")
-    # Not nodev: it would switch /dev off.
-    syscalls.mount_setattr(b"/", syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
-    # Programs name their threads there; a function owns nothing else in it.
-    syscalls.mount_setattr(b"/proc", 0, clear=syscalls.MOUNT_ATTR_RDONLY)
+    for call in everything_read_only():
+        prepared.make(call)
 
 
 def _thin_out(programs: bytes) -> None:
@@ -104,11 +103,25 @@ def copy_of_code(code: bytes) -> int:
     """
     tree = syscalls.open_tree(code)
     try:
-        syscalls.mount_setattr(b"", _READ_ONLY_CODE, tree=tree)
+        syscalls.mount_setattr(tree, _READ_ONLY_CODE)
     except OSError:
         os.close(tree)
         raise
     return tree
+
+
+def everything_read_only() -> list[Call]:
+    """For the spawner, and again for each child in a namespace of its own, before it mounts anything there.
+
+    What the machine mounts while the agent runs goes here too, as writable as it is there. Not kept out by private
+    mounts: what the machine unmounts would then stay in use here.
+    """
+    return [
+        # Not nodev: it would switch /dev off.
+        prepared.set_attributes(b"/", syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True),
+        # Programs name their threads there; a function owns nothing else in it.
+        prepared.set_attributes(b"/proc", 0, clear=syscalls.MOUNT_ATTR_RDONLY),
+    ]
 
 
 def mounts_of_run(code: int, uid: int, size: int) -> list[Call]:
@@ -129,7 +142,7 @@ def hide_other_cgroups() -> list[Call]:
         prepared.unshare(syscalls.CLONE_NEWCGROUP),
         prepared.unmount(CGROUPS),
         prepared.mount(b"cgroup2", CGROUPS, MS_NOSUID | MS_NODEV | MS_NOEXEC),
-        prepared.read_only(CGROUPS),
+        prepared.set_attributes(CGROUPS, syscalls.MOUNT_ATTR_RDONLY),
     ]
 
 

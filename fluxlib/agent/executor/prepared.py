@@ -131,8 +131,9 @@ def attach(tree: int, target: bytes) -> Call:
     return _syscall, (_ATTACH, tree, _EMPTY, _HERE, target, _ATTACHED)
 
 
-def read_only(target: bytes) -> Call:
-    """The mount at ``target`` from now on."""
-    attributes = syscalls.MountAttributes(attr_set=syscalls.MOUNT_ATTR_RDONLY)
-    size = c_ulong.from_param(ctypes.sizeof(attributes))
-    return _syscall, (c_long.from_param(syscalls.MOUNT_SETATTR), _HERE, target, 0, byref(attributes), size)
+def set_attributes(target: bytes, attributes: int, *, clear: int = 0, recursive: bool = False) -> Call:
+    """Set and clear MOUNT_ATTR_* of the mount at ``target``, and of all below it."""
+    wanted = syscalls.MountAttributes(attr_set=attributes, attr_clr=clear)
+    flags = c_uint.from_param(syscalls.AT_RECURSIVE if recursive else 0)
+    size = c_ulong.from_param(ctypes.sizeof(wanted))
+    return _syscall, (c_long.from_param(syscalls.MOUNT_SETATTR), _HERE, target, flags, byref(wanted), size)

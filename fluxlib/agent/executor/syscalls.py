@@ -227,14 +227,11 @@ def move_mount(tree: int, target: bytes) -> None:
     _call("move_mount", MOVE_MOUNT, c_int(tree), c_char_p(b""), c_int(AT_FDCWD), c_char_p(target), empty)
 
 
-def mount_setattr(
-    target: bytes, attributes: int, *, clear: int = 0, recursive: bool = False, tree: int = AT_FDCWD
-) -> None:
-    """Set and clear MOUNT_ATTR_*; with ``tree`` and an empty target, of a detached mount."""
-    attr = MountAttributes(attr_set=attributes, attr_clr=clear)
-    flags = (AT_RECURSIVE if recursive else 0) | (0 if target else AT_EMPTY_PATH)
+def mount_setattr(tree: int, attributes: int) -> None:
+    """Set MOUNT_ATTR_* of a detached mount that ``open_tree`` gave."""
+    attr = MountAttributes(attr_set=attributes)
     size = c_ulong(ctypes.sizeof(attr))
-    _call("mount_setattr", MOUNT_SETATTR, c_int(tree), c_char_p(target), c_uint(flags), ctypes.byref(attr), size)
+    _call("mount_setattr", MOUNT_SETATTR, c_int(tree), c_char_p(b""), c_uint(AT_EMPTY_PATH), byref(attr), size)
 
 
 # -- confinement ---------------------------------------------------------------------------

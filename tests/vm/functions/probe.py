@@ -111,6 +111,7 @@ ATTACKS = {
     "add to its own code": lambda: write(os.path.join(os.path.dirname(__file__), "new")),
     "write to /usr": lambda: write("/usr/local/lab"),
     "write to /var/tmp": lambda: write("/var/tmp/lab"),
+    "write to a disk mounted later": lambda: write("/opt/lab-disk/lab"),
     "leave its cgroup": leave_cgroup,
     "see other cgroups": see_other_cgroups,
     "read a disk": lambda: read("/dev/vda"),
