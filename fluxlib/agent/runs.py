@@ -42,7 +42,7 @@ class Run:
     installed: Installed | None = None
     begun: bool = False  # the store knows it
     supervised: Supervised | None = None
-    stop: tuple[ErrorKind, str, float | None] | None = None  # asked for before there was anything to stop
+    stops: list[tuple[ErrorKind, str, float | None]] = field(default_factory=list)  # before there was anything to stop
 
 
 class Runs:
@@ -254,9 +254,9 @@ class Runs:
         with self._lock:
             run.on_end.append(on_end)
             run.supervised = supervised
-            stop = run.stop
-        if stop is not None:
-            supervised.stop(stop[0], stop[1], grace=stop[2])
+            stops = list(run.stops)
+        for why, reason, grace in stops:
+            supervised.stop(why, reason, grace=grace)
         try:
             supervised.start(output.append, lambda pid: self._started(run))
         except BaseException:
@@ -268,7 +268,7 @@ class Runs:
         with self._lock:
             supervised = run.supervised
             if supervised is None:
-                run.stop = run.stop or (why, reason, grace)
+                run.stops.append((why, reason, grace))
                 return
         supervised.stop(why, reason, grace=grace)
 

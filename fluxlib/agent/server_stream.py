@@ -202,8 +202,9 @@ class Sessions:
         on_dead = None if message.no_wait else answer
         try:
             record = self._runs.cancel(execution_id, message.reason or "cancelled", on_dead)
-        except StoreUnavailable as error:
-            response = pb.CancelExecutionResponse(message=error.message, error_kind=pb.ERROR_KIND_INTERNAL)
+        except (StoreUnavailable, OSError) as error:
+            # One that this machine cannot stop now must not end everybody's stream.
+            response = pb.CancelExecutionResponse(message=str(error), error_kind=pb.ERROR_KIND_INTERNAL)
             session.cancel_answered(pb.CancelAnswer(execution_id=execution_id, response=response))
             return
         if record is None or record.status.ended:

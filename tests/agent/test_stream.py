@@ -210,6 +210,22 @@ def test_cancels_over_the_stream(agent: Running) -> None:
         assert stream.wait_final("one").response.error == "enough"
 
 
+def test_a_cancel_that_fails_leaves_the_stream_to_the_others(agent: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cancel(execution_id: str, *_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with Stream(agent, "s") as stream:
+        with monkeypatch.context() as patched:
+            patched.setattr(agent.agent._runs, "cancel", cancel)
+            stream.send(cancel=[pb.CancelExecutionRequest(execution_id="one")])
+            stream.wait(lambda: any(frame.cancelled for frame in stream.frames), "the answer")
+        answers = [one.response for frame in stream.frames for one in frame.cancelled]
+        assert [(one.success, one.error_kind) for one in answers] == [(False, pb.ERROR_KIND_INTERNAL)]
+        assert "Too many open files" in answers[0].message
+        stream.execute("two")
+        assert stream.wait_final("two").response.error == ""
+
+
 def test_stopping_is_announced_and_refuses(tmp_path: Path) -> None:
     with running(tmp_path, shutdown_sec=30) as agent:
         agent.deploy()

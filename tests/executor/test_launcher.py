@@ -24,28 +24,11 @@ from fluxlib.agent.executor import mounts
 from fluxlib.agent.executor.cgroup import RunGroup
 from fluxlib.agent.executor.launcher import DEFAULT, MINIMAL, STRICT, Plan
 from fluxlib.agent.executor.spawner_link import SpawnerLink
-from tests.support.need import lacking, need_root
+from tests.support.need import need_root
 from tests.support.programs import wait_until
 
 UID = 1_900_000_500
 _numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def cgroups() -> Iterator[Path]:
-    """A directory of cgroup v2 in which groups can be made."""
-    need_root()
-    place = Path(tempfile.mkdtemp(prefix="flux-cgroup-"))
-    done = subprocess.run(["mount", "-t", "cgroup2", "none", place], capture_output=True, text=True)
-    if done.returncode:
-        place.rmdir()
-        lacking(f"needs cgroup v2: {done.stderr.strip()}")
-    group = place / f"flux-test-{os.getpid()}"
-    group.mkdir()
-    yield group
-    group.rmdir()
-    subprocess.run(["umount", place], check=True)
-    place.rmdir()
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ class Clock:
         self.verdicts: list[Verdict] = []
         self.started: Callable[[int], None]
         self.exited: Callable[[Exit], None]
+        self.supervised: Supervised
 
     def monotonic(self) -> float:
         return self.now
@@ -63,6 +64,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     supervised = Supervised(
         cast(Executor, clock), cast(Timers, clock), job, 10.0, 2.0, lambda verdict: clock.verdicts.append(verdict)
     )
+    clock.supervised = supervised
     supervised.start(lambda data: None, lambda pid: None)
     return clock
 
@@ -99,6 +101,25 @@ def test_a_stop_before_its_start_returns_keeps_its_grace(clock: Clock) -> None:
     supervised = Supervised(cast(Executor, Slow()), cast(Timers, clock), job, 0, 2.0, lambda verdict: None)
     supervised.start(lambda data: None, lambda pid: None)
     assert clock.signals == ["KILL"]
+
+
+def test_a_second_stop_with_less_grace_kills_sooner(clock: Clock) -> None:
+    """The agent ends while a function that is deaf to TERM is being cancelled."""
+    clock.started(7)
+    stop = clock.supervised.stop
+    stop(ErrorKind.CANCELLED, "enough", grace=60)
+    stop(ErrorKind.TIMEOUT, "later than its own", grace=61)
+    stop(ErrorKind.CANCELLED, "as it says itself")
+    assert [at for at, _ in clock.timers] == [1010, 1060]
+    clock.now += 50
+    stop(ErrorKind.AGENT_STOPPED, "no less is left", grace=10)
+    stop(ErrorKind.AGENT_STOPPED, "less", grace=5)
+    assert [at for at, _ in clock.timers] == [1010, 1060, 1055]
+    assert clock.signals == ["TERM"], "a second one means haste to many programs"
+    stop(ErrorKind.AGENT_STOPPED, "at once", grace=0)
+    assert clock.signals == ["TERM", "KILL"]
+    clock.exited(Exit(signal=9))
+    assert (clock.verdicts[0].kind, clock.verdicts[0].error) == (ErrorKind.CANCELLED, "enough")
 
 
 def test_one_that_has_ended_is_left_alone(clock: Clock) -> None:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 _TRIAL = "trial"
 _TRIAL_LIMITS = Limits(memory_bytes=64 * 1024**2, cpu_millicores=1000, processes=16)
 _SIGKILL = 9
+# How long something waits that the machine had no descriptor or no memory for (seconds).
+_AGAIN = 1.0
 # Also where the agent's configuration names no size.
 _DEFAULT_TMP = 256 * 1024**2
 
@@ -125,10 +127,15 @@ class LinuxExecutor(SpawningExecutor):
                 spawned.told = number if spawned.told != _SIGKILL else spawned.told
                 return
         group: RunGroup = spawned.launch.own
-        if number == _SIGKILL:
-            group.kill()
-        else:
+        if number != _SIGKILL:
             group.signal(number)
+            return
+        try:
+            group.kill()
+        except OSError as error:
+            # It opens a file. Here rather than with who asks: they have nothing better to do than this.
+            log.warning("%s cannot be killed now: %s; trying again", spawned.job.execution_id, error)
+            self._reactor.call_later(_AGAIN, lambda: self.signal(spawned, number))
 
     def finish(self, launch: Launch, ended: Exit, then: Callable[[Exit], None]) -> None:
         group: RunGroup | None = launch.own
@@ -145,7 +152,14 @@ class LinuxExecutor(SpawningExecutor):
 
     def _end_rest(self, group: RunGroup, ended: Exit, then: Callable[[Exit], None]) -> None:
         """Kill what the program left behind and go on when the kernel says that it is gone."""
-        events = group.events()
+        try:
+            group.kill()
+            events = group.events()
+        except OSError as error:
+            # No descriptor left, or no memory: for a moment. Its user and its cgroup are not free before.
+            log.warning("what %s left behind cannot be ended now: %s; trying again", group.path, error)
+            self._reactor.call_later(_AGAIN, lambda: self._end_rest(group, ended, then))
+            return
 
         def look() -> None:
             if not is_empty(events):
@@ -159,7 +173,6 @@ class LinuxExecutor(SpawningExecutor):
             then(_with(ended, figures))
 
         self._reactor.watch(events, look, select.EPOLLPRI)
-        group.kill()
         look()
 
     def end_trees(self, lost: list[Spawned]) -> None:

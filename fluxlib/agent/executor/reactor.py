@@ -55,6 +55,7 @@ class Reactor:
         self._resting: deque[tuple[float, OutputPipe]] = deque()
         self._new: deque[tuple[float, OutputPipe]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
+        self._later: list[tuple[float, Callable[[], None]]] = []
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poller.register(self._wake_read, select.EPOLLIN)
         # Kept: an allocation of this size is a mapping made, touched and unmapped, for each read. Not a bytearray,
@@ -75,6 +76,11 @@ class Reactor:
         self._calls.append(function)
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"\0")
+
+    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Run ``function`` on the reactor's thread in ``seconds``; not at all when it stops before."""
+        at = time.monotonic() + seconds
+        self.call(lambda: self._later.append((at, function)))
 
     def watch(self, fd: int, handler: Callable[[], None], events: int = _READABLE) -> None:
         """Call ``handler`` whenever ``fd`` can be read, or has other ``events``."""
@@ -122,15 +128,22 @@ class Reactor:
                 except Exception:
                     log.exception("handling what a program wrote failed")
             self._end_rests()
+            if self._later:
+                self._call_due()
             while self._calls:
                 try:
                     self._calls.popleft()()
                 except Exception:
                     log.exception("a call on the output thread failed")
 
+    def _call_due(self) -> None:
+        now = time.monotonic()
+        self._calls.extend(function for at, function in self._later if at <= now)
+        self._later = [one for one in self._later if one[0] > now]
+
     def _timeout(self) -> float:
-        """Seconds until the next pipe is to be watched, -1 = none."""
-        ends = []
+        """Seconds until the next pipe is to be watched or call to be made, -1 = none."""
+        ends = [at for at, _ in self._later]
         for waiting in (self._new, self._resting):
             while waiting and waiting[0][1].fd < 0:
                 waiting.popleft()

@@ -40,6 +40,7 @@ class Supervised:
         "_executor",
         "_grace",
         "_job",
+        "_kill_at",
         "_kill_timer",
         "_lock",
         "_on_end",
@@ -72,6 +73,7 @@ class Supervised:
         self._started_at: float | None = None
         self._timeout_timer: Timer | None = None
         self._kill_timer: Timer | None = None
+        self._kill_at: float | None = None  # by time.monotonic, once it has been asked to stop
         self._why = ErrorKind.NONE
         self._reason = ""
         self._end = False
@@ -90,19 +92,27 @@ class Supervised:
             if self._timeout and not self._end:
                 self._timeout_timer = self._timers.after(self._timeout, self._timed_out)
         if stopping:
-            self._ask_to_stop(running, self._grace)
+            self._ask_to_stop(running)
 
     def stop(self, why: ErrorKind, reason: str, *, grace: float | None = None) -> None:
-        """End it: TERM to the tree, after the grace KILL. The first reason given is the one it ends with."""
+        """End it: TERM to the tree, after the grace KILL. The first reason given is the one it ends with.
+
+        One that is being stopped is killed sooner when ``grace`` ends before what is left of its own.
+        """
         with self._lock:
-            if self._end or self._why is not ErrorKind.NONE:
+            if self._end:
                 return
-            self._why, self._reason = why, reason
+            if self._why is not ErrorKind.NONE:
+                left = self._grace if self._kill_at is None else self._kill_at - time.monotonic()
+                if grace is None or grace >= left:
+                    return
+            else:
+                self._why, self._reason = why, reason
             if grace is not None:
                 self._grace = grace  # also for a start that has not returned yet
             running = self._running
         if running is not None:
-            self._ask_to_stop(running, self._grace)
+            self._ask_to_stop(running)
 
     def _timed_out(self) -> None:
         # Counted from its own start, which a busy machine may have delayed; a start that never comes ends too.
@@ -114,14 +124,20 @@ class Supervised:
             return
         self.stop(ErrorKind.TIMEOUT, f"execution timed out after {self._timeout:g}s")
 
-    def _ask_to_stop(self, running: RunningJob, grace: float) -> None:
+    def _ask_to_stop(self, running: RunningJob) -> None:
+        with self._lock:
+            if self._end:
+                return
+            grace, told = self._grace, self._kill_at is not None
+            self._kill_at = time.monotonic() + grace
+            if self._kill_timer is not None:
+                self._kill_timer.cancel()
+            if grace > 0:
+                self._kill_timer = self._timers.after(grace, running.kill)
         if grace <= 0:
             running.kill()
-            return
-        running.terminate()
-        with self._lock:
-            if not self._end:
-                self._kill_timer = self._timers.after(grace, running.kill)
+        elif not told:  # to many programs a second TERM says that they should not clean up
+            running.terminate()
 
     def _exited(self, ended: Exit) -> None:
         with self._lock:
