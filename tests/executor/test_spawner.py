@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import socket
 import sys
@@ -99,6 +100,30 @@ def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: O
     assert len(run.ends) == 1
     assert not psutil.pid_exists(run.pid) or psutil.Process(run.pid).status() == psutil.STATUS_ZOMBIE
     assert Run(executor, directory, "echo again", "e-2").end().exit_code == 0
+
+
+@pytest.mark.parametrize("unread", [True, *[False] * 5])
+def test_nothing_outlives_an_agent_that_is_gone(unread: bool) -> None:
+    """Not what left the process group of a program that still runs, nor when the agent died with answers unread."""
+    link = SpawnerLink()
+    output, written = os.pipe()
+    for execution in (b"e-1", b"e-2"):
+        env = {b"PATH": b"/usr/bin:/bin", b"FLUX_EXECUTION_ID": execution}
+        program = [b"/bin/sh", b"-c", b"setsid sleep 30 & setsid sleep 30 & echo up; sleep 30"]
+        link.send(("run", int(execution[-1:]), program, env, "/", -1, -1, {}, execution), [written])
+    os.close(written)
+    with os.fdopen(output, "rb", buffering=0) as file:
+        heard = b""
+        while heard != b"up\n" * 2:
+            heard += file.read(8)
+        started = 0
+        while not unread and started < 2:
+            started += len(link.receive())
+        assert not unread or select.select([link], [], [], 10)[0]
+        link.close(10)
+        # The end of the file comes when none of them is left that could write.
+        assert select.select([file], [], [], 10)[0], "some of them live"
+        assert file.read() == b""
 
 
 def test_starts_while_it_dies_end_exactly_once(executor: OffExecutor, directory: Path) -> None:

@@ -118,13 +118,21 @@ class Spawner:
                 return
 
     def _end_all(self) -> None:
-        for job in list(self._jobs.values()):
+        jobs = list(self._jobs.values())
+        for job in jobs:
             self._kill(job, signal.SIGKILL)
+        for job in jobs:
             if job.cgroup < 0:
+                # Its children are orphans, which a sweep finds, only once it is dead. A signal takes a moment.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(job.pid, 0)
                 self._sweep(job.execution_id)
 
     def _take(self) -> bool:
-        size, ancillary, _, _ = self._control.recvmsg_into([self._buffer], _FDS_SIZE, _CLOSED_ON_EXEC)
+        try:
+            size, ancillary, _, _ = self._control.recvmsg_into([self._buffer], _FDS_SIZE, _CLOSED_ON_EXEC)
+        except ConnectionError:  # the agent died before it had read every answer
+            return False
         if not size:
             return False
         fds = [
