@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -22,6 +23,7 @@ import pytest
 
 from fluxlib.agent.executor import mounts
 from fluxlib.agent.executor.cgroup import RunGroup
+from fluxlib.agent.executor.launch import as_file
 from fluxlib.agent.executor.launcher import DEFAULT, MINIMAL, STRICT, Plan
 from fluxlib.agent.executor.spawner_link import SpawnerLink
 from tests.support.need import need_root
@@ -90,13 +92,14 @@ class Launched:
         argv = changes.pop("argv", [os.fsencode(f"{code}/main.sh")])
         cwd = changes.pop("cwd", cwd)
         limits = changes.pop("rlimits", {})
+        stdin = changes.pop("stdin", [])
         path = self._cgroups / f"run-{next(_numbers)}"
         path.mkdir()
         group = RunGroup(str(path))
         output, written = os.pipe()
         env = {b"PATH": b"/usr/bin:/bin", b"HOME": os.fsencode(cwd)}
         request = ("run", 1, argv, env, cwd, UID, UID, limits, b"e", Plan(**{**plan, **changes}).parts())
-        self.link.send(request, [written, group.fd])
+        self.link.send(request, [written, group.fd, *stdin])
         os.close(written)
         answers: list[tuple[Any, ...]] = []
         while not answers or answers[-1][0] == "started":
@@ -123,6 +126,23 @@ def test_it_becomes_the_program_and_its_end_is_told(launched: Launched) -> None:
     assert os.WEXITSTATUS(answers[1][2]) == 7
     _, answers = launched.run("kill -9 $$")
     assert os.WTERMSIG(answers[-1][2]) == signal.SIGKILL
+
+
+def test_a_request_larger_than_the_socket_takes(launched: Launched) -> None:
+    """net.core.wmem_max limits its buffer, whatever is asked for."""
+    option = (socket.SOL_SOCKET, socket.SO_SNDBUF)
+    usual = launched.link._socket.getsockopt(*option) // 2
+    launched.link._socket.setsockopt(*option, 8192)
+    try:
+        words = [b"x" * 100_000] * 9
+        code = str(launched._programs / "functions/mine") if launched.profile == MINIMAL else mounts.CODE
+        argv = [f"{code}/main.sh".encode(), *words]
+        assert launched.run("echo $#; cat", argv=argv)[0] == "9\n"
+        stdin = as_file(b"along")
+        assert launched.run("echo $#; cat", argv=argv, stdin=[stdin])[0] == "9\nalong"
+        os.close(stdin)
+    finally:
+        launched.link._socket.setsockopt(*option, usual)
 
 
 def test_it_is_nobody_with_nothing(launched: Launched) -> None:

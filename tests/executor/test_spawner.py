@@ -33,7 +33,7 @@ from fluxlib.errors import CannotStart, Stopping
 class Run:
     """One job of an executor and everything it told."""
 
-    def __init__(self, executor: OffExecutor, directory: Path, script: str, name: str = "e-1") -> None:
+    def __init__(self, executor: OffExecutor, directory: Path, script: str, name: str = "e-1", **changes: Any) -> None:
         program = directory / f"{name}.sh"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
@@ -41,7 +41,8 @@ class Run:
         self.ends: list[Exit] = []
         self.pid = 0
         self._changed = threading.Condition()
-        job = Job(name, (str(program),), {"PATH": "/usr/bin:/bin", "FLUX_EXECUTION_ID": name}, directory)
+        env = {"PATH": "/usr/bin:/bin", "FLUX_EXECUTION_ID": name}
+        job = Job(name, (str(program), *changes.pop("args", ())), env, directory, **changes)
         self.job = executor.start(job, self._wrote, self._ended, self._started)
 
     def _wrote(self, data: bytes) -> None:
@@ -143,6 +144,17 @@ def test_starts_while_it_dies_end_exactly_once(executor: OffExecutor, directory:
         assert ended.lost or ended.exit_code == 3
     assert len(runs) + raised == 60
     assert all(len(run.ends) == 1 for run in runs)
+
+
+@pytest.mark.parametrize("stdin", [b"", b"along\n"])
+def test_a_request_larger_than_the_socket_takes(executor: OffExecutor, directory: Path, stdin: bytes) -> None:
+    """net.core.wmem_max limits its buffer, whatever is asked for."""
+    executor._link._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    words = ("x" * 100_000,) * 9
+    run = Run(executor, directory, "echo $#; cat; ls /proc/self/fd", args=words, stdin=stdin)
+    assert run.end().exit_code == 0
+    assert run.output.split() == [b"9", *stdin.split(), b"0", b"1", b"2", b"3"]
+    assert Run(executor, directory, "echo small", "e-2").end().exit_code == 0
 
 
 def test_programs_get_signals_as_they_should_be(executor: OffExecutor, directory: Path) -> None:

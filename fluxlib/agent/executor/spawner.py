@@ -8,6 +8,7 @@ socket and answers there:
          ("run", id, …, execution_id, plan)                                   with fds: output, cgroup [, stdin]
          ("kill", id, signal)        to the whole tree
          ("stop",)
+         ("large",)                  a request in a file, as the first fd: larger than the socket takes
     out  ("ready", notes) or ("refused", step, errno) once, then lists of
          ("started", id, pid) · ("failed", id, step, errno) · ("exit", id, status, cpu_seconds)
 
@@ -145,6 +146,9 @@ class Spawner:
             for fd in fds:
                 os.set_inheritable(fd, False)
         request = marshal.loads(self._buffer[:size])
+        if request[0] == "large":
+            with open(fds.pop(0), "rb", buffering=0) as file:
+                request = marshal.loads(self._buffer[: file.readinto(self._buffer)])
         try:
             if request[0] == "run":
                 try:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxlib.agent.executor.launch import as_file
 from fluxlib.agent.executor.spawner import MAX_MESSAGE
 from fluxlib.errors import CannotStart, InvalidInput
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 # A frozen program has no interpreter to hand a file to: it is started again with this argument.
 SPAWNER_ARGUMENT = "--flux-spawner"
 _READY_TIMEOUT = 20.0
+# Spares most requests the question for the buffer's size, which no kernel lets be smaller.
+_ALWAYS_FITS = 1024
 _START = """
 import sys
 sys.path.insert(0, sys.argv[1].rsplit("/", 4)[0])
@@ -101,9 +104,26 @@ class SpawnerLink:
         message = marshal.dumps(request)
         if len(message) > MAX_MESSAGE - 4096:
             raise InvalidInput("the arguments and the environment together are larger than 1 MiB")
+        if len(message) > _ALWAYS_FITS and len(message) > self._largest_message():
+            file = as_file(message)
+            try:
+                self._send(marshal.dumps(("large",)), [file, *fds])
+            finally:
+                os.close(file)
+        else:
+            self._send(message, fds)
+
+    def _send(self, message: bytes, fds: Sequence[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         with self._lock:
             self._socket.sendmsg([message], rights)
+
+    def _largest_message(self) -> int:
+        """A message has to fit into the buffer, of which net.core.wmem_max leaves 208 KiB on most machines.
+
+        Linux tells twice of what it gives, and counts what it adds to a message.
+        """
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2 - 1024
 
     def receive(self) -> list[tuple[Any, ...]]:
         """One batch of answers; empty when the spawner is gone."""
