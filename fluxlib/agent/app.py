@@ -19,6 +19,7 @@ from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.config.agent import AgentConfig
 from fluxlib.config.environment import function_basics, prepare_grpc
+from fluxlib.descriptors import raise_limit
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
 from fluxlib.pki.identity import Files
@@ -146,6 +147,8 @@ def serve(config: AgentConfig, stop: StopSignal) -> int:
     """Run an agent until told to stop; the process's exit code. Raises FluxError when it cannot start."""
     for warning in config.warnings:
         log.warning("%s: %s", config.path, warning)
+    # Each run holds a few. The programs get limits of their own.
+    raise_limit()
     agent = Agent(config)
     stop.wait()
     log.info("stopping")

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from waitress import wasyncore
@@ -21,15 +20,15 @@ from fluxlib.control.webserver.channel import QuietChannel
 from fluxlib.control.webserver.listener import Listener, Wsgi
 from fluxlib.control.webserver.loop import Poller, best_poller
 from fluxlib.control.webserver.threads import LazyThreads
+from fluxlib.descriptors import raise_limit
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline
 
 log = logging.getLogger(__name__)
 
 _CONNECTIONS = 4_000
-# For the store, the agents' channels, temporary files of large bodies: at least. The rest up to _DESCRIPTORS is theirs.
+# For the store, the agents' channels, temporary files of large bodies: at least. The rest is theirs.
 _OTHER_DESCRIPTORS = 512
-_DESCRIPTORS = 65_536
 _IDLE_CONNECTION_SECONDS = 75
 _LOOP_SECONDS = 5.0
 
@@ -166,28 +165,12 @@ def _connection_limit(max_blocking: int) -> int:
     if sys.platform == "win32":
         return WINDOWS_CONNECTIONS
     wanted = max(_CONNECTIONS, 2 * max_blocking)
-    available = _raise_descriptor_limit(_DESCRIPTORS) - _OTHER_DESCRIPTORS
+    available = raise_limit() - _OTHER_DESCRIPTORS
     if available < wanted:
         log.warning(
             "the limit of open files leaves room for %d connections of %d; raise it (ulimit -n)", available, wanted
         )
     return max(64, min(wanted, available))
-
-
-def _raise_descriptor_limit(wanted: int) -> int:
-    """The soft limit, raised to ``wanted`` where the hard one lets it."""
-    import resource  # not on Windows
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        # macOS has a limit behind the hard one and refuses what is beyond.
-        for attempt in (raised, min(raised, 10_240)):
-            with suppress(OSError, ValueError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (max(attempt, soft), hard))
-                soft = max(attempt, soft)
-                break
-    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def _listen_problem(config: ControlConfig, error: OSError) -> str:
