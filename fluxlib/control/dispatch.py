@@ -163,9 +163,14 @@ class Dispatcher:
             raise
 
     def _ended_elsewhere(self, execution: Execution) -> ExecutionRecord | None:
-        """Another Flux cancelled it, or gave its agent up, before an agent had it."""
+        """Another Flux cancelled it or gave its agent up before an agent had it, or took it over: we were frozen."""
         self._ledger.drop(execution.execution_id)
         entry = self._ledger.entry(execution.execution_id)
+        if entry is not None and not entry.record.status.ended and not execution.asynchronous:
+            # Whoever has it now writes its end, which this caller can ask for.
+            error = AgentLost("this Flux was away for too long: another one has taken the call over")
+            error.execution_id = execution.execution_id
+            raise error
         return entry.record if entry is not None else None
 
     def drive_detached(

@@ -108,12 +108,12 @@ class Ledger:
         return commit
 
     def assign(self, execution: Execution) -> None:
-        """Write who gets it. Raises Conflict when it has ended meanwhile."""
+        """Write who gets it. Raises Conflict when it has ended meanwhile, or another Flux has taken it over."""
         self.store.assign_execution(execution.execution_id, execution.agent_id, self.session).wait(COMMIT_PATIENCE)
         self.changed(execution.execution_id)
 
     def requeue(self, execution: Execution) -> None:
-        """Write that nobody has it. Raises Conflict when it has ended meanwhile."""
+        """Write that nobody has it. Raises Conflict as ``assign`` does."""
         self.store.requeue_execution(execution.execution_id, self.session).wait(COMMIT_PATIENCE)
 
     def put_back(self, execution: Execution) -> None:
@@ -136,7 +136,7 @@ class Ledger:
         """It was not accepted: its caller knows an error and no ID. Once this returns its idempotency key is free
         again, unless the store is away; then it is so as soon as the store is back.
         """
-        commit = self._write(partial(self.store.forget_execution, execution.execution_id))
+        commit = self._write(partial(self.store.forget_execution, execution.execution_id, self.session))
         if execution.idempotency_key and commit is not None:
             with suppress(StoreUnavailable):
                 commit.wait(COMMIT_PATIENCE)

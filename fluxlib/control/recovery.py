@@ -14,7 +14,7 @@ from fluxlib.control.execution import Execution, merged
 from fluxlib.control.following import Following
 from fluxlib.control.ledger import Ledger
 from fluxlib.control.registry import Registry
-from fluxlib.errors import NotFound, StoreUnavailable
+from fluxlib.errors import Conflict, NotFound, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus, Phase
 from fluxlib.store.base import ExecutionFilter, Lease
 
@@ -244,14 +244,34 @@ class Recovery:
                     self._out_of_hand(execution.execution_id)
 
     def _audit(self, now: float) -> None:
-        """What another Flux ended (a cancel that crossed our sending, an agent given up) runs here no more."""
-        held = [one for one in self._ledger.all() if one.accepted and abs(now - one.accepted_at) > _AUDIT_SECONDS]
+        """What another Flux ended (a cancel that crossed our sending, an agent given up) runs and waits here no more.
+
+        Nor does what one took over while we were frozen, but at its agent that goes on.
+        """
+        # Before the store is read: what comes into hand after it is not open there yet.
+        known = [one for one in self._ledger.all() if one.accepted] + self._dispatcher.room.all()
+        held = [one for one in known if abs(now - one.accepted_at) > _AUDIT_SECONDS]
         if not held:
             return
-        still_open = {entry.execution_id for entry in self._ledger.store.executions_of(self._ledger.session)}
+        still_ours = {entry.execution_id for entry in self._ledger.store.executions_of(self._ledger.session)}
         for execution in held:
-            if execution.execution_id not in still_open and self._out_of_hand(execution.execution_id):
+            if execution.execution_id in still_ours:
+                continue
+            if not execution.accepted:
+                self._send_away(execution)
+                continue
+            entry = self._ledger.entry(execution.execution_id)
+            taken_over = entry is not None and not entry.record.status.ended
+            if self._out_of_hand(execution.execution_id) and not taken_over:
                 self._calls.cancel_soon(execution, "ended by another Flux")
+
+    def _send_away(self, execution: Execution) -> None:
+        if not self._dispatcher.room.leave(execution):
+            return
+        if execution.detached:
+            self._ledger.drop(execution.execution_id)
+        else:
+            execution.deliver(Conflict(f"execution {execution.execution_id} is no longer this Flux's"))
 
     def _out_of_hand(self, execution_id: str) -> bool:
         execution = self._ledger.drop(execution_id)

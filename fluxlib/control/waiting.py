@@ -109,6 +109,10 @@ class WaitingRoom:
         """Whether somebody waits for this function: a newcomer must not overtake."""
         return function_name in self._queues
 
+    def all(self) -> list[Execution]:
+        with self._lock:
+            return [one for queue in self._queues.values() for one in queue.values()]
+
     def counts(self) -> Mapping[str, int]:
         """Function → how many wait."""
         with self._lock:

@@ -135,18 +135,22 @@ class ControlStore(Protocol):
         """
 
     def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        """Phase ``starting`` at this agent. Waiting raises Conflict when it ended meanwhile (a cancel)."""
+        """Phase ``starting`` at this agent.
+
+        Waiting raises Conflict when it ended meanwhile (a cancel), or is no longer this owner's: another Flux took
+        it over while this one was frozen, and has perhaps sent it already.
+        """
 
     def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        """Back to phase ``queued`` at no agent (it was refused, nothing was started). Conflict when it ended."""
+        """Back to phase ``queued`` at no agent (it was refused, nothing was started). Conflict as for assigning."""
 
     def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
         """The first end wins: a second one changes nothing and raises nothing. Drops the kept request."""
 
-    def forget_execution(self, execution_id: str) -> Commit:
+    def forget_execution(self, execution_id: str, owner: str) -> Commit:
         """Leave no trace of one that was written and then not accepted: its idempotency key is free again.
 
-        One that nobody knows (any more) is no error.
+        One that nobody knows (any more), or that another owner has taken over, is no error, and left as it is.
         """
 
     def execution(self, execution_id: str) -> ExecutionEntry | None: ...

@@ -134,12 +134,12 @@ class MemoryControlStore:
         with self._lock:
             self.ping()
             entry = self._entries.get(execution_id)
-            if entry is None or entry.record.status.ended:
-                return Refused(Conflict(f"execution {execution_id} has ended"))
+            if entry is None or entry.record.status.ended or entry.owner != owner:
+                return Refused(Conflict(f"execution {execution_id} has ended, or was taken over"))
             del self._open[entry.record.agent_id][execution_id]
             self._open[agent_id][execution_id] = None
             record = replace(entry.record, agent_id=agent_id, phase=phase)
-            self._entries[execution_id] = replace(entry, record=record, owner=owner)
+            self._entries[execution_id] = replace(entry, record=record)
             return _HOLDS
 
     def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
@@ -154,10 +154,12 @@ class MemoryControlStore:
             heapq.heappush(self._expiring, (keep_until, record.execution_id))
             return _HOLDS
 
-    def forget_execution(self, execution_id: str) -> Commit:
+    def forget_execution(self, execution_id: str, owner: str) -> Commit:
         with self._lock:
             self.ping()
-            self._forget(execution_id)
+            entry = self._entries.get(execution_id)
+            if entry is not None and entry.owner == owner:
+                self._forget(execution_id)
             return _HOLDS
 
     def execution(self, execution_id: str) -> ExecutionEntry | None:

@@ -49,7 +49,7 @@ class RedisExecutions:
     def _move(self, execution_id: str, agent_id: str, phase: Phase, owner: str) -> Commit:
         def read(answer: int) -> None:
             if not answer:
-                raise Conflict(f"execution {execution_id} has ended")
+                raise Conflict(f"execution {execution_id} has ended, or was taken over")
 
         pending: Commit = self._link.write(scripts.MOVE, execution_id, agent_id, phase.value, owner, read=read)
         return pending
@@ -65,8 +65,8 @@ class RedisExecutions:
         )
         return pending
 
-    def forget_execution(self, execution_id: str) -> Commit:
-        pending: Commit = self._link.write(scripts.FORGET, execution_id)
+    def forget_execution(self, execution_id: str, owner: str) -> Commit:
+        pending: Commit = self._link.write(scripts.FORGET, execution_id, owner)
         return pending
 
     def execution(self, execution_id: str) -> ExecutionEntry | None:

@@ -131,16 +131,16 @@ place(P, fn, phase, agent, owner, seq, id)
 return id
 """,
 )
-# P, id, agent, phase, owner → 0 when it has ended
+# P, id, agent, phase, owner → 0 when it has ended, or is another's
 MOVE = Script.of(
     _INDEX,
     """
 local P, id, agent, phase, owner = unpack(ARGV)
 local h = P..'execution:'..id
 local e = redis.call('HMGET', h, 'function', 'status', 'phase', 'agent', 'owner', 'seq')
-if e[2] ~= 'running' then return 0 end
+if e[2] ~= 'running' or e[5] ~= owner then return 0 end
 displace(P, e[1], e[3], e[4], e[5], id)
-redis.call('HSET', h, 'agent', agent, 'phase', phase, 'owner', owner)
+redis.call('HSET', h, 'agent', agent, 'phase', phase)
 place(P, e[1], phase, agent, owner, e[6], id)
 return 1
 """,
@@ -204,8 +204,15 @@ local function forget(P, id)
   redis.call('DEL', h)
 end
 """
-# P, id
-FORGET = Script.of(_INDEX, _FORGET, "forget(ARGV[1], ARGV[2])")
+# P, id, owner
+FORGET = Script.of(
+    _INDEX,
+    _FORGET,
+    """
+local P, id, owner = unpack(ARGV)
+if redis.call('HGET', P..'execution:'..id, 'owner') == owner then forget(P, id) end
+""",
+)
 # P, now, how many at most → how many
 EXPIRE = Script.of(
     _INDEX,

@@ -64,11 +64,11 @@ class SqliteExecutions:
     def _move(self, execution_id: str, agent_id: str, phase: Phase, owner: str) -> Commit:
         def write(db: sqlite3.Connection) -> None:
             moved = db.execute(
-                "UPDATE executions SET agent = ?, phase = ?, owner = ? WHERE id = ? AND status = 'running'",
-                (agent_id, phase.value, owner, execution_id),
+                "UPDATE executions SET agent = ?, phase = ? WHERE id = ? AND status = 'running' AND owner = ?",
+                (agent_id, phase.value, execution_id, owner),
             ).rowcount
             if not moved:
-                raise Conflict(f"execution {execution_id} has ended")
+                raise Conflict(f"execution {execution_id} has ended, or was taken over")
 
         return self._file.write(write)
 
@@ -84,8 +84,9 @@ class SqliteExecutions:
             patient=True,
         )
 
-    def forget_execution(self, execution_id: str) -> Commit:
-        return self._file.write(lambda db: db.execute("DELETE FROM executions WHERE id = ?", (execution_id,)))
+    def forget_execution(self, execution_id: str, owner: str) -> Commit:
+        sql = "DELETE FROM executions WHERE id = ? AND owner = ?"
+        return self._file.write(lambda db: db.execute(sql, (execution_id, owner)))
 
     def execution(self, execution_id: str) -> ExecutionEntry | None:
         found = self._file.read(f"SELECT {_COLUMNS} FROM executions WHERE id = ?", (execution_id,))

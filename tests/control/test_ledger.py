@@ -38,8 +38,8 @@ class Store(MemoryControlStore):
     def end_execution(self, record: ExecutionRecord, keep_until: float) -> Any:
         return self._fails() or super().end_execution(record, keep_until)
 
-    def forget_execution(self, execution_id: str) -> Any:
-        return self._fails() or super().forget_execution(execution_id)
+    def forget_execution(self, execution_id: str, owner: str) -> Any:
+        return self._fails() or super().forget_execution(execution_id, owner)
 
 
 @pytest.fixture

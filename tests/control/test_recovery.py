@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fluxlib.errors import AgentLost, StoreUnavailable
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus, ErrorKind, ExecutionRecord, ExecutionStatus, Phase
 from fluxlib.store.base import ExecutionEntry
 from fluxlib.store.memory import MemoryControlStore
@@ -194,6 +195,73 @@ class TestTakingOver:
         assert not leader.service.waiting()
         store.gate.set()
         until(lambda: leader.service.waiting() == {"w": 1})
+
+
+class TestFrozen:
+    """It wakes, and another Flux has taken over what it has in hand."""
+
+    @pytest.fixture
+    def frozen(self, planes: list[Plane], store: Store) -> Plane:
+        made = plane(planes, store, "old", shared=True)
+        made.functions.add("one", max_concurrency=1, **WAIT)
+        return made
+
+    @pytest.fixture
+    def leader(self, planes: list[Plane], store: Store) -> Plane:
+        made = plane(planes, store, "new", shared=True)
+        made.functions.add("one", max_concurrency=1, **WAIT)
+        return made
+
+    def test_what_waited_is_not_started_twice(self, frozen: Plane, leader: Plane, store: Store) -> None:
+        slow, quick = frozen.agent(script=accept), leader.agent("a2", script=accept)
+        frozen.submit("one")
+        queued = frozen.submit("one")
+        leader.service.adopt("old", None)
+        assert quick.wait_asked().request.execution_id == queued
+        slow.end(slow.asked[0])
+        until(lambda: frozen.service._ledger.get(queued) is None)
+        assert len(slow.asked) == 1
+        kept = store.execution(queued)
+        assert kept is not None
+        assert (kept.owner, kept.record.agent_id) == ("new", "a2")
+        quick.end(quick.asked[0])
+        assert leader.record(queued).status is ExecutionStatus.SUCCESS
+
+    def test_what_waits_yet_is_no_longer_looked_after(self, frozen: Plane, leader: Plane, store: Store) -> None:
+        queued = frozen.submit("w")
+        waiting = frozen.soon("w")
+        frozen.queued(2, "w")
+        leader.service.adopt("old", None)
+        leader.queued(1, "w")
+        frozen.service.tick(time.time() + 60)
+        assert not frozen.service.waiting()
+        until(lambda: not frozen.service._ledger.all())
+        assert waiting.result(10).error_kind is ErrorKind.STOPPING
+        assert leader.record(queued).phase is Phase.QUEUED
+
+    def test_who_waits_for_one_that_is_open_yet_is_given_its_id(
+        self, frozen: Plane, store: Store, planes: list[Plane]
+    ) -> None:
+        waiting = frozen.soon("w")
+        frozen.queued(1, "w")
+        store.adopt_executions("old", "new")
+        frozen.agent()
+        with pytest.raises(AgentLost, match="another one has taken the call over") as caught:
+            waiting.result(10)
+        assert entry(store, caught.value.execution_id).status is ExecutionStatus.RUNNING
+        assert not frozen.service._ledger.all()
+
+    def test_what_runs_goes_on(self, frozen: Plane, leader: Plane, store: Store) -> None:
+        agent = frozen.agent(script=accept)
+        running = frozen.submit()
+        join(leader.registry, "a1", agent)
+        leader.service.adopt("old", None)
+        frozen.service.tick(time.time() + 60)
+        assert not frozen.service._ledger.all()
+        assert frozen.registry.get("a1").total == 0  # type: ignore[union-attr]
+        frozen.service._calls.close(Deadline(5))
+        assert not agent.cancels
+        assert entry(store, running).status is ExecutionStatus.RUNNING
 
 
 class Counting(FakeConnection):

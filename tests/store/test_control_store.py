@@ -102,15 +102,14 @@ def test_an_execution_is_kept_with_its_request_until_it_ends(store: ControlStore
 def test_moving_between_agents_and_the_queue(store: ControlStore) -> None:
     keep(store, "e-1", owner="flux-1")
     assert [one.execution_id for one in store.open_executions("")] == ["e-1"]
-    store.assign_execution("e-1", "worker-1", "flux-2").wait()
+    store.assign_execution("e-1", "worker-1", "flux-1").wait()
     found = store.execution("e-1")
     assert found is not None
-    assert (found.record.agent_id, found.record.phase, found.owner) == ("worker-1", Phase.STARTING, "flux-2")
+    assert (found.record.agent_id, found.record.phase, found.owner) == ("worker-1", Phase.STARTING, "flux-1")
     assert store.open_executions("") == []
     assert [one.execution_id for one in store.open_executions("worker-1")] == ["e-1"]
-    assert store.executions_of("flux-1") == []
-    assert [one.execution_id for one in store.executions_of("flux-2")] == ["e-1"]
-    store.requeue_execution("e-1", "flux-2").wait()
+    assert [one.execution_id for one in store.executions_of("flux-1")] == ["e-1"]
+    store.requeue_execution("e-1", "flux-1").wait()
     queued = store.open_executions("")
     assert [one.execution_id for one in queued] == ["e-1"]
     # It will be started from here.
@@ -124,7 +123,7 @@ def test_the_first_end_wins_and_nothing_moves_after_it(store: ControlStore) -> N
     found = store.execution("e-1")
     assert found is not None
     assert (found.record.status, found.keep_until) == (ExecutionStatus.SUCCESS, 2000.0)
-    for move in (store.assign_execution("e-1", "w", "o"), store.requeue_execution("e-1", "o")):
+    for move in (store.assign_execution("e-1", "w", "flux-1"), store.requeue_execution("e-1", "flux-1")):
         with pytest.raises(Conflict):
             move.wait()
     with pytest.raises(Conflict):
@@ -219,7 +218,7 @@ def test_listing_is_newest_first_a_page_at_a_time(store: ControlStore) -> None:
 
 def test_listing_by_function_status_and_queue(store: ControlStore) -> None:
     running = keep(store, "run", "f", "w", Phase.STARTING)
-    keep(store, "queue-f", "f")
+    keep(store, "queue-f", "f", owner="o")
     keep(store, "queue-g", "g")
     ended = keep(store, "end-f", "f", "w", Phase.STARTING)
     failed = keep(store, "fail-g", "g", "w", Phase.STARTING)
@@ -247,7 +246,7 @@ def test_listing_by_function_status_and_queue(store: ControlStore) -> None:
 
 def test_queued_ones_come_in_the_order_of_acceptance(store: ControlStore) -> None:
     for name in ("c", "a", "b"):
-        keep(store, name)
+        keep(store, name, owner="o")
     store.assign_execution("c", "w", "o").wait()
     store.requeue_execution("c", "o").wait()
     assert [one.execution_id for one in store.open_executions("")] == ["c", "a", "b"]
@@ -269,7 +268,7 @@ def test_only_what_is_over_is_forgotten(store: ControlStore) -> None:
 def test_what_was_not_accepted_leaves_no_trace(store: ControlStore) -> None:
     for phase, agent in ((Phase.QUEUED, ""), (Phase.STARTING, "a1")):
         keep(store, "e1", agent=agent, phase=phase, idempotency_key="k", owner="s1")
-        store.forget_execution("e1").wait()
+        store.forget_execution("e1", "s1").wait()
         assert store.execution("e1") is None
         assert store.execution_by_key("f", "k") is None
         assert not store.open_executions(agent)
@@ -277,11 +276,11 @@ def test_what_was_not_accepted_leaves_no_trace(store: ControlStore) -> None:
         assert not store.executions(ExecutionFilter(), "", 10).entries
         assert not store.executions(ExecutionFilter(function_name="f", queued=True), "", 10).entries
         assert store.count_open("f") == 0
-    made = keep(store, "e1", idempotency_key="k")
+    made = keep(store, "e1", idempotency_key="k", owner="s1")
     end(store, made, keep_until=5.0)
     keep(store, "e2")
-    store.forget_execution("e1").wait()
-    store.forget_execution("nobody").wait()
+    store.forget_execution("e1", "s1").wait()
+    store.forget_execution("nobody", "s1").wait()
     assert store.execution("e1") is None
     assert store.expire_executions(10.0) in (0, 1)  # the memory's note of it may go then
     assert [one.execution_id for one in store.executions(ExecutionFilter(), "", 10).entries] == ["e2"]
@@ -301,6 +300,23 @@ def test_a_dead_process_is_inherited(store: ControlStore) -> None:
     end(store, found)
     assert [one.execution_id for one in store.executions_of("living")] == ["e-3"]
     assert store.adopt_executions("dead", "living") == 0
+
+
+def test_a_former_owner_moves_and_forgets_nothing(store: ControlStore) -> None:
+    keep(store, "e-1", owner="frozen", idempotency_key="k")
+    store.adopt_executions("frozen", "heir")
+    store.assign_execution("e-1", "w-2", "heir").wait()
+    for move in (store.assign_execution("e-1", "w-1", "frozen"), store.requeue_execution("e-1", "frozen")):
+        with pytest.raises(Conflict):
+            move.wait()
+    store.forget_execution("e-1", "frozen").wait()
+    found = store.execution_by_key("f", "k")
+    assert found is not None
+    assert (found.owner, found.record.agent_id, found.record.phase) == ("heir", "w-2", Phase.STARTING)
+    assert store.executions_of("frozen") == []
+    assert [one.execution_id for one in store.open_executions("w-2")] == ["e-1"]
+    store.requeue_execution("e-1", "heir").wait()
+    assert [one.execution_id for one in store.open_executions("")] == ["e-1"]
 
 
 # -- leases and facts
