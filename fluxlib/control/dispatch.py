@@ -150,6 +150,7 @@ class Dispatcher:
             # It may be running: its record stays open until the agent says its end or is given up.
             error.execution_id = execution.execution_id
             self._ledger.drop(execution.execution_id)
+            self._ledger.changed(execution.execution_id)
             self.on_lost(execution.record(Phase.STARTING))
             raise
         except FluxError as error:
@@ -229,7 +230,8 @@ class Dispatcher:
         self._ledger.changed(execution.execution_id)
         try:
             pressed = refused.pressed or bool(need.memory_mb or need.cpu_millicores)
-            self.room.join(execution, pressed=pressed, invited=accepted)
+            # One with a key was perhaps answered for already, to a repeated submission: it has its place.
+            self.room.join(execution, pressed=pressed, invited=accepted or bool(execution.idempotency_key))
         except AtCapacity:
             execution.detached = accepted
             raise
@@ -294,13 +296,13 @@ class Dispatcher:
     def give_up(self, execution: Execution, error: FluxError) -> ExecutionRecord:
         """Write an end that no agent had a part in. Unaccepted ones are forgotten: nobody knows their ID."""
         execution.over = True
-        self._ledger.drop(execution.execution_id)
         record = execution.given_up(error)
+        if execution.created and not execution.detached and not isinstance(error, Withdrawn):
+            self._ledger.forget(execution)
+            return record
+        self._ledger.drop(execution.execution_id)
         if execution.created:
-            if isinstance(error, Withdrawn) or execution.detached:
-                self._ledger.end(record)
-            else:
-                self._ledger.forget(execution)
+            self._ledger.end(record)
         return record
 
     def withdraw(self, execution: Execution, reason: str, *, at_agent: bool = True) -> bool:

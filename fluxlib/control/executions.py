@@ -11,10 +11,11 @@ from fluxlib.control.cancelling import Cancelling
 from fluxlib.control.connection import ConnectionEvents
 from fluxlib.control.dispatch import Dispatcher
 from fluxlib.control.execution import AlreadyKnown, Execution, new_execution_id
-from fluxlib.control.ledger import Ledger
+from fluxlib.control.ledger import COMMIT_PATIENCE, Ledger
 from fluxlib.control.outputs import Outputs
 from fluxlib.control.recovery import Recovery
 from fluxlib.control.registry import Registry
+from fluxlib.control.repeated import Repeated
 from fluxlib.control.services import Call, Caller, OutputStream
 from fluxlib.control.slots import Lookup
 from fluxlib.errors import AgentLost, InvalidInput, NotFound, Stopping
@@ -58,6 +59,7 @@ class ExecutionService:
         self._dispatcher = Dispatcher(registry, functions, self._ledger, timers, self._calls.cancel_soon, max_waiting)
         self._recovery = Recovery(self._ledger, registry, self._dispatcher, self._calls, shared=shared)
         self._outputs = Outputs(self._ledger, self._calls, self._recovery)
+        self._repeated = Repeated(self._ledger, self._calls)
         self._cancelling = Cancelling(self._ledger, self._dispatcher, self._calls, self._recovery, self._outputs)
         self._stopping = False
 
@@ -84,6 +86,17 @@ class ExecutionService:
 
     def submit(self, call: Call) -> str:
         """See services.Executions. Answers once an agent has accepted it, or once it is queued for good."""
+        deadline = Deadline(COMMIT_PATIENCE)
+        while True:
+            try:
+                return self._submit(call)
+            except AlreadyKnown as known:
+                if self._repeated.stays(known.execution_id, deadline):
+                    return known.execution_id
+            # The first one came to nothing: this is the first now.
+
+    def _submit(self, call: Call) -> str:
+        """Raises AlreadyKnown."""
         execution = self._execution(call, asynchronous=True)
         execution.idempotency_key = call.idempotency_key
         reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
@@ -91,11 +104,9 @@ class ExecutionService:
             # What was accepted before is no matter of room.
             known = self._store.execution_by_key(call.function_name, call.idempotency_key)
             if known is not None and not (known.record.status.ended and known.keep_until <= time.time()):
-                return known.execution_id
+                raise AlreadyKnown(known.execution_id)
         try:
             self._dispatcher.drive(execution, reservation)
-        except AlreadyKnown as known_as:
-            return known_as.execution_id
         except AgentLost as error:
             if self._stopping:
                 raise _stopping(execution, "whether an agent has accepted it is not known yet") from error

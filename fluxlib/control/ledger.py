@@ -45,7 +45,8 @@ class Ledger:
         self._draining = False
         self._watchers: dict[str, list[Callable[[], None]]] = {}
         # Ends on their way to the store: a write that fails is made again.
-        self._ends: deque[tuple[Commit | None, Callable[[], Commit]]] = deque()
+        self._ends: deque[tuple[Commit | None, Callable[[], Commit], Callable[[], None]]] = deque()
+        self._forgotten: set[str] = set()  # though the store may know them yet
         self._settling = threading.Lock()
 
     # -- in hand -------------------------------------------------------------------
@@ -136,17 +137,31 @@ class Ledger:
         """It was not accepted: its caller knows an error and no ID. Once this returns its idempotency key is free
         again, unless the store is away; then it is so as soon as the store is back.
         """
-        commit = self._write(partial(self.store.forget_execution, execution.execution_id, self.session))
+        execution_id = execution.execution_id
+        # Before it is out of hand: whoever uses its key finds it in one of the two until it is gone.
+        self._forgotten.add(execution_id)
+        self.drop(execution_id)
+        gone = partial(self._gone, execution_id)
+        commit = self._write(partial(self.store.forget_execution, execution_id, self.session), gone)
         if execution.idempotency_key and commit is not None:
             with suppress(StoreUnavailable):
                 commit.wait(COMMIT_PATIENCE)
-        self.changed(execution.execution_id)
+                gone()
+        self.changed(execution_id)
 
-    def _write(self, write: Callable[[], Commit]) -> Commit | None:
+    def _gone(self, execution_id: str) -> None:
+        self._forgotten.discard(execution_id)
+        self.changed(execution_id)
+
+    def forgets(self, execution_id: str) -> bool:
+        """It was not accepted, and the store is being told so."""
+        return execution_id in self._forgotten
+
+    def _write(self, write: Callable[[], Commit], then: Callable[[], None] = lambda: None) -> Commit | None:
         commit: Commit | None = None
         with suppress(StoreUnavailable):
             commit = write()
-        self._ends.append((commit, write))
+        self._ends.append((commit, write, then))
         return commit
 
     def entry(self, execution_id: str) -> ExecutionEntry | None:
@@ -166,16 +181,17 @@ class Ledger:
             return
         try:
             for _ in range(len(self._ends)):
-                commit, write = self._ends.popleft()
+                commit, write, then = self._ends.popleft()
                 try:
                     (commit if commit is not None else write()).wait(patience)
+                    then()
                 except StoreUnavailable as error:
-                    self._ends.append((None, write))
+                    self._ends.append((None, write, then))
                     # Once is enough: the store is away, and the rest would wait as long each.
                     log.warning("%d ends cannot be written yet: %s", len(self._ends), error.message)
                     return
                 except Exception:
-                    self._ends.append((None, write))
+                    self._ends.append((None, write, then))
                     log.exception("an end cannot be written, and is tried again")
         finally:
             self._settling.release()

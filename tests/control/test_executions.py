@@ -212,6 +212,7 @@ class TestAsync:
         with_agent.close()
         plane = Plane(store, session="s2")
         plane.functions.add("f")
+        plane.service.start()
         assert plane.submit(idempotency_key="k") == first
         with pytest.raises(NoAgentFits):
             plane.submit(idempotency_key="another")
