@@ -3,6 +3,9 @@
 Two leases in the store that several processes share: ``leader``, which one of them holds, and
 each one's ``flux/<session>``, which says that it lives. A leader's writes carry
 its lease, so that one that was frozen and wakes up cannot write as a leader any more.
+
+No time of day is compared: the store says how long a lease lasts, and each process counts
+that on its monotonic clock. Machines whose clocks differ agree all the same.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Leadership:
     """
 
     def __init__(
-        self, store: ControlStore, session: str, *, shared: bool, clock: Callable[[], float] = time.time
+        self, store: ControlStore, session: str, *, shared: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.session = session
         self._store = store
@@ -41,6 +44,7 @@ class Leadership:
         self._clock = clock
         self._lock = threading.Lock()
         self._lease: Lease | None = None
+        self._until = 0.0  # when the lease runs out, by our clock
         self._living: frozenset[str] = frozenset()
         self._gone: frozenset[str] = frozenset()
         self._listeners: list[OnChange] = []
@@ -49,7 +53,7 @@ class Leadership:
     def lease(self) -> Lease | None:
         """For a leader's writes; None in a follower, and in a leader that was frozen for too long."""
         lease = self._lease
-        return lease if lease is not None and lease.expires_at > self._clock() else None
+        return lease if lease is not None and self._until > self._clock() else None
 
     @property
     def leads(self) -> bool:
@@ -69,21 +73,26 @@ class Leadership:
         """``listener(leads)`` whenever this process begins or ceases to lead, from the thread that found out."""
         self._listeners.append(listener)
 
-    def tick(self, now: float) -> None:
+    def tick(self, _time_of_day: float) -> None:
         """Prolong both leases and look who else lives. StoreUnavailable leaves the leases to run out."""
-        before = self._lease
-        if before is not None and before.expires_at <= now:
-            log.warning("held no lease for %.0f s: another process may have led meanwhile", now - before.expires_at)
+        now = self._clock()
+        if self._lease is not None and self._until <= now:
+            log.warning("held no lease for %.0f s: another process may have led meanwhile", now - self._until)
             self._set(None)
         if self._shared:
             self._store.acquire_lease(SESSIONS + self.session, self.session, LEASE_SECONDS, now)
-            leases = self._store.leases(SESSIONS)
+            leases = self._store.leases(SESSIONS, now)
             others = {lease.owner: lease for lease in leases if lease.owner != self.session}
-            self._living = frozenset(owner for owner, lease in others.items() if lease.expires_at > now)
+            self._living = frozenset(owner for owner, lease in others.items() if lease.seconds_left > 0)
             self._gone = frozenset(others) - self._living
         else:
             self._bury(now)
-        self._set(self._store.acquire_lease(LEADER, self.session, LEASE_SECONDS, now))
+        # Counted from before the store was asked: it has run out here before it has there.
+        asked_at = self._clock()
+        lease = self._store.acquire_lease(LEADER, self.session, LEASE_SECONDS, asked_at)
+        if lease is not None:
+            self._until = asked_at + lease.seconds_left
+        self._set(lease)
 
     def lost(self, error: LeaseLost) -> None:
         """A write was refused: this process does not lead any more."""
@@ -94,14 +103,15 @@ class Leadership:
         """Give both leases up, so that another process need not wait until they run out."""
         lease = self.lease
         self._set(None)
-        own = self._store.lease(SESSIONS + self.session)
+        own = self._store.lease(SESSIONS + self.session, self._clock())
         for held in (lease, own):
             if held is not None:
                 self._store.release_lease(held)
 
     def _bury(self, now: float) -> None:
-        held = self._store.lease(LEADER)
-        if held is not None and held.owner != self.session and held.expires_at > now:
+        held = self._store.lease(LEADER, now)
+        # Whatever it says of its end: that was counted on a clock that may have begun anew.
+        if held is not None and held.owner != self.session:
             self._store.release_lease(held)
 
     def _set(self, lease: Lease | None) -> None:

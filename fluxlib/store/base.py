@@ -48,12 +48,16 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Leadership of one task. ``token`` is larger than any given before it: it fences a stale holder."""
+    """Leadership of one task. ``token`` is larger than any given before it: it fences a stale holder.
+
+    ``seconds_left`` is how long it lasts from when the store was asked, none or less when it has run out: no time of
+    day, because the clocks of two machines differ.
+    """
 
     name: str
     owner: str
     token: int
-    expires_at: float
+    seconds_left: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +182,15 @@ class ControlStore(Protocol):
     # -- leases and small facts --------------------------------------------------
 
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
-        """Take or prolong. None when another owner's has not run out at ``now``."""
+        """Take or prolong. None when another owner's has not run out.
 
-    def lease(self, name: str) -> Lease | None: ...
+        ``now`` is any clock of the caller's, always the same one. A store that several processes share goes by its
+        own instead.
+        """
 
-    def leases(self, prefix: str) -> list[Lease]: ...
+    def lease(self, name: str, now: float) -> Lease | None: ...
+
+    def leases(self, prefix: str, now: float) -> list[Lease]: ...
 
     def release_lease(self, lease: Lease) -> None: ...
 

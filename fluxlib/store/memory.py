@@ -42,7 +42,7 @@ class MemoryControlStore:
         self._sequence = 0
         self._keys: dict[tuple[str, str], str] = {}
         self._open: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        self._leases: dict[str, Lease] = {}
+        self._leases: dict[str, tuple[Lease, float]] = {}  # and when it runs out
         self._tokens = 0
         self._facts: dict[str, str] = {}
         self._closed = False
@@ -229,39 +229,39 @@ class MemoryControlStore:
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
         with self._lock:
             self.ping()
-            held = self._leases.get(name)
-            if held is not None and held.owner != owner and held.expires_at > now:
-                return None
-            live = held is not None and held.expires_at > now
-            if held is not None and live:
+            held = self.lease(name, now)
+            if held is not None and held.seconds_left > 0:
+                if held.owner != owner:
+                    return None
                 token = held.token
             else:
                 self._tokens += 1
                 token = self._tokens
                 self._drop_old_leases(now)
-            self._leases[name] = Lease(name, owner, token, now + seconds)
-            return self._leases[name]
+            lease = Lease(name, owner, token, seconds)
+            self._leases[name] = lease, now + seconds
+            return lease
 
     def _drop_old_leases(self, now: float) -> None:
-        for name, lease in list(self._leases.items()):
-            if lease.expires_at < now - LEASE_MEMORY and not self.executions_of(lease.owner):
+        for name, (lease, expires) in list(self._leases.items()):
+            if expires < now - LEASE_MEMORY and not self.executions_of(lease.owner):
                 del self._leases[name]
 
-    def lease(self, name: str) -> Lease | None:
-        self.ping()
-        return self._leases.get(name)
+    def lease(self, name: str, now: float) -> Lease | None:
+        return next((lease for lease in self.leases(name, now) if lease.name == name), None)
 
-    def leases(self, prefix: str) -> list[Lease]:
+    def leases(self, prefix: str, now: float) -> list[Lease]:
         with self._lock:
             self.ping()
-            return [lease for name, lease in sorted(self._leases.items()) if name.startswith(prefix)]
+            found = [self._leases[name] for name in sorted(self._leases) if name.startswith(prefix)]
+            return [replace(lease, seconds_left=expires - now) for lease, expires in found]
 
     def release_lease(self, lease: Lease) -> None:
         with self._lock:
             self.ping()
-            held = self._leases.get(lease.name)
+            held, _ = self._leases.get(lease.name, (None, 0.0))
             if held is not None and held.token == lease.token:
-                self._leases[lease.name] = replace(held, expires_at=0.0)
+                self._leases[lease.name] = held, 0.0
 
     def get_fact(self, key: str) -> str | None:
         self.ping()
@@ -293,7 +293,7 @@ class MemoryControlStore:
     def _check(self, lease: Lease | None) -> None:
         self.ping()
         if lease is not None:
-            held = self._leases.get(lease.name)
+            held, _ = self._leases.get(lease.name, (None, 0.0))
             if held is None or held.token != lease.token:
                 raise LeaseLost(f"another process holds {lease.name} now")
 

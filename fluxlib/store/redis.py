@@ -114,25 +114,22 @@ class RedisControlStore(RedisExecutions):
     # -- leases and facts
 
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
-        expires = now + seconds
-        token = self._link.write(scripts.ACQUIRE, name, owner, repr(expires), repr(now)).value()
-        return Lease(name, owner, int(token), expires) if token is not None else None
+        del now  # Redis has a clock of its own
+        token = self._link.write(scripts.ACQUIRE, name, owner, repr(seconds)).value()
+        return Lease(name, owner, int(token), seconds) if token is not None else None
 
-    def lease(self, name: str) -> Lease | None:
-        values = self._link.read(lambda client: client.hmget(self._key(f"lease:{name}"), ("owner", "token", "expires")))
-        return _lease(name, values)
+    def lease(self, name: str, now: float) -> Lease | None:
+        del now
+        return next(iter(self._leases([name])), None)
 
-    def leases(self, prefix: str) -> list[Lease]:
-        def ask(client: Redis) -> list[tuple[str, Any]]:
-            every: Any = client.zrange(self._key("leases"), 0, -1)
-            names = sorted(name for one in every if (name := one.decode()).startswith(prefix))
-            pipeline = client.pipeline(transaction=False)
-            for name in names:
-                pipeline.hmget(self._key(f"lease:{name}"), ("owner", "token", "expires"))
-            return list(zip(names, pipeline.execute(), strict=True))
+    def leases(self, prefix: str, now: float) -> list[Lease]:
+        del now
+        every: Any = self._link.read(lambda client: client.zrange(self._key("leases"), 0, -1))
+        return self._leases(sorted(name for one in every if (name := one.decode()).startswith(prefix)))
 
-        found = [_lease(name, values) for name, values in self._link.read(ask)]
-        return [lease for lease in found if lease is not None]
+    def _leases(self, names: list[str]) -> list[Lease]:
+        found = zip(names, self._link.run(scripts.LEASES, *names), strict=True)
+        return [Lease(name, of[0].decode(), int(of[1]), float(of[2])) for name, of in found if of is not None]
 
     def release_lease(self, lease: Lease) -> None:
         self._link.write(scripts.RELEASE, lease.name, str(lease.token)).wait()
@@ -194,10 +191,3 @@ class RedisControlStore(RedisExecutions):
 
     def close(self, timeout: float = 30.0) -> None:
         self._link.close(timeout)
-
-
-def _lease(name: str, values: Any) -> Lease | None:
-    owner, token, expires = values
-    if owner is None:
-        return None
-    return Lease(name, owner.decode(), int(token), float(expires))

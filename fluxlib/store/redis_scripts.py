@@ -7,7 +7,7 @@ Keys, all behind one prefix (P):
     archive:DIGEST                   list: the zip in pieces
     archive:DIGEST:users             set of the functions whose code it is
     agents, facts                    hash
-    lease:NAME                       hash: owner, token, expires; leases: names by when they run out
+    lease:NAME                       hash: owner, token, expires (by Redis's clock); leases: names by when they run out
     tokens                           the last fencing token given
     execution:ID                     hash
     executions, …:f:F, …:s:S, …:fs:F:S   IDs by order of acceptance: all, by function, by status, by both
@@ -225,20 +225,30 @@ return #ids
 """,
 )
 
-# P, name, owner, expires, now → the token, or false when another holds it.
+# Of this server alone: the clocks of two Flux may be hours apart.
+_NOW = """
+local function clock()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) + tonumber(t[2]) / 1e6
+end
+"""
+# P, name, owner, seconds → the token, or false when another holds it.
 # Names of dead processes are dropped after a day, once nothing is left for anybody to adopt.
 ACQUIRE = Script.of(
+    _NOW,
     """
-local P, name, owner, expires, now = unpack(ARGV)
+local P, name, owner, seconds = unpack(ARGV)
+local now = clock()
+local expires = string.format('%.6f', now + tonumber(seconds))
 local h = P..'lease:'..name
 local l = redis.call('HMGET', h, 'owner', 'token', 'expires')
-local live = l[1] and tonumber(l[3]) > tonumber(now)
+local live = l[1] and tonumber(l[3]) > now
 if live and l[1] ~= owner then return false end
 local token = live and l[2] or string.format('%d', redis.call('INCR', P..'tokens'))
 redis.call('HSET', h, 'owner', owner, 'token', token, 'expires', expires)
 redis.call('ZADD', P..'leases', expires, name)
 if not live then
-  for _, old in ipairs(redis.call('ZRANGEBYSCORE', P..'leases', '-inf', tonumber(now) - 86400, 'LIMIT', 0, 100)) do
+  for _, old in ipairs(redis.call('ZRANGEBYSCORE', P..'leases', '-inf', now - 86400, 'LIMIT', 0, 100)) do
     local whose = redis.call('HGET', P..'lease:'..old, 'owner') or ''
     if redis.call('ZCARD', P..'open:owner:'..whose) == 0 then
       redis.call('ZREM', P..'leases', old)
@@ -247,7 +257,19 @@ if not live then
   end
 end
 return token
-"""
+""",
+)
+# P, name… → owner, token and seconds left of each, in their order; false for one that is not there
+LEASES = Script.of(
+    _NOW,
+    """
+local P, now, found = ARGV[1], clock(), {}
+for i = 2, #ARGV do
+  local l = redis.call('HMGET', P..'lease:'..ARGV[i], 'owner', 'token', 'expires')
+  found[i - 1] = l[1] and {l[1], l[2], string.format('%.6f', tonumber(l[3]) - now)}
+end
+return found
+""",
 )
 # P, name, token
 RELEASE = Script.of(
@@ -274,6 +296,7 @@ ALL = (
     FORGET,
     EXPIRE,
     ACQUIRE,
+    LEASES,
     RELEASE,
     PING,
 )

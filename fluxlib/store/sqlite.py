@@ -132,24 +132,24 @@ class SqliteControlStore(SqliteExecutions):
 
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
         def write(db: sqlite3.Connection) -> Lease | None:
-            held = find_lease(db, name)
-            live = held is not None and held.expires_at > now
+            held = find_lease(db, name, now)
+            live = held is not None and held.seconds_left > 0
             if held is not None and live and held.owner != owner:
                 return None
             token = held.token if held is not None and live else _new_token(db, now)
             db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", (name, owner, token, now + seconds))
-            return Lease(name, owner, token, now + seconds)
+            return Lease(name, owner, token, seconds)
 
         lease: Lease | None = self._file.write(write).value()
         return lease
 
-    def lease(self, name: str) -> Lease | None:
-        found = self._file.read("SELECT * FROM leases WHERE name = ?", (name,))
+    def lease(self, name: str, now: float) -> Lease | None:
+        found = self._file.read("SELECT name, owner, token, expires_at - ? FROM leases WHERE name = ?", (now, name))
         return Lease(*found[0]) if found else None
 
-    def leases(self, prefix: str) -> list[Lease]:
-        sql = "SELECT * FROM leases WHERE substr(name, 1, ?) = ? ORDER BY name"
-        return [Lease(*row) for row in self._file.read(sql, (len(prefix), prefix))]
+    def leases(self, prefix: str, now: float) -> list[Lease]:
+        sql = "SELECT name, owner, token, expires_at - ? FROM leases WHERE substr(name, 1, ?) = ? ORDER BY name"
+        return [Lease(*row) for row in self._file.read(sql, (now, len(prefix), prefix))]
 
     def release_lease(self, lease: Lease) -> None:
         sql = "UPDATE leases SET expires_at = 0 WHERE name = ? AND token = ?"

@@ -152,8 +152,8 @@ class SqliteExecutions:
         return int(self._file.read(sql, (function_name,))[0][0])
 
 
-def find_lease(db: sqlite3.Connection, name: str) -> Lease | None:
-    found = db.execute("SELECT * FROM leases WHERE name = ?", (name,)).fetchone()
+def find_lease(db: sqlite3.Connection, name: str, now: float = 0.0) -> Lease | None:
+    found = db.execute("SELECT name, owner, token, expires_at - ? FROM leases WHERE name = ?", (now, name)).fetchone()
     return Lease(*found) if found else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -368,7 +369,7 @@ def test_a_leader_that_was_frozen_writes_nothing_on_waking(pair: tuple[Fleet, Fl
     assert not leader.leadership.leads
     # Even one whose clock stood still is stopped by the store.
     leader.leadership._lease = stale
-    leader.leadership._clock = lambda: stale.expires_at - 1
+    leader.leadership._until = math.inf
     for _ in range(5):
         leader.time[0] += 10
         leader.health.tick(leader.now)

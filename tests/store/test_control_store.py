@@ -10,7 +10,7 @@ import pytest
 
 from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
 from fluxlib.model import AgentRecord, AgentStatus, ErrorKind, ExecutionStatus, Phase, Platform
-from fluxlib.store.base import LEASE_MEMORY, ControlStore, ExecutionFilter
+from fluxlib.store.base import LEASE_MEMORY, ControlStore, ExecutionFilter, Lease
 from tests.support.entries import end, entry, function, keep
 
 # -- functions and code
@@ -322,38 +322,48 @@ def test_a_former_owner_moves_and_forgets_nothing(store: ControlStore) -> None:
 # -- leases and facts
 
 
+def acquire(store: ControlStore, name: str, owner: str, seconds: float = 15.0) -> Lease | None:
+    """By a clock that stands still, where it is asked for: one that lasts no time has run out at once."""
+    return store.acquire_lease(name, owner, seconds, 100.0)
+
+
 def test_a_lease_has_one_holder_at_a_time(store: ControlStore) -> None:
-    first = store.acquire_lease("leader", "a", 15, 100.0)
+    first = acquire(store, "leader", "a")
     assert first is not None
-    assert store.acquire_lease("leader", "b", 15, 110.0) is None
-    longer = store.acquire_lease("leader", "a", 15, 110.0)
+    assert acquire(store, "leader", "b") is None
+    longer = acquire(store, "leader", "a", 0.0)
     assert longer is not None
-    assert (longer.token, longer.expires_at) == (first.token, 125.0)
-    taken = store.acquire_lease("leader", "b", 15, 125.1)
+    assert (longer.token, longer.seconds_left) == (first.token, 0.0)
+    taken = acquire(store, "leader", "b")
     assert taken is not None
     assert taken.token > first.token
-    assert store.lease("leader") == taken
+    held = store.lease("leader", 100.0)
+    assert held is not None
+    assert (held.name, held.owner, held.token) == ("leader", "b", taken.token)
+    assert 10 < held.seconds_left <= 15
     # A release by a former holder does not take it from the present one.
     store.release_lease(longer)
-    assert store.acquire_lease("leader", "c", 15, 126.0) is None
+    assert acquire(store, "leader", "c") is None
     store.release_lease(taken)
-    again = store.acquire_lease("leader", "a", 15, 126.0)
+    (held,) = store.leases("leader", 100.0)
+    assert held.seconds_left < 0
+    again = acquire(store, "leader", "a")
     assert again is not None
     assert again.token > taken.token
-    assert store.lease("nobody") is None
+    assert store.lease("nobody", 100.0) is None
 
 
 def test_a_holder_who_slept_gets_a_new_token(store: ControlStore) -> None:
-    first = store.acquire_lease("leader", "a", 15, 100.0)
-    late = store.acquire_lease("leader", "a", 15, 200.0)
+    first = acquire(store, "leader", "a", 0.0)
+    late = acquire(store, "leader", "a")
     assert first is not None
     assert late is not None
     assert late.token > first.token
 
 
 def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
-    late = store.acquire_lease("leader", "a", 15, 100.0)
-    now = store.acquire_lease("leader", "b", 15, 200.0)
+    late = acquire(store, "leader", "a", 0.0)
+    now = acquire(store, "leader", "b")
     assert late is not None
     assert now is not None
     store.save_agent(AgentRecord("w", "h:1"), now)
@@ -379,18 +389,18 @@ def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
 
 def test_leases_by_prefix(store: ControlStore) -> None:
     for name in ("flux/a", "flux/b", "flux-not", "leader"):
-        store.acquire_lease(name, name, 15, 100.0)
-    assert [lease.name for lease in store.leases("flux/")] == ["flux/a", "flux/b"]
+        acquire(store, name, name)
+    assert [lease.name for lease in store.leases("flux/", 100.0)] == ["flux/a", "flux/b"]
 
 
 def test_old_names_go_unless_something_is_left_to_adopt(store: ControlStore) -> None:
-    store.acquire_lease("flux/gone", "gone", 15, 100.0)
-    store.acquire_lease("flux/heir", "heir", 15, 100.0)
     keep(store, "e-1", owner="heir")
-    token = store.acquire_lease("flux/new", "new", 15, 100.0 + LEASE_MEMORY + 60)
-    assert [lease.name for lease in store.leases("flux/")] == ["flux/heir", "flux/new"]
+    for name in ("gone", "heir"):
+        acquire(store, f"flux/{name}", name, -LEASE_MEMORY - 60)
+    token = acquire(store, "flux/new", "new")
+    assert [lease.name for lease in store.leases("flux/", 100.0)] == ["flux/heir", "flux/new"]
     # A name that comes back is no earlier holder.
-    back = store.acquire_lease("flux/gone", "gone", 15, 100.0 + LEASE_MEMORY + 60)
+    back = acquire(store, "flux/gone", "gone")
     assert token is not None
     assert back is not None
     assert back.token > token.token
@@ -429,8 +439,8 @@ def test_a_closed_store_is_away_never_empty(store: ControlStore) -> None:
         lambda: store.open_executions(""),
         lambda: store.executions_of("o"),
         lambda: store.count_open("f"),
-        lambda: store.lease("leader"),
-        lambda: store.leases("f"),
+        lambda: store.lease("leader", 1.0),
+        lambda: store.leases("f", 1.0),
         lambda: store.get_fact("k"),
         lambda: store.set_fact("k", "v"),
         lambda: store.delete_fact("k"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxlib.control.leadership import Leadership
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import AgentRecord, Behavior, ExecutionStatus
 from fluxlib.store import open_control_store, open_record_store
@@ -96,6 +97,26 @@ def test_two_processes_share_one_state(server: RedisServer, store: RedisControlS
         found = store.execution("e-1")
         assert found is not None
         assert found.record.status is ExecutionStatus.SUCCESS
+    finally:
+        other.close()
+
+
+def test_the_clocks_of_two_machines_do_not_matter(server: RedisServer, store: RedisControlStore) -> None:
+    other = RedisControlStore(server.address)
+    try:
+        first = Leadership(store, "a", shared=True, clock=lambda: 5000.0)
+        for name, hours in (("behind", -1), ("ahead", 1)):
+            second = Leadership(other, name, shared=True, clock=lambda hours=hours: 5000.0 + hours * 3600)  # type: ignore[misc]
+            for one in (first, second, first):
+                one.tick(0.0)
+            assert (first.leads, second.leads) == (True, False)
+            assert "a" in second.others
+            assert name in first.others
+            assert not first.gone | second.gone
+        first.resign()
+        second.tick(0.0)
+        assert second.leads
+        assert second.gone == {"a"}
     finally:
         other.close()
 
