@@ -240,6 +240,9 @@ class Dispatcher:
             raise Withdrawn(execution.stop_reason)
         if execution.detached:
             return None
+        if self._stopping and self.room.leave(execution):
+            # It came after ``stop`` had told everybody there.
+            raise _stopping()
         outcome = execution.wait()
         if isinstance(outcome, Reservation):
             return outcome
@@ -325,7 +328,7 @@ class Dispatcher:
         self._stopping = True
         for execution in self.room.leave_all():
             if not execution.detached:
-                execution.deliver(Stopping("Flux is stopping", retry_after=5))
+                execution.deliver(_stopping())
 
     def close(self, deadline: Deadline) -> None:
         """After ``stop``: what was to be driven on and was not begun goes back to the queue in the store."""
@@ -335,3 +338,7 @@ class Dispatcher:
             self._paused.clear()
         for execution in left:
             self._put_back(execution)
+
+
+def _stopping() -> Stopping:
+    return Stopping("Flux is stopping", retry_after=5)

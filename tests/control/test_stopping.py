@@ -68,6 +68,22 @@ class TestWaiting:
         assert elapsed(began) < 4
         assert plane.record(submitting.result(10)).phase is Phase.QUEUED
 
+    def test_is_told_to_a_call_that_comes_to_wait_after_all_others_were_told(
+        self, plane: Plane, monkeypatch: Any
+    ) -> None:
+        create = plane.store.create_execution
+
+        def stopped_meanwhile(*arguments: Any, **more: Any) -> Any:
+            plane.service._dispatcher.stop()
+            return create(*arguments, **more)
+
+        monkeypatch.setattr(plane.store, "create_execution", stopped_meanwhile)
+        with pytest.raises(Stopping):
+            plane.soon("w").result(5)
+        assert not plane.service.waiting()
+        assert not plane.service._ledger.all()
+        assert plane.service.count_open("w") == 0
+
     def test_never_outlasts_its_deadline_by_a_call_that_hangs(self, plane: Plane) -> None:
         begun, hangs = threading.Barrier(3), threading.Event()
 
