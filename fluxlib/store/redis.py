@@ -9,6 +9,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from fluxlib.archive import digest_of
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import AgentRecord, Function
 from fluxlib.store import redis_scripts as scripts
@@ -73,12 +74,11 @@ class RedisControlStore(RedisExecutions):
     def _upload(self, archive: bytes) -> str:
         key = self._key(f"upload:{secrets.token_hex(8)}")
 
-        def push(client: Redis) -> None:
-            for start in range(0, max(1, len(archive)), _PIECE):
-                client.rpush(key, archive[start : start + _PIECE])
-                client.expire(key, _UPLOAD_LIFE)
-
-        self._link.read(push)
+        for number, start in enumerate(range(0, max(1, len(archive)), _PIECE)):
+            piece = archive[start : start + _PIECE]
+            count = self._link.run(scripts.UPLOAD, key, number, piece, _UPLOAD_LIFE)
+            if count != number + 1:
+                raise StoreUnavailable("Redis has lost a part of the code while it was being saved: try again")
         return key
 
     def delete_function(self, name: str) -> bool:
@@ -96,6 +96,8 @@ class RedisControlStore(RedisExecutions):
                 pieces += found
 
         found: bytes | None = self._link.read(pull)
+        if found is not None and digest_of(found) != code_digest:
+            raise StoreUnavailable(f"the code {code_digest} in Redis is damaged: deploy it again")
         return found
 
     # -- agents

@@ -89,7 +89,10 @@ class RedisLink:
         return self._queue.put(Call(script, (self.prefix, *arguments), read))
 
     def run(self, script: Script, *arguments: Argument) -> Any:
-        """A script that only reads, now and on this thread. Raises StoreUnavailable."""
+        """A script now and on this thread; only one that reads, or that no other write has to come behind.
+
+        Raises StoreUnavailable.
+        """
 
         def ask(client: redis.Redis) -> Any:
             try:

@@ -54,6 +54,15 @@ local function displace(P, fn, phase, agent, owner, id)
 end
 """
 
+# P, key, number of the piece, piece, seconds to live → how many pieces there are
+UPLOAD = Script.of(
+    """
+local P, key, number, piece, life = unpack(ARGV)
+if redis.call('LLEN', key) == tonumber(number) then redis.call('RPUSH', key, piece) end
+redis.call('EXPIRE', key, life)
+return redis.call('LLEN', key)
+"""
+)
 # P, name, JSON, digest, key of the uploaded pieces or ''
 SAVE_FUNCTION = Script.of(
     """
@@ -284,6 +293,7 @@ end
 PING = Script.of("redis.call('SET', ARGV[1]..'ping', '1', 'EX', 60)")
 
 ALL = (
+    UPLOAD,
     SAVE_FUNCTION,
     DELETE_FUNCTION,
     SET_FIELD,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from fluxlib.archive import digest_of
 from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
 from fluxlib.model import AgentRecord, AgentStatus, ErrorKind, ExecutionStatus, Phase, Platform
 from fluxlib.store.base import LEASE_MEMORY, ControlStore, ExecutionFilter, Lease
@@ -42,20 +43,21 @@ def test_the_revision_grows_with_every_change(store: ControlStore) -> None:
 
 
 def test_code_lives_as_long_as_a_function_refers_to_it(store: ControlStore) -> None:
-    large = bytes(range(256)) * 80_000  # 20 MB: more than one piece
-    store.save_function(function("a", code_digest="large"), large)
-    store.save_function(function("b", code_digest="large"), large)
-    assert store.archive("large") == large
+    large, small = bytes(range(256)) * 80_000, b"zip"  # 20 MB: more than one piece
+    first, second = digest_of(large), digest_of(small)
+    store.save_function(function("a", code_digest=first), large)
+    store.save_function(function("b", code_digest=first), large)
+    assert store.archive(first) == large
     assert store.archive("none") is None
     # A change of the function alone keeps its code.
-    store.save_function(function("a", code_digest="large", updated_at=5.0))
+    store.save_function(function("a", code_digest=first, updated_at=5.0))
     store.delete_function("b")
-    assert store.archive("large") == large
-    store.save_function(function("a", code_digest="small"), b"zip")
-    assert store.archive("large") is None
-    assert store.archive("small") == b"zip"
+    assert store.archive(first) == large
+    store.save_function(function("a", code_digest=second), small)
+    assert store.archive(first) is None
+    assert store.archive(second) == small
     store.delete_function("a")
-    assert store.archive("small") is None
+    assert store.archive(second) is None
 
 
 # -- agents

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import redis
 
+from fluxlib.archive import digest_of
 from fluxlib.control.leadership import Leadership
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import AgentRecord, Behavior, ExecutionStatus
@@ -88,8 +90,8 @@ def test_writes_of_many_threads_share_round_trips(server: RedisServer, store: Re
 def test_two_processes_share_one_state(server: RedisServer, store: RedisControlStore) -> None:
     other = RedisControlStore(server.address)
     try:
-        store.save_function(function(code_digest="d"), b"zip")
-        assert other.archive("d") == b"zip"
+        store.save_function(function(code_digest=digest_of(b"zip")), b"zip")
+        assert other.archive(digest_of(b"zip")) == b"zip"
         assert other.functions_revision() == store.functions_revision()
         made = keep(store, "e-1", owner="flux-1", idempotency_key="k")
         assert other.create_execution(entry("e-2", idempotency_key="k"), durable=True)[0] == "e-1"
@@ -99,6 +101,51 @@ def test_two_processes_share_one_state(server: RedisServer, store: RedisControlS
         assert found.record.status is ExecutionStatus.SUCCESS
     finally:
         other.close()
+
+
+def test_code_is_whole_though_the_connection_breaks_before_an_answer(
+    store: RedisControlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, breaks = redis.connection.AbstractConnection.read_response, [True]
+
+    def broken(self: redis.connection.AbstractConnection, *arguments: object, **more: object) -> object:
+        answer = read(self, *arguments, **more)  # type: ignore[arg-type]
+        if breaks:
+            breaks.clear()
+            raise redis.ConnectionError("broken")
+        return answer
+
+    code = bytes(range(256)) * 80_000
+    monkeypatch.setattr(redis.connection.AbstractConnection, "read_response", broken)
+    store.save_function(function(code_digest=digest_of(code)), code)
+    assert not breaks
+    assert store.archive(digest_of(code)) == code
+
+
+def test_pieces_that_are_lost_meanwhile_are_no_deployment(
+    server: RedisServer, store: RedisControlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store._link.run
+
+    def losing(*arguments: object) -> object:
+        server.empty()
+        return run(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store._link, "run", losing)
+    with pytest.raises(StoreUnavailable, match="lost a part"):
+        store.save_function(function(code_digest="d"), bytes(20_000_000))
+    assert store.function("f") is None
+
+
+def test_damaged_code_is_not_handed_out(server: RedisServer, store: RedisControlStore) -> None:
+    digest = digest_of(b"zip")
+    store.save_function(function(code_digest=digest), b"zip")
+    with server.client() as client:
+        client.rpush(f"fluxpy:archive:{digest}", b"zip")
+    with pytest.raises(StoreUnavailable, match="is damaged"):
+        store.archive(digest)
+    store.save_function(function(code_digest=digest), b"zip")
+    assert store.archive(digest) == b"zip"
 
 
 def test_the_clocks_of_two_machines_do_not_matter(server: RedisServer, store: RedisControlStore) -> None:
