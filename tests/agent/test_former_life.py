@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,11 @@ def record(agent: Agent, execution_id: str) -> Any:
     return codec.record_from_json(answer.data) if answer.found else None
 
 
+def on_disk(agent: Agent) -> set[str]:
+    with closing(sqlite3.connect(f"file:{agent.home / 'state/agent.db'}?mode=ro", uri=True)) as connection:
+        return {row[0] for row in connection.execute("SELECT id FROM records")}
+
+
 def execute(agent: Agent, execution_id: str, *args: str, asynchronous: bool = True) -> Any:
     request = pb.ExecutionRequest(function_name="hello", args=args, execution_id=execution_id)
     setattr(request, "async", asynchronous)
@@ -51,6 +58,8 @@ def test_kill_and_return(agent: Agent, spawner_too: bool) -> None:
     execute(agent, "runs", "daemon", "300")
     pid = int(wait_until(lambda: record(agent, "runs").output, "the grandchild's number"))
     before = ask(agent, "GetInventory", pb.InventoryRequest())
+    # Written within 20 ms, which a kill may outrun.
+    wait_until(lambda: on_disk(agent) == {"done", "runs"}, "the records to be written")
     assert agent.process is not None
     spawners = psutil.Process(agent.process.pid).children()
     if spawner_too:
