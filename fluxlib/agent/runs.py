@@ -258,7 +258,7 @@ class Runs:
         for why, reason, grace in stops:
             supervised.stop(why, reason, grace=grace)
         try:
-            supervised.start(output.append, lambda pid: self._started(run))
+            supervised.start(output.append, lambda pid, ago: self._started(run, ago))
         except BaseException:
             with self._lock:
                 run.on_end.remove(on_end)
@@ -272,11 +272,11 @@ class Runs:
                 return
         supervised.stop(why, reason, grace=grace)
 
-    def _started(self, run: Run) -> None:
-        now = time.time()
+    def _started(self, run: Run, ago: float) -> None:
+        at = time.time() - ago
         with self._lock:
-            queue_ms = int((now - run.record.started_at) * 1000)
-            run.record = record = replace(run.record, run_started_at=now, queue_ms=queue_ms)
+            queue_ms = int((at - run.record.started_at) * 1000)
+            run.record = record = replace(run.record, run_started_at=at, queue_ms=queue_ms)
         self._records.update(record)
 
     def _ended(self, run: Run, verdict: Verdict) -> None:

@@ -72,13 +72,13 @@ class FakeExecutor:
         job: Job,
         on_output: Callable[[bytes], None],
         on_exit: Callable[[Exit], None],
-        on_started: Callable[[int], None] | None = None,
+        on_started: Callable[[int, float], None] | None = None,
     ) -> FakeJob:
         fake = FakeJob(job, on_output, on_exit)
         self.during_start(fake)
         self.jobs.append(fake)
         if on_started is not None and not fake._over:
-            on_started(fake.pid)
+            on_started(fake.pid, 0.0)
         return fake
 
     def clean_up_former_life(self) -> int:

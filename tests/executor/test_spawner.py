@@ -39,7 +39,7 @@ class Run:
         program.chmod(0o755)
         self.output = b""
         self.ends: list[Exit] = []
-        self.pid = 0
+        self.pid, self.started_at, self.ended_at = 0, 0.0, 0.0
         self._changed = threading.Condition()
         env = {"PATH": "/usr/bin:/bin", "FLUX_EXECUTION_ID": name}
         job = Job(name, (str(program), *changes.pop("args", ())), env, directory, **changes)
@@ -50,10 +50,11 @@ class Run:
             self.output += data
             self._changed.notify_all()
 
-    def _started(self, pid: int) -> None:
-        self.pid = pid
+    def _started(self, pid: int, ago: float) -> None:
+        self.pid, self.started_at = pid, time.monotonic() - ago
 
     def _ended(self, ended: Exit) -> None:
+        self.ended_at = time.monotonic()
         with self._changed:
             self.ends.append(ended)
             self._changed.notify_all()
@@ -155,6 +156,15 @@ def test_a_request_larger_than_the_socket_takes(executor: OffExecutor, directory
     assert run.end().exit_code == 0
     assert run.output.split() == [b"9", *stdin.split(), b"0", b"1", b"2", b"3"]
     assert Run(executor, directory, "echo small", "e-2").end().exit_code == 0
+
+
+def test_a_start_told_with_its_end_was_before_it(executor: OffExecutor, directory: Path) -> None:
+    """The spawner keeps the news of a start for company; how long a program ran must not suffer by it."""
+    before = time.monotonic()
+    for number in range(10):
+        run = Run(executor, directory, "exec sleep 0.001", f"e-{number}")
+        run.end()
+        assert before <= run.started_at <= run.ended_at - 0.001
 
 
 def test_programs_get_signals_as_they_should_be(executor: OffExecutor, directory: Path) -> None:

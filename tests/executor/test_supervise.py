@@ -39,7 +39,7 @@ class Clock:
         """Every timer is its own clock here; a cancelled one is simply never fired."""
 
     def start(
-        self, job: Job, on_output: Any, on_exit: Callable[[Exit], None], on_started: Callable[[int], None]
+        self, job: Job, on_output: Any, on_exit: Callable[[Exit], None], on_started: Callable[[int, float], None]
     ) -> Clock:
         self.started, self.exited = on_started, on_exit
         return self
@@ -65,13 +65,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         cast(Executor, clock), cast(Timers, clock), job, 10.0, 2.0, lambda verdict: clock.verdicts.append(verdict)
     )
     clock.supervised = supervised
-    supervised.start(lambda data: None, lambda pid: None)
+    supervised.start(lambda data: None, lambda pid, ago: None)
     return clock
+
+
+def test_a_start_may_be_told_late(clock: Clock) -> None:
+    clock.now += 4
+    clock.started(7, 1.0)
+    clock.fire()
+    clock.fire()
+    assert (clock.now, clock.signals) == (1013.0, ["TERM"])
 
 
 def test_the_timeout_counts_from_its_own_start(clock: Clock) -> None:
     clock.now += 4
-    clock.started(7)
+    clock.started(7, 0.0)
     clock.fire()
     assert (clock.now, clock.signals) == (1010.0, []), "it has run for six seconds only"
     clock.fire()
@@ -105,7 +113,7 @@ def test_a_stop_before_its_start_returns_keeps_its_grace(clock: Clock) -> None:
 
 def test_a_second_stop_with_less_grace_kills_sooner(clock: Clock) -> None:
     """The agent ends while a function that is deaf to TERM is being cancelled."""
-    clock.started(7)
+    clock.started(7, 0.0)
     stop = clock.supervised.stop
     stop(ErrorKind.CANCELLED, "enough", grace=60)
     stop(ErrorKind.TIMEOUT, "later than its own", grace=61)
@@ -123,7 +131,7 @@ def test_a_second_stop_with_less_grace_kills_sooner(clock: Clock) -> None:
 
 
 def test_one_that_has_ended_is_left_alone(clock: Clock) -> None:
-    clock.started(7)
+    clock.started(7, 0.0)
     clock.exited(Exit(exit_code=0))
     clock.fire()
     assert clock.signals == []

@@ -109,9 +109,10 @@ class Executor(Protocol):
         job: Job,
         on_output: Callable[[bytes], None],
         on_exit: Callable[[Exit], None],
-        on_started: Callable[[int], None] | None = None,
+        on_started: Callable[[int, float], None] | None = None,
     ) -> RunningJob:
-        """Run ``job``. ``on_started(pid)`` is called when the program has been started, before any on_exit.
+        """Run ``job``. ``on_started(pid, ago)`` tells that the program was started so many seconds ago, before any
+        on_exit.
 
         Raises CannotStart when the host is at fault and nothing was started,
         Stopping after ``stop`` was called.

@@ -47,7 +47,7 @@ class Spawned:
         self.ending = False
         self.told: int | None = None  # a signal that came before the program was there
         self.on_exit: Callable[[Exit], None] = lambda ended: None
-        self.on_started: Callable[[int], None] | None = None
+        self.on_started: Callable[[int, float], None] | None = None
 
     def terminate(self) -> None:
         self._owner.signal(self, signal.SIGTERM)
@@ -132,7 +132,7 @@ class SpawningExecutor(ABC):
         job: Job,
         on_output: Callable[[bytes], None],
         on_exit: Callable[[Exit], None],
-        on_started: Callable[[int], None] | None = None,
+        on_started: Callable[[int, float], None] | None = None,
     ) -> Spawned:
         if not self._connected.is_set() and not self._reactor.is_here():
             self._connected.wait(_REPLACED_WITHIN)
@@ -276,7 +276,8 @@ class SpawningExecutor(ABC):
             if answer[0] == "started":
                 self._on_start(spawned, answer[2])
                 if spawned.on_started is not None:
-                    spawned.on_started(answer[2])
+                    # Told late on purpose, by a clock that is the same for both processes.
+                    spawned.on_started(answer[2], time.monotonic() - answer[3])
             elif answer[0] == "failed":
                 self._end(spawned, Exit(start_error=explain(answer[2], answer[3], spawned.job.argv[0])))
             else:

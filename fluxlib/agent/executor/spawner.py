@@ -10,13 +10,12 @@ socket and answers there:
          ("stop",)
          ("large",)                  a request in a file, as the first fd: larger than the socket takes
     out  ("ready", notes) or ("refused", step, errno) once, then lists of
-         ("started", id, pid) · ("failed", id, step, errno) · ("exit", id, status, cpu_seconds)
+         ("started", id, pid, monotonic time) · ("failed", id, step, errno) · ("exit", id, status, cpu_seconds)
 
 Without a plan (profile off) this process knows a tree by its process group and
 its environment, and tells an exit when nothing of it is left. With one, a cgroup
-holds the tree; that is the agent's, which ends it after the exit of the first process,
-and knows its cpu_seconds (None here). It runs from source and inside the frozen program alike (``spawner_link``), so
-it imports only the standard library and one neighbour of its kind at the top.
+holds the tree; that is the agent's, which ends it after the exit of the first process, and knows its cpu_seconds
+(None here). It runs from source and in the frozen program (``spawner_link``): the top imports little.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 
 from fluxlib.agent.executor.child_signals import ends_of_children
 
@@ -201,7 +201,7 @@ class Spawner:
     def _add(self, job: Job) -> None:
         self._jobs[job.pid] = job
         self._pids[job.identifier] = job.pid
-        self._starts.append(("started", job.identifier, job.pid))
+        self._starts.append(("started", job.identifier, job.pid, time.monotonic()))
 
     # -- ending ------------------------------------------------------------------
 

@@ -78,12 +78,12 @@ class Supervised:
         self._reason = ""
         self._end = False
 
-    def start(self, on_output: Callable[[bytes], None], on_started: Callable[[int], None]) -> None:
+    def start(self, on_output: Callable[[bytes], None], on_started: Callable[[int, float], None]) -> None:
         """Raises what Executor.start raises; then ``on_end`` is never called."""
 
-        def started(pid: int) -> None:
-            self._started_at = time.monotonic()
-            on_started(pid)
+        def started(pid: int, ago: float) -> None:
+            self._started_at = time.monotonic() - ago
+            on_started(pid, ago)
 
         running = self._executor.start(self._job, on_output, self._exited, started)
         with self._lock:

@@ -95,7 +95,7 @@ class WindowsExecutor:
         job: Job,
         on_output: Callable[[bytes], None],
         on_exit: Callable[[Exit], None],
-        on_started: Callable[[int], None] | None = None,
+        on_started: Callable[[int, float], None] | None = None,
     ) -> WindowsJob:
         program, line = commands.command_line(job.argv, self._basics["SystemRoot"])
         with self._lock:
@@ -176,13 +176,13 @@ class WindowsExecutor:
         run.pid = run.process.pid
         run.object.assign(run.process.handle)
 
-    def _begin(self, run: WindowsJob, on_started: Callable[[int], None] | None) -> None:
+    def _begin(self, run: WindowsJob, on_started: Callable[[int, float], None] | None) -> None:
         assert run.process is not None
         assert run.pipe is not None
         assert run.pid is not None
         self._add(run)
         if on_started is not None:
-            on_started(run.pid)  # before it runs, so that no end can be told before
+            on_started(run.pid, 0.0)  # before it runs, so that no end can be told before
         run.pipe.read()
         with run.lock:
             try:

@@ -39,7 +39,7 @@ class Ran:
             self.ends.append(ended)
             self._changed.notify_all()
 
-    def on_started(self, pid: int) -> None:
+    def on_started(self, pid: int, ago: float) -> None:
         assert not self.ends, "started after the end"
         self.pid = pid
 
