@@ -173,7 +173,7 @@ class Spawner:
             return
         assert self._borrowed is not None
         _, identifier, argv, env, cwd, uid, gid, rlimits, execution_id = request
-        stdin = fds[1] if len(fds) > 1 else -1
+        stdin, at = fds[1] if len(fds) > 1 else -1, time.monotonic()
         try:
             pid = self._borrowed.spawn(argv, env, cwd, uid, gid, rlimits, stdin, fds[0])
         except OSError as error:
@@ -183,25 +183,25 @@ class Spawner:
         except ValueError:  # a NUL, an = in a variable's name: one bad request must not end everybody's programs
             self._answers.append(("failed", identifier, "exec", errno.EINVAL))
             return
-        self._add(Job(identifier, pid, execution_id))
+        self._add(Job(identifier, pid, execution_id), at)
 
     def _launch(self, request: tuple[Any, ...], fds: list[int]) -> None:
         """By the launcher, in the cgroup that came along."""
         assert self._launcher is not None
         _, identifier, argv, env, cwd, uid, _, rlimits, execution_id, plan = request
-        output, cgroup, stdin = fds[0], fds[1], fds[2] if len(fds) > 2 else self._null
+        output, cgroup, stdin, at = fds[0], fds[1], fds[2] if len(fds) > 2 else self._null, time.monotonic()
         try:
             pid, slot = self._launcher.start(argv, env, cwd, uid, rlimits, plan, stdin, output, cgroup)
         except self._launcher.failed as failed:
             self._answers.append(("failed", identifier, failed.step, failed.number))
             return
         fds.remove(cgroup)  # kept, so that the tree can be ended when the agent is gone
-        self._add(Job(identifier, pid, execution_id, cgroup, slot))
+        self._add(Job(identifier, pid, execution_id, cgroup, slot), at)
 
-    def _add(self, job: Job) -> None:
+    def _add(self, job: Job, at: float) -> None:
         self._jobs[job.pid] = job
         self._pids[job.identifier] = job.pid
-        self._starts.append(("started", job.identifier, job.pid, time.monotonic()))
+        self._starts.append(("started", job.identifier, job.pid, at))
 
     # -- ending ------------------------------------------------------------------
 
