@@ -107,7 +107,7 @@ def test_a_stop_before_its_start_returns_keeps_its_grace(clock: Clock) -> None:
             return clock
 
     supervised = Supervised(cast(Executor, Slow()), cast(Timers, clock), job, 0, 2.0, lambda verdict: None)
-    supervised.start(lambda data: None, lambda pid: None)
+    supervised.start(lambda data: None, lambda pid, ago: None)
     assert clock.signals == ["KILL"]
 
 

@@ -92,6 +92,8 @@ def test_nothing_of_the_lab_is_inside(programs: Path) -> None:
 
 def test_first_start_says_where_everything_is(first: DoubleClicked) -> None:
     assert first.config["api_key"].startswith("flux_")
+    # Said after the API answers, which is what the start was waited for by.
+    wait_until(lambda: "close this window" in first.words, "it to say where everything is")
     words = first.words
     assert f"it made {windows_path(first.directory / 'flux.yaml')}, with a new key" in words
     assert f"Flux answers at http://127.0.0.1:{PORT}" in words

@@ -224,7 +224,7 @@ def test_terminate_ends_a_program_that_ignores_everything(programs: Programs) ->
     job = Job("stubborn", (sys.executable, "-c", code), {}, programs.code)
     supervised = Supervised(programs.executor, timers, job, 0, 0.5, on_end)
     try:
-        supervised.start(lambda data: up.set(), lambda pid: None)
+        supervised.start(lambda data: up.set(), lambda pid, ago: None)
         assert up.wait(30)
         supervised.stop(ErrorKind.CANCELLED, "cancelled")
         assert ended.wait(30)
@@ -246,7 +246,7 @@ def test_timeout_kills_the_tree(programs: Programs) -> None:
     job = Job("timeout", (sys.executable, "-c", FAMILY + SLEEP), {}, programs.code)
     supervised = Supervised(programs.executor, timers, job, 3.0, 0.2, on_end)
     try:
-        supervised.start(output.extend, lambda pid: None)
+        supervised.start(output.extend, lambda pid, ago: None)
         assert ended.wait(30)
     finally:
         timers.stop(Deadline(5))
