@@ -16,25 +16,20 @@ _SIGSET_BYTES = 128
 
 
 def ends_of_children() -> int:
-    """A descriptor that can be read after a child has ended. Takes this process's signals over.
+    """A descriptor that can be read after a child has ended. Takes this process's signals over. Raises OSError.
 
-    By signalfd where there is one: a handler of Python's interrupts poll, writes to a pipe and is called
-    later, at a twentieth of what starting a program costs. SIGCHLD is blocked then, also in a child until it
-    sets its own mask.
+    By signalfd: a handler of Python's interrupts poll, writes to a pipe and is called later, at a twentieth of what
+    starting a program costs. SIGCHLD is blocked from then on, also in a child until it sets its own mask.
     """
     for number in _handled():
         signal.signal(number, lambda *_: None)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "signalfd"):
-        wanted = (ctypes.c_uint64 * (_SIGSET_BYTES // 8))(1 << (signal.SIGCHLD - 1))
-        # The flags are those of open on every Linux.
-        fd = int(libc.signalfd(-1, wanted, os.O_CLOEXEC | os.O_NONBLOCK))
-        if fd >= 0:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-            return fd
-    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    return read
+    wanted = (ctypes.c_uint64 * (_SIGSET_BYTES // 8))(1 << (signal.SIGCHLD - 1))
+    # The flags are those of open on every Linux.
+    fd = int(ctypes.CDLL(None, use_errno=True).signalfd(-1, wanted, os.O_CLOEXEC | os.O_NONBLOCK))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "signalfd")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    return fd
 
 
 def _handled() -> set[int]:

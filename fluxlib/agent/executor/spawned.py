@@ -66,10 +66,9 @@ class SpawningExecutor(ABC):
         self._lock = threading.Lock()
         self._jobs: dict[int, Spawned] = {}
         self._next = 0
-        self._stopping = False
+        self._stopping = threading.Event()
         self._idle = threading.Condition(self._lock)
         self._connected = threading.Event()
-        self._stopped = threading.Event()
         self._retries: threading.Thread | None = None
         self._reactor = Reactor("programs-output")
         try:
@@ -149,7 +148,7 @@ class SpawningExecutor(ABC):
             opened.append(written)
             pipe = OutputPipe(output, on_output)
             with self._lock:
-                if self._stopping:
+                if self._stopping.is_set():
                     os.close(output)
                     raise Stopping("the agent is stopping")
                 self._next += 1
@@ -179,15 +178,14 @@ class SpawningExecutor(ABC):
 
     def stop(self, deadline: float) -> None:
         with self._lock:
-            if self._stopping:
+            if self._stopping.is_set():
                 return
-            self._stopping = True
+            self._stopping.set()
             left = list(self._jobs.values())
         for spawned in left:
             spawned.kill()
         with self._lock:
             self._idle.wait_for(lambda: not self._jobs, max(0.0, deadline - time.monotonic()))
-        self._stopped.set()
         if self._retries is not None:
             self._retries.join(max(0.1, deadline - time.monotonic()))
         self._reactor.forget(self._link.fileno())
@@ -249,7 +247,7 @@ class SpawningExecutor(ABC):
         try:
             self.greet(link)
             with self._lock:
-                if self._stopping:
+                if self._stopping.is_set():
                     raise Stopping("the agent is stopping")
                 self._link = link
                 # Before it is watched: its death is to undo this.
@@ -305,7 +303,7 @@ class SpawningExecutor(ABC):
         self._connected.clear()
         self._reactor.forget(self._link.fileno())
         with self._lock:
-            stopping, lost = self._stopping, list(self._jobs.values())
+            stopping, lost = self._stopping.is_set(), list(self._jobs.values())
         self._link.close()
         if not stopping:
             log.error("the spawner died with %d running programs: they are ended, and it is started again", len(lost))
@@ -328,7 +326,7 @@ class SpawningExecutor(ABC):
 
     def _retry(self) -> None:
         pause = _FIRST_RETRY
-        while not self._stopped.wait(pause) and not self._reconnect():
+        while not self._stopping.wait(pause) and not self._reconnect():
             pause = min(pause * 2, _LAST_RETRY)
 
     def _reconnect(self) -> bool:

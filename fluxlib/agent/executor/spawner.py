@@ -15,7 +15,8 @@ socket and answers there:
 Without a plan (profile off) this process knows a tree by its process group and
 its environment, and tells an exit when nothing of it is left. With one, a cgroup
 holds the tree; that is the agent's, which ends it after the exit of the first process, and knows its cpu_seconds
-(None here). It runs from source and in the frozen program (``spawner_link``): the top imports little.
+(None here). It runs from source and inside the frozen program alike (``spawner_link``), so it imports only the
+standard library and neighbours that do the same.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import sys
 import time
 
 from fluxlib.agent.executor.child_signals import ends_of_children
+from fluxlib.agent.executor.orphans import Orphans, kill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself is a tenth of this process
@@ -51,8 +53,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _INTS = struct.Struct("i")
 _FDS_SIZE = socket.CMSG_SPACE(MAX_FDS * _INTS.size)
-_SWEEPS = 200
-_PART = 2048  # the kernel gives such a file a page at a time: less than half of one is its end
 _WITHOUT_PLAN = 9  # the parts of a request
 _COMPANY_MS = 2  # what the news of a start waits for company
 # Absent on macOS.
@@ -86,8 +86,7 @@ class Spawner:
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._starts: list[tuple[Any, ...]] = []
         self._answers: list[tuple[Any, ...]] = []
-        self._adopted_file = f"/proc/self/task/{os.getpid()}/children"
-        self._adopted = -1
+        self._orphans = Orphans(self._jobs)
         self._ended = ends_of_children()
 
     def run(self) -> None:
@@ -127,7 +126,7 @@ class Spawner:
                 # Its children are orphans, which a sweep finds, only once it is dead. A signal takes a moment.
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(job.pid, 0)
-                self._sweep(job.execution_id)
+                self._orphans.sweep(job.execution_id)
 
     def _take(self) -> bool:
         try:
@@ -173,7 +172,8 @@ class Spawner:
             return
         assert self._borrowed is not None
         _, identifier, argv, env, cwd, uid, gid, rlimits, execution_id = request
-        stdin, at = fds[1] if len(fds) > 1 else -1, time.monotonic()
+        stdin = fds[1] if len(fds) > 1 else -1
+        at = time.monotonic()
         try:
             pid = self._borrowed.spawn(argv, env, cwd, uid, gid, rlimits, stdin, fds[0])
         except OSError as error:
@@ -189,7 +189,8 @@ class Spawner:
         """By the launcher, in the cgroup that came along."""
         assert self._launcher is not None
         _, identifier, argv, env, cwd, uid, _, rlimits, execution_id, plan = request
-        output, cgroup, stdin, at = fds[0], fds[1], fds[2] if len(fds) > 2 else self._null, time.monotonic()
+        output, cgroup, stdin = fds[0], fds[1], fds[2] if len(fds) > 2 else self._null
+        at = time.monotonic()
         try:
             pid, slot = self._launcher.start(argv, env, cwd, uid, rlimits, plan, stdin, output, cgroup)
         except self._launcher.failed as failed:
@@ -199,6 +200,7 @@ class Spawner:
         self._add(Job(identifier, pid, execution_id, cgroup, slot), at)
 
     def _add(self, job: Job, at: float) -> None:
+        """``at``: from before the call, after which this process may wait while the program already runs."""
         self._jobs[job.pid] = job
         self._pids[job.identifier] = job.pid
         self._starts.append(("started", job.identifier, job.pid, at))
@@ -234,10 +236,8 @@ class Spawner:
         if job is not None:
             del self._jobs[job.pid]
             del self._pids[job.identifier]
-            self._sweep(job.execution_id)
+            self._orphans.sweep(job.execution_id)
             self._answers.append(("exit", job.identifier, status, usage.ru_utime + usage.ru_stime))
-            # Then there is nobody left to look for: the sweep has waited for every orphan as well.
-            return bool(self._jobs)
         return True
 
     def _forget(self, job: Job) -> tuple[str, int] | None:
@@ -252,55 +252,7 @@ class Spawner:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(job.pid, number)
-        for pid in self._orphans(job.execution_id):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
-
-    def _sweep(self, execution_id: bytes) -> None:
-        """Kill what left the process group: as a subreaper, this process has become its parent.
-
-        Each round's dead hand their own children over, so it goes on until there are none.
-        """
-        for _ in range(_SWEEPS):
-            orphans = self._orphans(execution_id)
-            if not orphans:
-                return
-            for pid in orphans:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            for pid in orphans:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-
-    def _orphans(self, execution_id: bytes) -> list[int]:
-        """Adopted children of this execution, or of none that still runs (their environment was wiped)."""
-        try:
-            if self._adopted < 0:
-                self._adopted = os.open(self._adopted_file, os.O_RDONLY | os.O_CLOEXEC)
-            # From its beginning each time, which makes the kernel write it anew.
-            listed = piece = os.pread(self._adopted, 65536, 0)
-            while len(piece) >= _PART:
-                piece = os.pread(self._adopted, 65536, len(listed))
-                listed += piece
-        except OSError:
-            return []  # not Linux, or /proc is hidden: the process group has to do
-        children = [int(pid) for pid in listed.split()]
-        adopted = [pid for pid in children if pid not in self._jobs]
-        if not adopted:
-            return []
-        running = {job.execution_id for job in self._jobs.values()}
-        return [pid for pid in adopted if (owner := _execution_of(pid)) == execution_id or owner not in running]
-
-
-def _execution_of(pid: int) -> bytes:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            for item in file.read().split(b"\0"):
-                if item.startswith(b"FLUX_EXECUTION_ID="):
-                    return item.partition(b"=")[2]
-    except OSError:
-        pass
-    return b""
+        kill(self._orphans.of(job.execution_id), number)
 
 
 def main(fd: int, arguments: list[str]) -> None:
