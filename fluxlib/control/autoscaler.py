@@ -91,7 +91,7 @@ class Autoscaler:
         try:
             if not self._leadership.leads:
                 self._loaded = False
-                self._demand.publish()
+                self._demand.publish(now)
                 return
             with self._lock:
                 self._load()

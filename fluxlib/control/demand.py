@@ -17,9 +17,7 @@ log = logging.getLogger(__name__)
 
 # What a provider's nodes are, whichever type: Debian or Ubuntu; the architecture is the image's.
 _NODES = Platform("linux")
-
-
-_AGAIN_EVERY = 60  # calls of publish, about one a second
+_AGAIN_AFTER = 60.0
 
 
 class Demand:
@@ -37,18 +35,17 @@ class Demand:
         self._waiting = waiting
         self._lookup = lookup
         self._published: Mapping[str, int] = {}
-        self._calls = 0
+        self._published_at = 0.0
         self._forgotten: frozenset[str] = frozenset()
 
-    def publish(self) -> None:
+    def publish(self, now: float) -> None:
         """Tell the leader what waits here, when that has changed. Raises StoreUnavailable."""
         waiting = dict(self._waiting())
-        self._calls += 1
         # Told again: a process that was frozen for long was taken for gone, and what it had told was deleted.
-        again = bool(waiting) and self._calls % _AGAIN_EVERY == 0
+        again = bool(waiting) and now - self._published_at >= _AGAIN_AFTER
         if waiting != self._published or again:
             self._store.set_fact(_fact(self._leadership.session), json.dumps(waiting, separators=(",", ":")))
-            self._published = waiting
+            self._published, self._published_at = waiting, now
 
     def read(self) -> tuple[Wait, ...]:
         """By function. Raises StoreUnavailable, LeaseLost."""

@@ -10,7 +10,7 @@ from fluxlib.control.agent_calls import AgentCalls
 from fluxlib.control.execution import merged
 from fluxlib.control.ledger import Ledger
 from fluxlib.control.recovery import Recovery
-from fluxlib.control.services import OutputStream, no_such_execution
+from fluxlib.control.services import Nothing, OutputStream, no_such_execution
 from fluxlib.errors import AgentError, InvalidInput, NotFound
 from fluxlib.model import ExecutionRecord
 from fluxlib.store.base import ExecutionEntry
@@ -101,16 +101,6 @@ class Outputs:
             return connection.output(record.execution_id, offset, follow=follow)
         except AgentError as error:
             raise self._calls.away(record, error.message) from error
-
-
-class Nothing:
-    """An output without a byte."""
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(())
-
-    def close(self) -> None:
-        return
 
 
 class Following:

@@ -116,6 +116,16 @@ class Functions(Protocol):
         """NotFound; Conflict while executions run or wait, unless forced."""
 
 
+class Nothing:
+    """An output without a byte; and the body of a HEAD, which tells no length when the GET's is not known."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(())
+
+    def close(self) -> None:
+        return
+
+
 class Executions(Protocol):
     """Every execution, whichever way it was started."""
 

@@ -297,15 +297,14 @@ def test_what_a_flux_that_has_gone_told_is_deleted_and_told_again_should_it_come
     follower = fleet_of(cloud(min_nodes=0), store=store, shared=True, session="s2", clock=leader.time)
     try:
         follower.waiting["hello"] = 2
-        follower.demand.publish()
+        follower.demand.publish(leader.now)
         leader.leadership.tick(leader.now)
         leader.demand.read()
         assert store.get_fact("waiting/s2") is not None
         leader.pass_time(60)
         leader.demand.read()
         assert store.get_fact("waiting/s2") is None
-        for _ in range(60):
-            follower.demand.publish()
+        follower.demand.publish(leader.now)
         assert store.get_fact("waiting/s2") is not None
     finally:
         follower.close()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, BinaryIO, Protocol
 
+from fluxlib.control.services import Nothing
+
 JSON = "application/json"
 Headers = tuple[tuple[str, str], ...]
 
@@ -18,16 +20,6 @@ class Chunks(Protocol):
     def __iter__(self) -> Iterator[bytes]: ...
 
     def close(self) -> None: ...
-
-
-class Nothing:
-    """In place of chunks for a HEAD: no body, and no length that would speak of the GET's."""
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(())
-
-    def close(self) -> None:
-        return
 
 
 @dataclass(frozen=True, slots=True)
