@@ -13,6 +13,7 @@ from fluxlib.errors import Conflict, FluxError
 from fluxlib.model import ExecutionStatus
 from tests.agent.running import running
 from tests.support.need import need_root
+from tests.support.nesting import nest
 
 
 @pytest.fixture
@@ -75,13 +76,7 @@ def test_what_a_function_nested_for_state_that_is_gone_keeps_no_agent_from_start
 ) -> None:
     gone, kept = state(private, "gone"), state(private, "kept")
     left = programs_dir(gone, outside)
-    at = os.open(left, os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("deeper", dir_fd=at)
-        inner = os.open("deeper", os.O_RDONLY, dir_fd=at)
-        os.close(at)
-        at = inner
-    os.close(at)
+    nest(left, 1500)
     shutil.rmtree(gone)
     programs_dir(kept, outside)
     assert not left.exists()

@@ -15,23 +15,21 @@ import pytest
 
 from fluxlib.agent.removal import discard, remove_tree
 from tests.support.need import lacking, need, need_root
+from tests.support.nesting import nest
 
 _NOBODY = 65534
 
 
 def nested(top: Path, levels: int, *, link: Path, name: str = "deeper") -> None:
-    """Deeper than any path reaches; every hundredth level holds a file, and links to what is outside."""
-    at = os.open(top, os.O_RDONLY)
-    for level in range(levels):
+    """Every hundredth level holds a file, and links to what is outside."""
+
+    def fill(at: int, level: int) -> None:
         if level % 100 == 0:
             os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=at))
             os.symlink(link, "link", dir_fd=at)
             os.symlink(link / "kept", "link-to-file", dir_fd=at)
-        os.mkdir(name, dir_fd=at)
-        inner = os.open(name, os.O_RDONLY, dir_fd=at)
-        os.close(at)
-        at = inner
-    os.close(at)
+
+    nest(top, levels, name, fill)
 
 
 @contextmanager

@@ -7,26 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import pytest
-
 from fluxlib.errors import AgentLost, AgentUnreachable
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus
 from fluxlib.rpc.gen import flux_pb2 as pb
-from tests.support.clients import Client, Side, Told, running_timers
+from tests.support.clients import Client, Side, Told
 from tests.support.scripted_agent import Attachment, ScriptedAgent, accepted, ended, refused
-
-
-@pytest.fixture
-def timers() -> Iterator[Timers]:
-    with running_timers() as timers:
-        yield timers
-
-
-@pytest.fixture
-def agent() -> Iterator[ScriptedAgent]:
-    with ScriptedAgent() as agent:
-        yield agent
 
 
 @contextmanager

@@ -13,20 +13,8 @@ from fluxlib.control.client_output import AgentOutput
 from fluxlib.errors import AgentUnreachable
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ExecutionRecord, ExecutionStatus
-from tests.support.clients import Client, Side, Told, running_timers
+from tests.support.clients import Client, Side, Told
 from tests.support.scripted_agent import ScriptedAgent, ended
-
-
-@pytest.fixture
-def timers() -> Iterator[Timers]:
-    with running_timers() as timers:
-        yield timers
-
-
-@pytest.fixture
-def agent() -> Iterator[ScriptedAgent]:
-    with ScriptedAgent() as agent:
-        yield agent
 
 
 @pytest.fixture

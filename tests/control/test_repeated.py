@@ -77,6 +77,17 @@ def turn_down(asked: Asked) -> None:
     asked.answer(refusal(asked.request, "a1", ErrorKind.INVALID, "no such argument", 1.0))
 
 
+def takes_its_place(agent: FakeConnection, first: Future[str], asked: Asked, again: Future[str]) -> str:
+    """The first is turned down, and what was submitted again runs under an ID of its own."""
+    turn_down(asked)
+    with pytest.raises(InvalidInput):
+        first.result(10)
+    own = agent.wait_asked(2)
+    own.accept()
+    assert again.result(10) == own.request.execution_id
+    return again.result()
+
+
 class TestHere:
     def test_it_is_the_first_once_that_is_accepted(self, plane: Plane) -> None:
         agent = plane.agent()
@@ -91,14 +102,8 @@ class TestHere:
         agent = plane.agent()
         first = soon(plane)
         asked = agent.wait_asked()
-        again = repeated(plane, asked)
-        turn_down(asked)
-        with pytest.raises(InvalidInput):
-            first.result(10)
-        own = agent.wait_asked(2)
-        own.accept()
-        assert again.result(10) == own.request.execution_id
-        assert plane.record(own.request.execution_id).status is ExecutionStatus.RUNNING
+        own = takes_its_place(agent, first, asked, repeated(plane, asked))
+        assert plane.record(own).status is ExecutionStatus.RUNNING
         assert store.execution(asked.request.execution_id) is None
 
     def test_it_is_the_first_when_that_may_run(self, plane: Plane) -> None:
@@ -166,13 +171,7 @@ class TestAtAnotherFlux:
 
     def test_it_takes_the_place_of_a_first_that_is_turned_down(self, planes: list[Plane]) -> None:
         agent, first, asked = self.first(planes)
-        again = repeated(planes[1], asked)
-        turn_down(asked)
-        with pytest.raises(InvalidInput):
-            first.result(10)
-        own = agent.wait_asked(2)
-        own.accept()
-        assert again.result(10) == own.request.execution_id
+        takes_its_place(agent, first, asked, repeated(planes[1], asked))
 
     def test_one_that_is_queued_or_has_ended_is_known(self, planes: list[Plane], store: Store) -> None:
         queued = planes[0].submit("w", idempotency_key="k")

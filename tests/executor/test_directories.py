@@ -12,6 +12,7 @@ import pytest
 
 from fluxlib.agent.executor import directories
 from fluxlib.agent.executor.directories import WorkDirectories
+from tests.support.nesting import nest
 
 
 @pytest.fixture
@@ -75,23 +76,14 @@ def test_what_was_done_to_it_is_seen(work: WorkDirectories, monkeypatch: pytest.
 
 
 def test_one_nested_too_deeply_for_a_path_is_removed_now_and_after_a_restart(tmp_path: Path) -> None:
-    def fill(path: str) -> None:
-        at = os.open(path, os.O_RDONLY)
-        for _ in range(1500):
-            os.mkdir("deeper", dir_fd=at)
-            inner = os.open("deeper", os.O_RDONLY, dir_fd=at)
-            os.close(at)
-            at = inner
-        os.close(at)
-
     first = WorkDirectories(tmp_path / "work")
     removed = threading.Event()
     path = use(first, "a")
-    fill(path)
+    nest(path, 1500)
     first.remove(path, removed.set)
     assert removed.wait(30)
     assert not os.path.exists(path)
-    fill(use(first, "left"))
+    nest(use(first, "left"), 1500)
     first.stop(5)
     second = WorkDirectories(tmp_path / "work")
     second.stop(5)
