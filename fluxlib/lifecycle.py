@@ -56,12 +56,12 @@ class Loop:
     """
 
     def __init__(
-        self, name: str, body: Callable[[float], object], interval: float, clock: Callable[[], float] = time.time
+        self, name: str, body: Callable[[float], object], interval: float, clock: Callable[[], float] | None = None
     ) -> None:
         self.name = name
         self._body = body
         self._interval = interval
-        self._clock = clock
+        self._clock = clock or time.time
         self._condition = threading.Condition()
         self._woken = False
         self._stopping = False

@@ -216,6 +216,17 @@ def test_a_deep_and_wide_one_costs_what_it_has_entries(tmp_path: Path, monkeypat
     assert len(os.listdir(at.parent)) == 1000
 
 
+def test_every_directory_can_be_walked_through_whatever_the_umask(tmp_path: Path) -> None:
+    """Functions' users must get to their code, and an agent's umask is 077."""
+    before = os.umask(0o077)
+    try:
+        archives.unpack(make_zip({"a/b/c/main.sh": "#!/bin/sh\n", "a/d": "x"}), "a/b/c/main.sh", tmp_path)
+    finally:
+        os.umask(before)
+    for directory in (tmp_path, tmp_path / "a", tmp_path / "a/b", tmp_path / "a/b/c"):
+        assert directory.stat().st_mode & 0o777 == 0o755, directory
+
+
 def test_set_user_bits_do_not_come_out(tmp_path: Path) -> None:
     archives.unpack(entries(("main.sh", b"x", {"external_attr": 0o106755 << 16})), "main.sh", tmp_path)
     assert (tmp_path / "main.sh").stat().st_mode & 0o7777 == 0o555
