@@ -13,26 +13,26 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fluxlib.agent.executor.spawner import Job
+    from fluxlib.agent.executor.child import Child
 
 _SWEEPS = 200
 _PART = 2048  # the kernel gives such a file a page at a time: less than half of one is its end
 
 
 class Orphans:
-    """The adopted children of this process. ``jobs`` are its own, by process; the spawner's table itself."""
+    """The adopted children of this process. ``programs``: what it started, by process; the spawner's own table."""
 
-    def __init__(self, jobs: dict[int, Job]) -> None:
-        self._jobs = jobs
+    def __init__(self, programs: dict[int, Child]) -> None:
+        self._programs = programs
         self._file = f"/proc/self/task/{os.getpid()}/children"
         self._children = -1
 
     def of(self, execution_id: bytes) -> list[int]:
         """Those of this execution, or of none that still runs (their environment was wiped)."""
-        adopted = [pid for pid in self._listed() if pid not in self._jobs]
+        adopted = [pid for pid in self._listed() if pid not in self._programs]
         if not adopted:
             return []
-        running = {job.execution_id for job in self._jobs.values()}
+        running = {program.execution_id for program in self._programs.values()}
         return [pid for pid in adopted if (owner := _execution_of(pid)) == execution_id or owner not in running]
 
     def sweep(self, execution_id: bytes) -> None:

@@ -1,22 +1,12 @@
 """The process that starts every program: small, single-threaded, and alone allowed to fork.
 
-Forking from the agent would cost more the bigger it grows and would copy locks
-of its threads. This process imports next to nothing, is fed over a SEQPACKET
-socket and answers there:
+Forking from the agent would cost more the bigger it grows and would copy locks of its threads. This process imports
+next to nothing, is fed over a SEQPACKET socket and answers there (``spawner_protocol``).
 
-    in   ("run", id, argv, env, cwd, uid, gid, rlimits, execution_id)         with fds: output [, stdin]
-         ("run", id, …, execution_id, plan)                                   with fds: output, cgroup [, stdin]
-         ("kill", id, signal)        to the whole tree
-         ("stop",)
-         ("large",)                  a request in a file, as the first fd: larger than the socket takes
-    out  ("ready", notes) or ("refused", step, errno) once, then lists of
-         ("started", id, pid, monotonic time) · ("failed", id, step, errno) · ("exit", id, status, cpu_seconds)
-
-Without a plan (profile off) this process knows a tree by its process group and
-its environment, and tells an exit when nothing of it is left. With one, a cgroup
-holds the tree; that is the agent's, which ends it after the exit of the first process, and knows its cpu_seconds
-(None here). It runs from source and inside the frozen program alike (``spawner_link``), so it imports only the
-standard library and neighbours that do the same.
+Without a plan (profile off) this process knows a tree by its process group and its environment, and tells an exit when
+nothing of it is left. With one, a cgroup holds the tree; that is the agent's, which ends it after the exit of the first
+process. It runs from source and inside the frozen program alike (``spawner_link``), so it imports only the standard
+library and neighbours that do the same.
 """
 
 from __future__ import annotations
@@ -36,8 +26,10 @@ import struct
 import sys
 import time
 
+from fluxlib.agent.executor.child import Child
 from fluxlib.agent.executor.child_signals import ends_of_children
 from fluxlib.agent.executor.orphans import Orphans, kill
+from fluxlib.agent.executor.spawner_protocol import MAX_FDS, MAX_MESSAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself is a tenth of this process
@@ -45,9 +37,6 @@ if TYPE_CHECKING:  # typing itself is a tenth of this process
 
     from fluxlib.agent.executor.borrowed import Borrowed
     from fluxlib.agent.executor.launcher import Launcher
-
-MAX_MESSAGE = 1 << 20
-MAX_FDS = 4
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
@@ -59,19 +48,6 @@ _COMPANY_MS = 2  # what the news of a start waits for company
 _CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
-class Job:
-    """A program that runs. ``cgroup`` is its cgroup's directory, -1 when it has none."""
-
-    __slots__ = ("cgroup", "execution_id", "identifier", "pid", "slot")
-
-    def __init__(self, identifier: int, pid: int, execution_id: bytes, cgroup: int = -1, slot: int = -1) -> None:
-        self.identifier = identifier
-        self.pid = pid
-        self.execution_id = execution_id
-        self.cgroup = cgroup
-        self.slot = slot
-
-
 class Spawner:
     """The loop. ``launcher`` starts what has a plan, ``borrowed`` what has none."""
 
@@ -81,12 +57,12 @@ class Spawner:
         self._borrowed = borrowed
         # Shared with children, which become programs soon: pages that were never used cost a clone nothing.
         self._buffer = memoryview(mmap.mmap(-1, MAX_MESSAGE))
-        self._jobs: dict[int, Job] = {}  # by process
+        self._running: dict[int, Child] = {}  # by process
         self._pids: dict[int, int] = {}  # process by identifier
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._starts: list[tuple[Any, ...]] = []
         self._answers: list[tuple[Any, ...]] = []
-        self._orphans = Orphans(self._jobs)
+        self._orphans = Orphans(self._running)
         self._ended = ends_of_children()
 
     def run(self) -> None:
@@ -118,15 +94,15 @@ class Spawner:
                 return
 
     def _end_all(self) -> None:
-        jobs = list(self._jobs.values())
-        for job in jobs:
-            self._kill(job, signal.SIGKILL)
-        for job in jobs:
-            if job.cgroup < 0:
+        running = list(self._running.values())
+        for child in running:
+            self._kill(child, signal.SIGKILL)
+        for child in running:
+            if child.cgroup < 0:
                 # Its children are orphans, which a sweep finds, only once it is dead. A signal takes a moment.
                 with contextlib.suppress(ChildProcessError):
-                    os.waitpid(job.pid, 0)
-                self._orphans.sweep(job.execution_id)
+                    os.waitpid(child.pid, 0)
+                self._orphans.sweep(child.execution_id)
 
     def _take(self) -> bool:
         try:
@@ -158,7 +134,7 @@ class Spawner:
             elif request[0] == "kill":
                 pid = self._pids.get(request[1])
                 if pid is not None:
-                    self._kill(self._jobs[pid], request[2])
+                    self._kill(self._running[pid], request[2])
             else:
                 return False
         finally:
@@ -183,7 +159,7 @@ class Spawner:
         except ValueError:  # a NUL, an = in a variable's name: one bad request must not end everybody's programs
             self._answers.append(("failed", identifier, "exec", errno.EINVAL))
             return
-        self._add(Job(identifier, pid, execution_id), at)
+        self._add(Child(identifier, pid, execution_id), at)
 
     def _launch(self, request: tuple[Any, ...], fds: list[int]) -> None:
         """By the launcher, in the cgroup that came along."""
@@ -197,13 +173,13 @@ class Spawner:
             self._answers.append(("failed", identifier, failed.step, failed.number))
             return
         fds.remove(cgroup)  # kept, so that the tree can be ended when the agent is gone
-        self._add(Job(identifier, pid, execution_id, cgroup, slot), at)
+        self._add(Child(identifier, pid, execution_id, cgroup, slot), at)
 
-    def _add(self, job: Job, at: float) -> None:
+    def _add(self, child: Child, at: float) -> None:
         """``at``: from before the call, after which this process may wait while the program already runs."""
-        self._jobs[job.pid] = job
-        self._pids[job.identifier] = job.pid
-        self._starts.append(("started", job.identifier, job.pid, at))
+        self._running[child.pid] = child
+        self._pids[child.identifier] = child.pid
+        self._starts.append(("started", child.identifier, child.pid, at))
 
     # -- ending ------------------------------------------------------------------
 
@@ -214,13 +190,14 @@ class Spawner:
 
     def _reap_launched(self) -> bool:
         pid, status = os.waitpid(-1, os.WNOHANG)
-        job = self._jobs.pop(pid, None)  # None: an adopted orphan
-        if job is not None:
-            del self._pids[job.identifier]
-            failure = self._forget(job)
-            # Its cgroup knows the seconds of all that it started.
-            told = ("exit", job.identifier, status, None) if failure is None else ("failed", job.identifier, *failure)
-            self._answers.append(told)
+        child = self._running.pop(pid, None)  # None: an adopted orphan
+        if child is not None:
+            del self._pids[child.identifier]
+            failure = self._forget(child)
+            if failure is not None:
+                self._answers.append(("failed", child.identifier, *failure))
+            else:  # its cgroup knows the seconds of all that it started
+                self._answers.append(("exit", child.identifier, status, None))
         return pid != 0
 
     def _reap_one(self) -> bool:
@@ -228,31 +205,31 @@ class Spawner:
         found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if found is None:
             return False
-        job = self._jobs.get(found.si_pid)
-        if job is not None:
+        child = self._running.get(found.si_pid)
+        if child is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(job.pid, signal.SIGKILL)
+                os.killpg(child.pid, signal.SIGKILL)
         _, status, usage = os.wait4(found.si_pid, 0)
-        if job is not None:
-            del self._jobs[job.pid]
-            del self._pids[job.identifier]
-            self._orphans.sweep(job.execution_id)
-            self._answers.append(("exit", job.identifier, status, usage.ru_utime + usage.ru_stime))
+        if child is not None:
+            del self._running[child.pid]
+            del self._pids[child.identifier]
+            self._orphans.sweep(child.execution_id)
+            self._answers.append(("exit", child.identifier, status, usage.ru_utime + usage.ru_stime))
         return True
 
-    def _forget(self, job: Job) -> tuple[str, int] | None:
+    def _forget(self, child: Child) -> tuple[str, int] | None:
         assert self._launcher is not None
-        os.close(job.cgroup)
-        return self._launcher.failure_of(job.slot)
+        os.close(child.cgroup)
+        return self._launcher.failure_of(child.slot)
 
-    def _kill(self, job: Job, number: int) -> None:
-        if job.cgroup >= 0:
+    def _kill(self, child: Child, number: int) -> None:
+        if child.cgroup >= 0:
             assert self._launcher is not None
-            self._launcher.end_tree(job.cgroup)
+            self._launcher.end_tree(child.cgroup)
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(job.pid, number)
-        kill(self._orphans.of(job.execution_id), number)
+            os.killpg(child.pid, number)
+        kill(self._orphans.of(child.execution_id), number)
 
 
 def main(fd: int, arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlib.agent.executor.launch import as_file
-from fluxlib.agent.executor.spawner import MAX_MESSAGE
+from fluxlib.agent.executor.spawner_protocol import MAX_MESSAGE
 from fluxlib.errors import CannotStart, InvalidInput
 
 log = logging.getLogger(__name__)
