@@ -53,7 +53,7 @@ class Control:
         from fluxlib.control.enrolment import EnrolmentService
         from fluxlib.control.executions import ExecutionService
         from fluxlib.control.health import HealthPoller
-        from fluxlib.control.http import create_app
+        from fluxlib.control.http import Api
         from fluxlib.control.joining import Joiner
         from fluxlib.control.key_reload import LOOK_EVERY, KeyReload
         from fluxlib.control.leadership import RENEW_EVERY, Leadership
@@ -155,10 +155,10 @@ class Control:
             nodes=self._nodes.service if self._nodes is not None else None,
             enrolment=EnrolmentService(authority, registry, config.agent_port) if authority is not None else None,
         )
-        app = create_app(self.services)
-        reload = KeyReload(config.path, app.extensions["flux"]["pipeline"].keys.take)
+        api = Api(self.services)
+        reload = KeyReload(config.path, api.pipeline.keys.take)
         self._watch(status.watch, Loop("keys", reload.tick, LOOK_EVERY))
-        self._server = WebServer(app, config)
+        self._server = WebServer(api, config)
         self._parts.add("HTTP", self._server.stop)
 
     def start(self) -> None:

@@ -1,7 +1,7 @@
 """What the HTTP layer may ask of the control plane, and the shapes of the answers.
 
 ``control.app`` builds the parts and hands one :class:`Services` to
-``control.http.create_app``; nothing in HTTP knows how a part does its work.
+``control.http.Api``; nothing in HTTP knows how a part does its work.
 """
 
 from __future__ import annotations

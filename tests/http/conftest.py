@@ -10,9 +10,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-from flask import Flask
+from werkzeug.test import Client as WsgiClient
 
-from fluxlib.control.http import create_app
+from fluxlib.control.http import Api
 from fluxlib.control.http.auth import FailedAttempts
 from fluxlib.control.webserver import WebServer
 from fluxlib.control.webserver.loop import AskingPoller, best_poller
@@ -57,9 +57,9 @@ class Document:
 class Client:
     """Calls the application in this process. ``key`` None = a stranger."""
 
-    def __init__(self, app: Flask) -> None:
+    def __init__(self, app: Api) -> None:
         self.app = app
-        self._client = app.test_client()
+        self._client = WsgiClient(app)
         self._document: Document | None = None
 
     @property
@@ -127,12 +127,12 @@ def fakes() -> Fakes:
 
 @pytest.fixture
 def client(fakes: Fakes, front: bool, clock: Clock) -> Client:
-    return Client(create_app(fakes.services(), front=front, attempts=FailedAttempts(clock)))
+    return Client(Api(fakes.services(), front=front, attempts=FailedAttempts(clock)))
 
 
 @pytest.fixture
 def make_client(front: bool, clock: Clock) -> Callable[[Fakes], Client]:
-    return lambda fakes: Client(create_app(fakes.services(), front=front, attempts=FailedAttempts(clock)))
+    return lambda fakes: Client(Api(fakes.services(), front=front, attempts=FailedAttempts(clock)))
 
 
 @pytest.fixture(params=["epoll", "poll"])
@@ -144,7 +144,7 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., WebServer]]:
     servers: list[WebServer] = []
 
     def start(fakes: Fakes, *, front: bool = True) -> WebServer:
-        app = create_app(fakes.services(), front=front)
+        app = Api(fakes.services(), front=front)
         servers.append(WebServer(app, replace(fakes.config, port=0), poller).start())
         return servers[-1]
 

@@ -25,8 +25,7 @@ def api_key(name: str, role: str, *functions: str) -> ApiKey:
 
 
 def all_routes(client: Client) -> tuple[Route, ...]:
-    routes: tuple[Route, ...] = client.app.extensions["flux"]["routes"]
-    return routes
+    return client.app.routes
 
 
 def filled(path: str) -> str:
@@ -37,14 +36,14 @@ def test_flask_and_the_front_serve_the_table_and_nothing_else(client: Client, fr
     table = {(route.method, route.path) for route in all_routes(client)}
     served = {
         (method, str(rule).replace("<", "{").replace(">", "}"))
-        for rule in client.app.url_map.iter_rules()
+        for rule in client.app.flask.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD"}
     }
     assert served == table
     documented = {(method.upper(), path) for path, item in client.document.document["paths"].items() for method in item}
     assert documented == table
     if front:
-        hot = {(route.method, route.path) for route in client.app.wsgi_app.routes}  # type: ignore[attr-defined]
+        hot = {(route.method, route.path) for route in client.app.hot}
         assert ("POST", "/execute/{name}") in hot
         assert hot < table
 

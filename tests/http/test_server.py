@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 from waitress.channel import HTTPChannel
 
-from fluxlib.control.http import create_app
+from fluxlib.control.http import Api
 from fluxlib.control.services import Call, Caller
 from fluxlib.control.webserver import WebServer
 from fluxlib.errors import AgentLost, FluxError
@@ -243,7 +243,7 @@ class TestFollowing:
     def test_one_who_stops_reading_is_left_and_one_who_waits_is_not(self, fakes: Fakes, serve: Serve) -> None:
         server = serve(fakes)
         (listener,) = server._listeners
-        budget = server._listeners[0].application.extensions["flux"]["pipeline"].budget
+        budget = server._listeners[0].application.pipeline.budget
         quiet = self._stream(fakes, "execution-1")
         quiet.feed(b"x")
         unread = self._stream(fakes, "execution-2")
@@ -649,4 +649,4 @@ def test_the_client_of_the_other_tests_sees_the_same(fakes: Fakes, serve: Serve)
     with Wire(serve(fakes).port) as wire:
         status, document = wire.send("GET", "/openapi.json").json()
     assert status == 200
-    assert document == Client(create_app(fakes.services())).document.document
+    assert document == Client(Api(fakes.services())).document.document

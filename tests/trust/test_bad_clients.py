@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from fluxlib import log
-from fluxlib.control.http import create_app
+from fluxlib.control.http import Api
 from fluxlib.control.webserver import WebServer
 from fluxlib.control.webserver.loop import AskingPoller, best_poller
 from fluxlib.lifecycle import Deadline
@@ -19,7 +19,7 @@ from tests.http.sockets import Wire, head
 
 @pytest.fixture(params=[best_poller, AskingPoller])
 def server(request: pytest.FixtureRequest) -> Iterator[WebServer]:
-    server = WebServer(create_app(Fakes().services()), config(listen_host="127.0.0.1", port=0), request.param).start()
+    server = WebServer(Api(Fakes().services()), config(listen_host="127.0.0.1", port=0), request.param).start()
     yield server
     server.stop(Deadline(5))
 

@@ -1,5 +1,5 @@
-"""The HTTP API. ``create_app`` makes a Flask application of the services it is given."""
+"""The HTTP API: ``Api`` is made of the services it is given."""
 
-from fluxlib.control.http.application import Api, create_app
+from fluxlib.control.http.api import Api
 
-__all__ = ["Api", "create_app"]
+__all__ = ["Api"]

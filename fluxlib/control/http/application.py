@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import Flask, Response, request
@@ -10,37 +10,20 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.wsgi import FileWrapper
 
 from fluxlib.control.http.answers import Answer
-from fluxlib.control.http.auth import FailedAttempts
-from fluxlib.control.http.early import EarlyCheck
-from fluxlib.control.http.front import Front
 from fluxlib.control.http.pipeline import Pipeline
 from fluxlib.control.http.problems import problem, simple
 from fluxlib.control.http.request import check_path
 from fluxlib.control.http.route import Route
-from fluxlib.control.http.routes import build_routes
-from fluxlib.control.services import Services
 from fluxlib.errors import FluxError
 
 
-class Api(Flask):
-    """The application, and what a server may ask it about a request whose body is still to come."""
-
-    early_check: EarlyCheck
-
-
-def create_app(services: Services, *, front: bool = True, attempts: FailedAttempts | None = None) -> Api:
-    """Every route of the table, refused by default.
-
-    ``front`` answers the hot routes before Flask; without it Flask answers all,
-    by the same pipeline. ``attempts`` remembers wrong keys (tests bring a clock).
-    """
-    app = Api("fluxlib.control.http", static_folder=None)
+def create_application(pipeline: Pipeline, routes: Sequence[Route]) -> Flask:
+    """Every route of the table, answered by ``pipeline``, and nothing else."""
+    app = Flask("fluxlib.control.http", static_folder=None)
     # One way to write each path: no redirects, no merged slashes.
     app.url_map.strict_slashes = True
     app.url_map.merge_slashes = False
     app.config["PROPAGATE_EXCEPTIONS"] = False
-    routes = build_routes(services.config)
-    pipeline = Pipeline(services, attempts)
     literal: dict[str, list[str]] = {}
     for route in routes:
         if not route.parameter_names:
@@ -48,10 +31,6 @@ def create_app(services: Services, *, front: bool = True, attempts: FailedAttemp
         _add(app, route, pipeline)
     app.before_request(lambda: _before(pipeline, literal))
     app.register_error_handler(Exception, lambda error: _failed(error, pipeline))
-    app.early_check = EarlyCheck(pipeline, routes)
-    app.extensions["flux"] = {"routes": routes, "pipeline": pipeline}
-    if front:
-        app.wsgi_app = Front(app.wsgi_app, pipeline, routes)  # type: ignore[method-assign]
     return app
 
 

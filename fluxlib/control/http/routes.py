@@ -26,7 +26,7 @@ def _fleet(config: ControlConfig) -> tuple[Route, ...]:
         Route(
             "GET", "/health", "how this Flux is", health.get, "read",
             {200: Content("it serves", ref("Health")), 503: Content("its store is away, or it stops", ref("Health"))},
-            public=True,
+            public=True, hot=True,
         ),
         Route(
             "GET", "/agents", "the fleet", agents.get_list, "read",
