@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from fluxlib.control.execution import Execution, NotWritten, Outcome, Withdrawn
+from fluxlib.control.execution import Execution, NotWritten, Outcome, Stage, Withdrawn
 from fluxlib.control.ledger import COMMIT_PATIENCE, Ledger
 from fluxlib.control.registry import Reservation
 from fluxlib.control.slots import Slots
@@ -101,9 +101,9 @@ class Asking:
         connection = reservation.agent.connection
         execution.reservation = reservation
         execution.waited_ms = int((time.time() - execution.accepted_at) * 1000)
-        execution.pending = execution.sent = True
+        execution.stage = Stage.ASKED
         answered = partial(self._answered, execution, reservation)
-        # After ``sent``: from here on whoever stops it asks the agent.
+        # After the stage: from here on whoever stops it asks the agent.
         stopped = execution.stop_reason
         if stopped:
             answered(Withdrawn(stopped))
@@ -114,7 +114,7 @@ class Asking:
         else:
             connection.execute(request, answered)
             stopped = execution.stop_reason
-            if stopped and execution.pending:
+            if stopped and execution.stage is Stage.ASKED:
                 # It may have been stopped before the request was on its way, and unknown to the agent then.
                 self._cancel(execution, stopped)
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 
 from fluxlib.control.asking import Asking, check_wanted
-from fluxlib.control.execution import AlreadyKnown, Execution, Outcome, Withdrawn, worth_keeping
+from fluxlib.control.execution import AlreadyKnown, Execution, Outcome, Stage, Withdrawn, worth_keeping
 from fluxlib.control.ledger import COMMIT_PATIENCE, Ledger
 from fluxlib.control.placement import Need
 from fluxlib.control.registry import Registry, Reservation
@@ -223,7 +223,6 @@ class Dispatcher:
         elif execution.agent_id:
             self._ledger.requeue(execution)
         execution.agent_id = ""
-        execution.sent = False
         if execution.request is not None and execution.asynchronous and not worth_keeping(execution.request):
             execution.request = None
         execution.detached = execution.asynchronous
@@ -251,31 +250,32 @@ class Dispatcher:
 
     def _answered(self, execution: Execution, reservation: Reservation, answer: ExecutionRecord | FluxError) -> None:
         """On a thread of the connection: give the slot back at once, so that the next one starts."""
-        if isinstance(answer, FluxError) or answer.error_kind.nothing_started:
-            execution.sent = False
-        execution.pending = False
-        if isinstance(answer, ExecutionRecord):
-            if answer.error_kind.nothing_started:
-                self.slots.refused(reservation, answer)
-            elif answer.status.ended:
-                self.slots.release(reservation)
-        elif isinstance(answer, AgentUnreachable):
-            self.slots.unusable(reservation, answer)
-        else:
-            self.slots.release(reservation)
+        taken = answer if isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started else None
+        execution.stage = Stage.HERE if taken is None else Stage.ANSWERED
+        self._give_back(reservation, answer)
         if not execution.detached:
             execution.deliver(answer)
             if execution.accepted:
                 self._ledger.changed(execution.execution_id)
-        elif isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started:
-            if answer.status.ended:
-                self.finish(execution, answer)
-            else:
-                self._ledger.changed(execution.execution_id)
+        elif taken is not None and taken.status.ended:
+            self.finish(execution, taken)
+        elif taken is not None:
+            self._ledger.changed(execution.execution_id)
         elif self._stopping:
             self._put_back(execution)
         else:
             self._drive_soon(execution, None, answer)
+
+    def _give_back(self, reservation: Reservation, answer: ExecutionRecord | FluxError) -> None:
+        """The slot, unless the agent has accepted the execution and keeps it."""
+        if isinstance(answer, AgentUnreachable):
+            self.slots.unusable(reservation, answer)
+        elif isinstance(answer, FluxError):
+            self.slots.release(reservation)
+        elif answer.error_kind.nothing_started:
+            self.slots.refused(reservation, answer)
+        elif answer.status.ended:
+            self.slots.release(reservation)
 
     def _raise_unless_another_may_be_asked(self, execution: Execution, answer: Outcome) -> None:
         if isinstance(answer, ExecutionRecord):

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from enum import Enum, auto
 
 from fluxlib.control.registry import Reservation
 from fluxlib.errors import AgentUnreachable, FluxError, Internal
@@ -18,22 +19,30 @@ _IDS_AT_ONCE, _RANDOM_BYTES = 64, 10
 Outcome = Reservation | ExecutionRecord | FluxError
 
 
+class Stage(Enum):
+    """How far an execution in hand has come. It goes back to HERE, and on to another agent, when one turns it down."""
+
+    HERE = auto()  # new, waiting for room, or turned down
+    ASKED = auto()  # an agent may know it, and has not answered yet
+    ANSWERED = auto()  # the agent has accepted it, or has told its end
+
+
 class Execution:
     """One execution in hand. One thread at a time drives it; others only set ``stop_reason`` or deliver.
 
     ``deliver`` hands the driver what it waits for: a slot, an agent's answer, or the reason to give up.
     Whoever delivers has won the right to do so (took it off a queue, or is the answer of the one request).
 
-    Where it is, by its flags (a synchronous one is never ``detached``)::
+    Where it is, by its ``stage`` and two facts (a synchronous one is never ``detached``)::
 
-                                 created  detached  sent  pending
-        new                      no       no        no    no
-        waits for room           yes      async     no    no       (in the waiting room, ``agent_id`` is empty)
-        asked of an agent        yes      as before yes   yes
-        accepted (async)         yes      as before yes   no       (its end comes by itself)
-        turned down by an agent  yes      as before no    no       (``agent_id`` in the store until it moves on)
+                                 stage     created  detached
+        new                      HERE      no       no
+        waits for room           HERE      yes      async     (in the waiting room, ``agent_id`` is empty)
+        asked of an agent        ASKED     yes      as before
+        accepted (async)         ANSWERED  yes      as before (its end comes by itself)
+        turned down by an agent  HERE      yes      as before (``agent_id`` in the store until it moves on)
 
-    ``over`` is set for good by whoever takes it out of hand, whatever the others are then.
+    ``over`` is set by whoever takes it out of hand, whatever its stage is then.
     """
 
     __slots__ = (
@@ -49,12 +58,11 @@ class Execution:
         "idempotency_key",
         "outcome",
         "over",
-        "pending",
         "pressed",
         "request",
         "reservation",
-        "sent",
         "sequence",
+        "stage",
         "stop_reason",
         "waited_ms",
     )
@@ -67,10 +75,9 @@ class Execution:
         self.idempotency_key = ""
         self.accepted_at = accepted_at  # epoch seconds
         self.agent_id = ""  # who it was assigned to
+        self.stage = Stage.HERE
         self.created = False  # the store knows it
         self.detached = False  # nobody waits for it: it was accepted, and queued or adopted
-        self.sent = False  # an agent may know it
-        self.pending = False  # the agent has not answered yet
         self.pressed = False  # it waits for resources, not for a slot
         self.sequence = 0  # its place in the queue
         self.over = False  # ended, or no longer ours
@@ -83,9 +90,14 @@ class Execution:
         self._decision = threading.Lock()
 
     @property
+    def sent(self) -> bool:
+        """An agent may know it."""
+        return self.stage is not Stage.HERE
+
+    @property
     def accepted(self) -> bool:
         """An agent has accepted it; its end comes by itself (asynchronous only)."""
-        return self.asynchronous and self.sent and not self.pending
+        return self.asynchronous and self.stage is Stage.ANSWERED
 
     def deliver(self, outcome: Outcome) -> None:
         self.outcome = outcome
