@@ -10,8 +10,8 @@ from io import BytesIO
 from typing import Any
 
 from fluxlib.control.channels import Line, Lines
+from fluxlib.control.client_calls import OnRecord, guarded
 from fluxlib.control.client_output import AgentOutput, PolledOutput
-from fluxlib.control.client_pending import OnRecord, guarded
 from fluxlib.control.client_stream import AgentStream
 from fluxlib.control.client_unary import UnaryExecutions
 from fluxlib.control.connection import ConnectionEvents, OnAnswer, OnReport, refusal

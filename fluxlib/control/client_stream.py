@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from fluxlib.control.channels import Lines
-from fluxlib.control.client_pending import OnRecord, Pending, Table
+from fluxlib.control.client_calls import Asked, OnRecord, OpenCalls
 from fluxlib.control.connection import ConnectionEvents, OnAnswer
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
 from fluxlib.lifecycle import Deadline
@@ -59,7 +59,7 @@ class _Attachment:
 class AgentStream:
     """Attached by a thread of its own for as long as the connection lives.
 
-    ``session`` names this life of Flux. The rest: see Table.
+    ``session`` names this life of Flux. The rest: see OpenCalls.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class AgentStream:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the writer
         self._change = threading.Condition(self._lock)  # for the thread that attaches
-        self._table = Table(agent_id, self._lock, events, fetch, look_up)
+        self._calls = OpenCalls(agent_id, self._lock, events, fetch, look_up)
         self._outbox: deque[pb.ExecutionRequest] = deque()
         self._cancels: deque[pb.CancelExecutionRequest] = deque()
         self._acks: list[str] = []
@@ -98,7 +98,7 @@ class AgentStream:
     def execute(self, request: ExecutionRequest, message: pb.ExecutionRequest, on_answer: OnAnswer) -> None:
         """Queue ``message`` (which is ``request``); what cannot be sent now is answered at once."""
         with self._lock:
-            error = self._cannot_send() or self._table.add(request, on_answer)
+            error = self._cannot_send() or self._calls.add(request, on_answer)
             if error is None:
                 self._outbox.append(message)
                 if self._attachment is None or not self._attachment.gathering:
@@ -112,12 +112,12 @@ class AgentStream:
             error = self._cannot_send()
             if error is not None:
                 raise error
-            waiter = self._table.await_cancel(execution_id, reason)
+            waiter = self._calls.await_cancel(execution_id, reason)
             self._cancels.append(pb.CancelExecutionRequest(execution_id=execution_id, reason=reason))
             self._work.notify()
         answered = waiter.wait(timeout)
         with self._lock:
-            self._table.drop_cancel(execution_id, waiter)
+            self._calls.drop_cancel(execution_id, waiter)
             attached = self._attached
         if answered:
             return waiter.status
@@ -129,7 +129,7 @@ class AgentStream:
         """What was sent and waits for an answer ends as AgentLost, what was not as AgentUnreachable."""
         with self._lock:
             unsent = self._take_unsent()
-            lost = self._table.take_unanswered()
+            lost = self._calls.take_unanswered()
         self._answer(unsent, AgentUnreachable(f"agent {self._agent_id} cannot be reached: {reason}"))
         self._answer(lost, AgentLost(f"agent {self._agent_id} was lost: {reason}"))
 
@@ -152,7 +152,7 @@ class AgentStream:
     def close(self, deadline: Deadline) -> None:
         with self._lock:
             self._closing = True
-            self._table.wait_idle(deadline.remaining())
+            self._calls.wait_idle(deadline.remaining())
         self.fail("Flux closed the connection")
         with self._lock:
             self._stopped = True
@@ -223,11 +223,11 @@ class AgentStream:
         with self._lock:
             same = frame.instance_id == self._instance_id
             self._instance_id = frame.instance_id
-            answers = self._table.reconcile(set(frame.known), same=same)
+            answers = self._calls.reconcile(set(frame.known), same=same)
             waiting = {one.execution_id for one in self._cancels}
             self._cancels.extend(
                 pb.CancelExecutionRequest(execution_id=execution_id, reason=why)
-                for execution_id, why in self._table.cancels()
+                for execution_id, why in self._calls.cancels()
                 if execution_id not in waiting
             )
             attachment.greeted = True
@@ -259,11 +259,11 @@ class AgentStream:
 
     def _take(self, frame: pb.AgentFrame) -> None:
         for executed in frame.executed:
-            self._table.answered(executed)
+            self._calls.answered(executed)
             if executed.final:
                 self._acknowledge(executed)
         for cancelled in frame.cancelled:
-            self._table.cancel_answered(cancelled)
+            self._calls.cancel_answered(cancelled)
         for name in frame.freed:
             self._events.freed(name)
         if frame.stopping:
@@ -301,14 +301,14 @@ class AgentStream:
                             continue
                         return self._frame()
                 # With nothing in flight no ack can come up, and none is left: no need to look again.
-                attachment.dozing = not attachment.greeted or not (self._acks or len(self._table))
+                attachment.dozing = not attachment.greeted or not (self._acks or len(self._calls))
                 due = not self._work.wait(None if attachment.dozing else _ACK_DELAY)
                 attachment.dozing = False
 
     def _gather(self, attachment: _Attachment) -> bool:
         """Whether it has waited for more to send, and must look again."""
         now = time.monotonic()
-        left = self._pace.left(len(self._table), now)
+        left = self._pace.left(len(self._calls), now)
         if left <= 0 or self._cancels:
             self._pace.went(now)
             return False
@@ -326,7 +326,7 @@ class AgentStream:
             message = self._outbox.popleft()
             size += message.ByteSize()
             frame.execute.append(message)
-            self._table.sent(message.execution_id)
+            self._calls.sent(message.execution_id)
         if self._outbox:
             del frame.cancel[:]
         else:
@@ -335,11 +335,11 @@ class AgentStream:
 
     # -- under the lock ------------------------------------------------------------------
 
-    def _take_unsent(self) -> list[Pending]:
-        taken = [self._table.take(message.execution_id) for message in self._outbox]
+    def _take_unsent(self) -> list[Asked]:
+        taken = [self._calls.take(message.execution_id) for message in self._outbox]
         self._outbox.clear()
         return [entry for entry in taken if entry is not None]
 
-    def _answer(self, entries: list[Pending], error: FluxError) -> None:
+    def _answer(self, entries: list[Asked], error: FluxError) -> None:
         for entry in entries:
             entry.answer(error)

@@ -1,7 +1,7 @@
 """What one agent was asked to do over its stream and has not finished: who waits, and for what.
 
 Every execution's ``on_answer`` is called exactly once: whoever takes it out of
-the table (or accepts it) under the lock calls it afterwards, without the lock.
+the calls (or accepts it) under the lock calls it afterwards, without the lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 OnRecord = Callable[[ExecutionRecord | FluxError | None], None]
 
 
-class Pending:
+class Asked:
     """One execution. Asynchronous ones stay after they were accepted, until their end."""
 
     __slots__ = ("accepted", "fetching", "on_answer", "request", "sent")
@@ -77,7 +77,7 @@ class CancelWaiter:
         self._event.set()
 
 
-class Table:
+class OpenCalls:
     """Executions and cancels under way at one agent.
 
     ``lock`` is the stream's: methods under "with the lock held" expect it. ``fetch`` reads a record whose output was
@@ -98,41 +98,41 @@ class Table:
         self._events = events
         self._fetch_record = fetch
         self._look_up = look_up
-        self._pending: dict[str, Pending] = {}
+        self._asked: dict[str, Asked] = {}
         self._cancels: dict[str, list[CancelWaiter]] = {}
 
     # -- with the lock held ------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._pending)
+        return len(self._asked)
 
     def add(self, request: ExecutionRequest, on_answer: OnAnswer) -> FluxError | None:
         """None, or why not."""
-        if request.execution_id in self._pending:
+        if request.execution_id in self._asked:
             return Conflict(f"execution {request.execution_id} is with agent {self._agent_id} already")
-        self._pending[request.execution_id] = Pending(request, on_answer)
+        self._asked[request.execution_id] = Asked(request, on_answer)
         return None
 
     def sent(self, execution_id: str) -> None:
         """From now on the agent may have started it."""
-        entry = self._pending.get(execution_id)
+        entry = self._asked.get(execution_id)
         if entry is not None:
             entry.sent = True
 
-    def take(self, execution_id: str) -> Pending | None:
+    def take(self, execution_id: str) -> Asked | None:
         self._idle.notify_all()
-        return self._pending.pop(execution_id, None)
+        return self._asked.pop(execution_id, None)
 
-    def take_unanswered(self) -> list[Pending]:
+    def take_unanswered(self) -> list[Asked]:
         """What was sent and never answered. Accepted ones stay: they go on at the agent, seen or not."""
-        found = [entry for entry in self._pending.values() if entry.sent and not entry.accepted]
+        found = [entry for entry in self._asked.values() if entry.sent and not entry.accepted]
         for entry in found:
             self.take(entry.request.execution_id)
         return found
 
     def wait_idle(self, timeout: float) -> None:
         """Until nobody waits for an answer. Lets the lock go meanwhile."""
-        self._idle.wait_for(lambda: all(entry.accepted for entry in self._pending.values()), timeout)
+        self._idle.wait_for(lambda: all(entry.accepted for entry in self._asked.values()), timeout)
 
     def reconcile(self, known: set[str], *, same: bool) -> list[Callable[[], None]]:
         """After a new attachment: what is to be called without the lock.
@@ -141,7 +141,7 @@ class Table:
         attached before; another one knows nothing of what was sent to it.
         """
         calls: list[Callable[[], None]] = []
-        for execution_id, entry in list(self._pending.items()):
+        for execution_id, entry in list(self._asked.items()):
             if not entry.sent or entry.fetching:
                 continue  # never told, or told in full but for the output, which another thread reads
             there = same and execution_id in known
@@ -176,7 +176,7 @@ class Table:
     def answered(self, answer: pb.ExecutionAnswer) -> None:
         """An answer of the agent's; one that comes a second time or too late changes nothing."""
         with self._lock:
-            entry = self._pending.get(answer.execution_id)
+            entry = self._asked.get(answer.execution_id)
             if entry is not None and (entry.fetching or (not answer.final and entry.accepted)):
                 return
             accepted = entry is not None and entry.accepted
@@ -206,14 +206,14 @@ class Table:
         for waiter in waiters:
             waiter.answer(ExecutionStatus(status) if status else None)
 
-    def _read(self, answer: pb.ExecutionAnswer, entry: Pending | None) -> ExecutionRecord | FluxError:
+    def _read(self, answer: pb.ExecutionAnswer, entry: Asked | None) -> ExecutionRecord | FluxError:
         request = entry.request if entry is not None else ExecutionRequest(answer.execution_id, "")
         try:
             return codec.record_from_response(answer.response, request, self._agent_id, time.time())
         except ValueError as error:
             return AgentLost(f"agent {self._agent_id} answered what cannot be read: {error}")
 
-    def _tell(self, entry: Pending, record: ExecutionRecord | FluxError, *, final: bool, accepted: bool) -> None:
+    def _tell(self, entry: Asked, record: ExecutionRecord | FluxError, *, final: bool, accepted: bool) -> None:
         request = entry.request
         if isinstance(record, FluxError):
             if not accepted:
@@ -232,7 +232,7 @@ class Table:
                 entry.answer(self._accepted(request))
             self._events.ended(self._gone(request) if refused else replace(record, output=None))
 
-    def _fetch(self, entry: Pending, record: ExecutionRecord) -> None:
+    def _fetch(self, entry: Asked, record: ExecutionRecord) -> None:
         """The answer waits for its output, in a thread of its own: the stream must go on."""
         with self._lock:
             entry.fetching = True
@@ -256,12 +256,12 @@ class Table:
 
     # -- after a new attachment ------------------------------------------------------------
 
-    def _lose(self, entry: Pending) -> Callable[[], None]:
+    def _lose(self, entry: Asked) -> Callable[[], None]:
         self.take(entry.request.execution_id)
         error = AgentLost(f"agent {self._agent_id} was lost for a while, and does not know the execution any more")
         return lambda: entry.answer(error)
 
-    def _accept(self, entry: Pending) -> Callable[[], None]:
+    def _accept(self, entry: Asked) -> Callable[[], None]:
         entry.accepted = True
         return lambda: entry.answer(self._accepted(entry.request))
 
@@ -270,7 +270,7 @@ class Table:
             request.execution_id, request.function_name, self._agent_id, asynchronous=True, started_at=time.time()
         )
 
-    def _ask(self, entry: Pending) -> None:
+    def _ask(self, entry: Asked) -> None:
         """It ended while nobody listened: its record says how. It stays here until that is known."""
 
         def on_record(record: ExecutionRecord | FluxError | None) -> None:
