@@ -17,10 +17,11 @@ from fluxlib.clock import steady_time
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.joining import ExecutionsPart, Joiner
 from fluxlib.control.leadership import Leadership
+from fluxlib.control.member import Member, Wanted
 from fluxlib.control.membership import STEP_IN
 from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
-from fluxlib.control.roster import Member, Roster, Wanted
+from fluxlib.control.roster import Roster
 from fluxlib.control.sharing import Sharing
 from fluxlib.errors import FluxError, LeaseLost, StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop
@@ -96,7 +97,7 @@ class HealthPoller:
         if took_over:
             # What was counted by whoever led before, or by us long ago, says nothing about now.
             for member in self._roster.all():
-                member.misses, member.asked_at = 0, 0.0
+                member.polled.begin_anew()
         self._led = leads
         # One that takes over reads what the last leader wrote at the end, even when nobody else is left.
         shared = not leads or took_over or bool(self._leadership.others)
@@ -138,16 +139,14 @@ class HealthPoller:
         connection = state.connection
         if connection is None:
             # Nobody has been reached there in this life: the worker's failures are the misses.
-            if not member.working and now >= member.retry_at:
+            if not member.working and now >= member.retry.at:
                 self._joiner.want(member, STEP_IN)
             return
-        if member.asked_at:
-            if now - member.asked_at < max(self._interval, _ANSWER_SECONDS):
+        if member.polled.asked_at:
+            if now - member.polled.asked_at < max(self._interval, _ANSWER_SECONDS):
                 return
             self._miss(member, state, "it did not answer", now)
-        member.asked += 1
-        member.asked_at = now
-        agent_id, question = member.agent_id, member.asked
+        agent_id, question = member.agent_id, member.polled.ask(now)
         connection.report_async(lambda answer: self._answered((agent_id, question, answer)))
 
     def _answered(self, answer: Answer) -> None:
@@ -159,7 +158,7 @@ class HealthPoller:
         """What only time brings about."""
         self._roster.catch_up(member)
         record = state.record
-        if state.connection is None and member.failures >= MISSES and member.stored.status.present:
+        if state.connection is None and member.retry.failures >= MISSES and member.stored.status.present:
             # It was online when Flux stopped, and was never reached since.
             self._roster.observe(member, lambda mine: mine)
         overdue = record.status is AgentStatus.OFFLINE and now - record.offline_since >= self._lost_after
@@ -196,9 +195,8 @@ class HealthPoller:
 
     def _judge(self, agent_id: str, question: int, answer: NodeReport | FluxError, now: float) -> None:
         member, state = self._roster.get(agent_id), self._registry.get(agent_id)
-        if member is None or state is None or question != member.asked:
+        if member is None or state is None or not member.polled.answered(question):
             return
-        member.asked_at = 0.0
         if not self._leadership.leads:
             return
         if isinstance(answer, FluxError):
@@ -209,8 +207,8 @@ class HealthPoller:
             self._met(member, state, answer, now)
 
     def _miss(self, member: Member, state: AgentState, reason: str, now: float) -> None:
-        member.misses += 1
-        if member.misses < MISSES or not state.record.status.present:
+        member.polled.misses += 1
+        if member.polled.misses < MISSES or not state.record.status.present:
             if not state.record.status.present:
                 self._registry.update(member.agent_id, problem=f"is offline: {reason}")
             return
@@ -228,7 +226,7 @@ class HealthPoller:
             state.connection.fail_in_flight(f"agent {member.agent_id} is offline: {reason}")
 
     def _met(self, member: Member, state: AgentState, report: NodeReport, now: float) -> None:
-        member.misses = 0
+        member.polled.misses = 0
         ours = bool(report.instance_id)
         before = state.figures
         if ours:
@@ -249,5 +247,5 @@ class HealthPoller:
         elif not member.reconciled:
             # Joined while another process led.
             self._joiner.want(member, STEP_IN)
-        elif (member.behind or not state.in_step) and now >= member.retry_at:
+        elif (member.retry.behind or not state.in_step) and now >= member.retry.at:
             self._joiner.want(member, Wanted.STEP)

@@ -15,9 +15,10 @@ from fluxlib.clock import steady_time
 from fluxlib.control.connection import AgentConnection, ConnectionEvents, Connector, Introduction
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.leadership import Leadership
+from fluxlib.control.member import Member, Wanted
 from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
-from fluxlib.control.roster import Member, Roster, Wanted, present_status
+from fluxlib.control.roster import Roster, present_status
 from fluxlib.errors import AgentRefused, AgentUnreachable, Conflict, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, FunctionState, Inventory
@@ -26,8 +27,6 @@ from fluxlib.store.base import ControlStore, Lease
 
 log = logging.getLogger(__name__)
 
-_FIRST_RETRY = 2.0
-_LONGEST_RETRY = 30.0
 # A connection that was replaced is closed by itself once its last calls have ended.
 _CLOSE_SECONDS = 5.0
 ATTACH = "attach"
@@ -153,27 +152,21 @@ class Joiner:
 
     def _done(self, member: Member, behind: bool) -> None:
         with member.condition:
-            member.behind = behind
             if behind:
-                self._postpone(member)
+                member.retry.failed(self._clock())
             else:
-                member.failures = 0
+                member.retry.succeeded()
 
     def _failed(self, member: Member, wanted: Wanted, problem: str) -> None:
         with member.condition:
-            member.behind = True
             if Wanted.RECONCILE in wanted:
                 member.reconciled = False
-            self._postpone(member)
+            member.retry.failed(self._clock())
         state = self._registry.get(member.agent_id)
         if state is not None and state.problem != problem:
             # Once for each reason: a dead agent is tried again and again.
             log.warning("agent %s could not be brought in: %s", member.agent_id, problem)
             self._registry.update(member.agent_id, problem=problem)
-
-    def _postpone(self, member: Member) -> None:
-        member.retry_at = self._clock() + min(_LONGEST_RETRY, _FIRST_RETRY * 2 ** min(member.failures, 10))
-        member.failures += 1
 
     def _bring_in(self, member: Member, wanted: Wanted) -> bool:
         """Whether something could not be brought to it. Raises FluxError when it cannot take work at all."""

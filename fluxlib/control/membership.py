@@ -11,9 +11,10 @@ from dataclasses import replace
 from fluxlib.clock import steady_time
 from fluxlib.control.connection import AgentConnection, Connector
 from fluxlib.control.joining import ExecutionsPart, Joiner
+from fluxlib.control.member import Member, Wanted
 from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
-from fluxlib.control.roster import DRAINING, Change, Member, Roster, Wanted, present_status
+from fluxlib.control.roster import DRAINING, Change, Roster, present_status
 from fluxlib.control.services import AgentView
 from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Flag, auto
+from dataclasses import replace
 from typing import Any
 
 from fluxlib.control.leadership import Leadership
+from fluxlib.control.member import Member
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
 from fluxlib.model import AgentRecord, AgentStatus
@@ -23,41 +23,6 @@ log = logging.getLogger(__name__)
 
 Change = Callable[[AgentRecord], AgentRecord]
 DRAINING = "draining"  # in AgentRecord.extra: it outlives the agent's being offline
-
-
-class Wanted(Flag):
-    """What is to be done about one agent, in the background."""
-
-    NOTHING = 0
-    STEP = auto()  # compare what it holds with what it should, push what differs
-    RECONCILE = auto()  # it joined, came back or restarted: compare what it runs, too
-    RECONNECT = auto()  # it is not the agent the connection was made for any more
-
-
-@dataclass(eq=False, slots=True)
-class Member:
-    """What this process remembers of one agent beside the registry. ``condition`` guards every field."""
-
-    agent_id: str
-    stored: AgentRecord  # as the store has it
-    condition: threading.Condition = field(default_factory=threading.Condition)
-    wanted: Wanted = Wanted.NOTHING
-    working: bool = False  # a worker is at it
-    removed: bool = False
-    unsaved: bool = False  # the store was away when something was to be written
-    life: int = 0  # counts its connections: events of an earlier one are ignored
-    features: tuple[str, ...] = ()
-    # Judged by the health poller only.
-    misses: int = 0
-    asked: int = 0  # counts the questions: an answer to an earlier one is ignored
-    asked_at: float = 0.0  # 0 = no question is open
-    # Set by the worker: what could not be brought to it is tried again then.
-    behind: bool = False
-    failures: int = 0
-    retry_at: float = 0.0
-    reconciled: bool = False  # since it joined, what it runs was compared
-    given_up: bool = False  # what it ran was failed
-    checked_revision: int = -1  # of the functions it was last compared with
 
 
 def present_status(record: AgentRecord) -> AgentStatus:

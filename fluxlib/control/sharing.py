@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 
 from fluxlib.control.joining import Joiner
 from fluxlib.control.leadership import Leadership
+from fluxlib.control.member import Member, Wanted
 from fluxlib.control.membership import STEP_IN, Membership
 from fluxlib.control.registry import Registry
-from fluxlib.control.roster import Member, Roster, Wanted, present_status
+from fluxlib.control.roster import Roster, present_status
 from fluxlib.errors import LeaseLost
 from fluxlib.model import AgentRecord, AgentStatus, NodeFigures
 from fluxlib.store.base import ControlStore
@@ -101,7 +102,7 @@ class Sharing:
     def _join(self, member: Member, now: float) -> None:
         """Connect where the leader says there is an agent; failures are tried again with growing pauses."""
         state = self._registry.get(member.agent_id)
-        waiting = member.behind and member.retry_at > now
+        waiting = member.retry.behind and member.retry.at > now
         if state is not None and member.stored.status.present and not state.record.status.present and not waiting:
             self._joiner.want(member, STEP_IN)
 

@@ -392,10 +392,10 @@ def test_a_wall_clock_that_is_set_back_does_not_stop_the_rounds(monkeypatch: pyt
     assert member is not None
     try:
         fleet.health.start()
-        wait_until(lambda: member.asked > 0, "the first question")
+        wait_until(lambda: member.polled.question > 0, "the first question")
         set_back[0] = 3600.0
-        asked = member.asked
-        wait_until(lambda: member.asked > asked + 2, "further questions")
+        asked = member.polled.question
+        wait_until(lambda: member.polled.question > asked + 2, "further questions")
     finally:
         fleet.health.stop(Deadline(5))
         fleet.close()
