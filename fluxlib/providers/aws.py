@@ -35,6 +35,8 @@ _WAITER_DELAY = 5
 # Without a size EC2 answers with everything at once, or not at all.
 _PAGE = 500
 _UNKNOWN = "InvalidInstanceID.NotFound"
+# Seconds after a launch in which an instance may be unknown and run all the same.
+_KNOWN_WITHIN = 60.0
 
 
 class Aws:
@@ -53,6 +55,7 @@ class Aws:
         self._installation_id = installation_id
         self.ssh_user = config.ssh_user
         self._key_name = f"flux-{installation_id}"
+        self._unknown_until: dict[str, float] = {}  # instances launched lately; time.monotonic
         # "standard" mode retries throttling and server faults with exponential backoff.
         retries = {"mode": "standard", "max_attempts": 8}
         self._ec2 = boto3.client(
@@ -84,6 +87,7 @@ class Aws:
                 raise failed from error
             raise StrandedNode(f"{failed.message}: it may have been launched all the same", "") from error
         provider_id = str(answer["Instances"][0]["InstanceId"])
+        self._remember(provider_id, time.monotonic())
         try:
             self._wait_running(provider_id, deadline)
             return self._wait_addresses(provider_id, deadline)
@@ -99,7 +103,7 @@ class Aws:
         try:
             self._ec2.terminate_instances(InstanceIds=[provider_id])
         except Exception as error:
-            if _code(error) == _UNKNOWN:
+            if _code(error) == _UNKNOWN and time.monotonic() >= self._unknown_until.get(provider_id, 0.0):
                 return
             raise _translated(f"ending {provider_id}", error) from error
 
@@ -163,6 +167,11 @@ class Aws:
         if config.spot:
             request["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
         return request
+
+    def _remember(self, provider_id: str, now: float) -> None:
+        for old in [one for one, until in list(self._unknown_until.items()) if until <= now]:
+            self._unknown_until.pop(old, None)
+        self._unknown_until[provider_id] = now + _KNOWN_WITHIN
 
     def _root_device(self) -> str:
         """The image's own root device: a mapping under another name would add a second disk."""

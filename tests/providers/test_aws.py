@@ -224,6 +224,27 @@ def test_one_that_cannot_be_ended_either_is_said_to_be_stranded(ec2: Ec2, key: s
     assert alive(ec2) == [caught.value.provider_id]
 
 
+def test_one_that_is_too_new_to_be_known_is_not_taken_for_ended(
+    ec2: Ec2, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ec2.fault("DescribeInstances", "UnauthorizedOperation", 403, times=2)
+    ec2.fault("TerminateInstances", "InvalidInstanceID.NotFound", times=2)
+    cloud = provider(ec2)
+    with pytest.raises(StrandedNode, match="it still runs") as caught:
+        cloud.launch(wanted(key), soon())
+    # Whoever ends it then asks at once.
+    with pytest.raises(ProviderError, match="NotFound"):
+        cloud.terminate(caught.value.provider_id)
+    assert alive(ec2) == [caught.value.provider_id]
+    cloud.terminate(caught.value.provider_id)
+    assert alive(ec2) == []
+    # Later on what is unknown is gone.
+    monkeypatch.setattr(module, "_KNOWN_WITHIN", 0.0)
+    new = cloud.launch(wanted(key, "web-2"), soon()).provider_id
+    ec2.fault("TerminateInstances", "InvalidInstanceID.NotFound")
+    cloud.terminate(new)
+
+
 def test_an_instance_that_describe_does_not_know_yet_is_waited_for(ec2: Ec2, key: str) -> None:
     ec2.fault("DescribeInstances", "InvalidInstanceID.NotFound", times=2)
     assert provider(ec2).launch(wanted(key), soon()).public_ip
