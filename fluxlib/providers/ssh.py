@@ -15,7 +15,7 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -121,7 +121,7 @@ class Shell:
 
     def _send(self, content: bytes, path: str, timeout: float) -> None:
         try:
-            with contextlib.closing(self._client.open_sftp()) as sftp:
+            with self._at_most(timeout), contextlib.closing(self._client.open_sftp()) as sftp:
                 channel = sftp.get_channel()
                 if channel is not None:
                     channel.settimeout(timeout)
@@ -132,6 +132,18 @@ class Shell:
                     remote.write(content)
         except (OSError, EOFError, _ssh_exception()) as error:
             raise ProviderError(f"uploading a file failed: {error or type(error).__name__}") from error
+
+    @contextlib.contextmanager
+    def _at_most(self, seconds: float) -> Iterator[None]:
+        """paramiko waits an hour, or for ever, for an sshd that hangs: that ends with the connection."""
+        timer = threading.Timer(seconds, self._client.close)
+        timer.name, timer.daemon = "ssh-limit", True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
     def close(self) -> None:
         self._client.close()
@@ -150,7 +162,7 @@ class Shell:
             if transport is None or not transport.is_active():
                 raise ProviderError("the SSH connection is gone")
             channel = transport.open_session(timeout=min(timeout, _CONNECT_TIMEOUT))
-            with contextlib.closing(channel):
+            with self._at_most(timeout + _CONNECT_TIMEOUT), contextlib.closing(channel):
                 channel.set_combine_stderr(True)
                 channel.exec_command(command)
                 channel.shutdown_write()

@@ -217,6 +217,18 @@ def test_a_connection_that_breaks_is_an_error(tmp_path: Path, key: SshKey) -> No
             shell.run(["true"], 20)
 
 
+def test_a_server_that_hangs_holds_up_neither_a_file_nor_a_command(tmp_path: Path, key: SshKey) -> None:
+    with Sshd(tmp_path, key.public) as server:
+        for act in (lambda shell: shell._send(b"x", "/tmp/x", 0.3), lambda shell: shell.run(["true"], 0.3)):
+            with connect(server, key) as shell, ThreadPoolExecutor(1) as pool, server.hung():
+                asked = pool.submit(act, shell)
+                try:
+                    with pytest.raises(ProviderError):
+                        asked.result(10)
+                finally:
+                    shell.close()
+
+
 def test_closing_from_outside_ends_what_is_under_way(tmp_path: Path, key: SshKey, server: Sshd) -> None:
     with connect(server, key) as shell, ThreadPoolExecutor(1) as pool:
         started = tmp_path / "started"

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -92,6 +93,22 @@ class Sshd:
 
         for child in psutil.Process(self._process.pid).children(recursive=True):
             child.send_signal(signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def hung(self) -> Iterator[None]:
+        """Connections stay open, and nothing on them is answered."""
+        assert self._process is not None
+        import psutil
+
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        for child in children:
+            child.suspend()
+        try:
+            yield
+        finally:
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.resume()
 
     def _listens(self) -> bool:
         try:
