@@ -35,7 +35,7 @@ class Progress:
 
 
 class NodeSetup:
-    """Shells that are open can be closed from outside: that ends the step under way."""
+    """What waits for SSH, and shells that are open, can be broken off from outside: that ends the step under way."""
 
     def __init__(
         self, config: ControlConfig, authority: Authority, *, tls: bool, private_key: str, carried: Path = CARRIED
@@ -47,6 +47,7 @@ class NodeSetup:
         self._carried = carried
         self._lock = threading.Lock()
         self._shells: dict[str, Shell] = {}
+        self._waits: dict[str, threading.Event] = {}  # set = it is not waited for any more
 
     def carry_out(
         self,
@@ -62,7 +63,7 @@ class NodeSetup:
         Raises ProviderError naming the step.
         """
         address = Address(notes.reach, notes.private_ip, notes.public_ip)
-        with self._connect(cloud, address.reach, notes.host_key, progress, stopped) as shell:
+        with self._connect(cloud, agent_id, notes, progress, stopped) as shell:
             with self._lock:
                 self._shells[agent_id] = shell
             try:
@@ -85,26 +86,40 @@ class NodeSetup:
                 with self._lock:
                     self._shells.pop(agent_id, None)
 
-    def _connect(self, cloud: Cloud, host: str, host_key: str, progress: Progress, stopped: threading.Event) -> Shell:
+    def _connect(
+        self, cloud: Cloud, agent_id: str, notes: NodeNotes, progress: Progress, stopped: threading.Event
+    ) -> Shell:
         step = "wait for SSH"
-        progress.begins(step)
+        given_up = threading.Event()
+        with self._lock:
+            self._waits[agent_id] = given_up
+        if stopped.is_set():
+            given_up.set()
         try:
+            # Only now: a removal that is ordered before this is seen here, and one after it is told to the wait.
+            progress.begins(step)
             return Shell.connect(
-                host,
+                notes.reach,
                 cloud.provider.ssh_user,
                 self._private_key,
                 time.monotonic() + self._config.node_start_sec,
                 port=cloud.config.ssh_port,
-                expected_host_key=host_key,
-                stopped=stopped,
+                expected_host_key=notes.host_key,
+                stopped=given_up,
             )
         except ProviderError as error:
             raise ProviderError(f"bootstrap step '{step}' failed: {error.message}") from error
+        finally:
+            with self._lock:
+                self._waits.pop(agent_id, None)
 
     def interrupt(self, agent_id: str = "") -> None:
         """Break off what is under way there, everywhere by default."""
         with self._lock:
             shells = [shell for name, shell in self._shells.items() if agent_id in ("", name)]
+            waits = [wait for name, wait in self._waits.items() if agent_id in ("", name)]
+        for wait in waits:
+            wait.set()
         for shell in shells:
             shell.close()
 

@@ -6,6 +6,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fluxlib.pki import Authority
 from fluxlib.providers import Cloud
 from fluxlib.providers import ssh as ssh_module
 from fluxlib.providers.fake import FakeCloud
-from tests.support.programs import wait_until
+from tests.support.programs import free_port, wait_until
 from tests.support.sshd import Sshd
 
 # What Flux writes below /etc, /var and /run lands in a directory of the test.
@@ -190,6 +191,21 @@ def test_interrupting_breaks_off_the_step_under_way(node: Node) -> None:
     thread.join(20)
     assert time.monotonic() - began < 3
     assert "setup command 1" in str(failures[0])
+
+
+def test_interrupting_breaks_off_waiting_for_ssh(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing listens there: a firewall that was forgotten.
+    monkeypatch.setattr(ssh_module, "_RETRY_EVERY", 5.0)
+    node.cloud = Cloud(node.cloud.provider, replace(node.cloud.config, ssh_port=free_port()))
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(node.make)
+        wait_until(lambda: node.steps == ["wait for SSH"], "it to wait")
+        began = time.monotonic()
+        node.setup.interrupt("another")
+        node.setup.interrupt("web-1")
+        with pytest.raises(ProviderError, match="given up while waiting for SSH"):
+            made.result(20)
+        assert time.monotonic() - began < 3
 
 
 def test_versions_that_do_not_come_are_a_warning(tmp_path: Path) -> None:
