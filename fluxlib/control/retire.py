@@ -148,9 +148,12 @@ class Retirer:
             return
         record = state.record
         try:
-            self.note_stopped(record.provider, self._cloud(record.provider).provider.nodes())
+            nodes = self._cloud(record.provider).provider.nodes()
+            self.note_stopped(record.provider, nodes)
             if self.is_stopped(record):
                 log.warning("node %s: %s was stopped, and is left to its owner", agent_id, record.provider_id)
+            elif any(node.provider_id == record.provider_id and node.state is NodeState.ENDING for node in nodes):
+                log.info("node %s: %s is about to stop or to end: it is looked at again", agent_id, record.provider_id)
             else:
                 self.begin(agent_id, reason, 0.0)
         except NotFound:

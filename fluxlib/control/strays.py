@@ -146,7 +146,8 @@ class Strays:
     def _forget_gone(self, cloud: Cloud, nodes: Sequence[Node], records: Mapping[str, AgentRecord], now: float) -> None:
         """A spot machine taken back, one ended in the console: no agent will come back from there."""
         # One that somebody has stopped is there, with its disk: it is its owner's to start again, or to end.
-        there = {node.provider_id for node in nodes if node.state in _THERE}
+        # Compute Engine says of one that is being stopped what it says of one that is being deleted: it is waited for.
+        there = {node.provider_id for node in nodes if node.state is not NodeState.ENDED}
         for agent_id, record in records.items():
             notes = notes_of(record)
             settled = notes.phase is NodePhase.READY and now - notes.asked_at > _MARGIN

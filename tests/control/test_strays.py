@@ -191,6 +191,32 @@ def test_a_machine_that_ended_by_itself_is_forgotten_once_its_agent_is_away(flee
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["autoscaling", "no autoscaling"])
+def test_a_machine_that_is_being_stopped_is_not_taken_for_one_that_ended(scaled: bool) -> None:
+    # Compute Engine says STOPPING of both for a minute and more, while the agent is away already.
+    fleet = CloudFleet(cloud("gcp", min_nodes=2, max_nodes=2, enabled=scaled), now=NOW)
+    try:
+        fleet.nodes.initialize()
+        stopped = fleet.node_ids()[0]
+        record = fleet.state(stopped).record
+        fleet.cloud("gcp").end(record.provider_id, NodeState.ENDING)
+        fleet.wire.machines[record.address].up = False
+        for _ in range(3):
+            fleet.round()
+        for state in (NodeState.ENDING, NodeState.STOPPED):
+            fleet.cloud("gcp").end(record.provider_id, state)
+            fleet.later(305)
+            fleet.strays.tick(fleet.now)
+            fleet.quiet()
+            assert [call for call in fleet.cloud("gcp").calls if call[0] == "terminate"] == []
+        fleet.cloud("gcp").end(record.provider_id)
+        fleet.strays.tick(fleet.now)
+        fleet.quiet()
+        assert stopped not in fleet.node_ids()
+    finally:
+        fleet.close()
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["autoscaling", "no autoscaling"])
 def test_a_machine_that_somebody_stopped_is_left_to_its_owner(scaled: bool) -> None:
     fleet = CloudFleet(cloud(min_nodes=2, max_nodes=2, enabled=scaled), now=NOW)
     try:
