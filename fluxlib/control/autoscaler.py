@@ -144,6 +144,7 @@ class Autoscaler:
             return
         self._sample(fleet, now)
         nodes = self._nodes(fleet, state, now)
+        self._forget_replaced(state, {node.replaces for node in nodes})
         if nodes and state.wish is FleetWish.NONE:
             state.wish = FleetWish.KEPT
         view = self._view(fleet, nodes, waits)
@@ -256,15 +257,19 @@ class Autoscaler:
             state.last_change_at = now
         if decision.action is Action.LAUNCH:
             state.wish = FleetWish.KEPT
-            state.replacing = [one for one in state.replacing if one.agent_id != decision.replaces]
         if decision.action is Action.DRAIN and decision.instance_type:
             state.replacing += [Replacement(agent_id, decision.instance_type) for agent_id in decision.agents]
+
+    def _forget_replaced(self, state: ScalerState, replaced: set[str]) -> None:
+        state.replacing = [one for one in state.replacing if one.agent_id not in replaced]
 
     def _carry_out(self, fleet: _Fleet, decision: Decision) -> None:
         try:
             if decision.action is Action.LAUNCH:
                 for _ in range(decision.count):
                     self._spawner.begin(fleet.cloud, decision.instance_type, decision.reason, decision.replaces)
+                # Only now: one that could not be recorded is tried again, also by the next life.
+                self._forget_replaced(fleet.state, {decision.replaces})
             for agent_id in decision.agents:
                 self._retirer.begin(agent_id, decision.reason, self._drain_seconds)
             for agent_id in decision.ends:

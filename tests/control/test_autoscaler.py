@@ -138,6 +138,31 @@ def test_a_replacement_survives_a_restart_in_every_step() -> None:
         fleet.close()
 
 
+def test_a_replacement_whose_launch_could_not_be_recorded_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = fleet_of(cloud(min_nodes=2, max_nodes=2))
+    try:
+        fleet.nodes.initialize()
+        first, second = fleet.node_ids()
+        assert fleet.registry.reserve(second, "hello") is not None
+        while first in fleet.node_ids():
+            fleet.load(95)
+            fleet.later(10)
+
+        def away(*_: object) -> None:
+            raise StoreUnavailable("the store is away")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(fleet.store, "save_agent", away)
+            fleet.later(10)
+        assert fleet.node_ids() == [second]
+        for _ in range(3):
+            fleet.later(10)
+        assert sorted(fleet.state(one).record.instance_type for one in fleet.node_ids()) == ["large", "small"]
+        assert fleet.autoscaler._fleets["aws"].state.replacing == []
+    finally:
+        fleet.close()
+
+
 # -- healing -----------------------------------------------------------------------------
 
 
