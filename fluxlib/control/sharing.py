@@ -84,18 +84,18 @@ class Sharing:
     def take_records(self, now: float) -> None:
         """Who joined, left or changed through another process or by the leader. Raises StoreUnavailable."""
         # Before the store is read: what joins here meanwhile is not in that reading, and must not be dropped.
-        known = {member.agent_id: member for member in self._roster.all()}
+        known = {member.agent_id: (member, member.stored) for member in self._roster.all()}
         leads = self._leadership.leads
         for record in self._store.agents():
-            member = known.pop(record.agent_id, None)
+            member, stored = known.pop(record.agent_id, (None, record))
             if member is None:
                 member = self._roster.admit(record, now)
                 self._join(member, now)
-            elif record != member.stored:
-                (self._heed if leads else self._follow)(member, record)
+            elif record != stored:
+                (self._heed if leads else self._follow)(member, record, stored)
             if not leads:
                 self._join(member, now)
-        for member in known.values():
+        for member, _ in known.values():
             log.info("agent %s was deregistered through another Flux", member.agent_id)
             self._membership.let_go(member.agent_id, self._roster.forget(member), kill=False)
 
@@ -106,10 +106,15 @@ class Sharing:
         if state is not None and member.stored.status.present and not state.record.status.present and not waiting:
             self._joiner.want(member, STEP_IN)
 
-    def _follow(self, member: Member, record: AgentRecord) -> None:
+    # What was saved here since the store was read is newer than that reading, which must not undo it: the record
+    # that was known before it tells.
+
+    def _follow(self, member: Member, record: AgentRecord, known: AgentRecord) -> None:
         """A follower's: the record as it is, except that nobody is present before this process has joined it."""
         state = self._registry.get(member.agent_id)
         with member.condition:
+            if member.stored is not known:
+                return
             member.stored = record
         if state is None:
             return
@@ -126,10 +131,8 @@ class Sharing:
         if before.address != record.address and before.status.present:
             self._joiner.want(member, STEP_IN | Wanted.RECONNECT)
 
-    def _heed(self, member: Member, record: AgentRecord) -> None:
+    def _heed(self, member: Member, record: AgentRecord, known: AgentRecord) -> None:
         """The leader's: what people changed elsewhere counts, its own judgement of presence stays."""
-        with member.condition:
-            member.stored = record
 
         def change(mine: AgentRecord) -> AgentRecord:
             status = mine.status
@@ -141,8 +144,12 @@ class Sharing:
                 status = AgentStatus.OFFLINE
             return replace(record, status=status, offline_since=mine.offline_since, last_heartbeat=mine.last_heartbeat)
 
-        state = self._registry.get(member.agent_id)
-        moved = state is not None and state.record.address != record.address
-        self._roster.note(member, change)
+        with member.condition:
+            if member.stored is not known:
+                return
+            member.stored = record
+            state = self._registry.get(member.agent_id)
+            moved = state is not None and state.record.address != record.address
+            self._roster.note(member, change)
         if moved:
             self._joiner.want(member, STEP_IN | Wanted.RECONNECT)

@@ -378,6 +378,31 @@ def test_a_leader_that_was_frozen_writes_nothing_on_waking(pair: tuple[Fleet, Fl
     assert leader.leadership.lease is None
 
 
+def test_what_was_saved_while_the_store_was_read_is_not_undone(
+    pair: tuple[Fleet, Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, follower = pair
+    leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    leader.leadership.tick(leader.now)
+    read, told = leader.store.agents, []
+
+    def slowly() -> list[AgentRecord]:
+        found = read()
+        if not told:
+            told.append(leader.membership.drain("w1"))
+        return found
+
+    with monkeypatch.context() as slow:
+        slow.setattr(leader.store, "agents", slowly)
+        leader.round()
+    assert told
+    assert leader.view("w1").record.status is AgentStatus.DRAINING
+    leader.round()
+    assert leader.stored("w1").status is AgentStatus.DRAINING
+
+
 # -- a clock that is set -----------------------------------------------------------------
 
 
