@@ -83,14 +83,16 @@ class Autoscaler:
         self._clock = clock
         self._lock = threading.RLock()
         self._fleets = {cloud.name: _Fleet(cloud) for cloud in clouds}
-        self._loaded = False
+        # The tokens of the leases under which it was done: between two ticks another process may have led.
+        self._caught_up: int | None = None
+        self._loaded: int | None = None
         spawner.listen(self._made)
 
     def tick(self, now: float) -> None:
         """``now`` is epoch seconds. A store that is away leaves everything as it is."""
         try:
             if not self._leadership.leads:
-                self._loaded = False
+                self._loaded = None
                 self._demand.publish(now)
                 return
             with self._lock:
@@ -101,10 +103,24 @@ class Autoscaler:
                     fleet.due_at = now + fleet.cloud.scaling.poll_interval_sec
                     self._look(fleet, waits, now)
         except Unavailable as error:
-            self._loaded = False  # what was decided and not kept is forgotten
+            self._loaded = None  # what was decided and not kept is forgotten
             log.warning("nothing is scaled now: %s", error.message)
         except LeaseLost as error:
             self._leadership.lost(error)
+
+    def catch_up(self) -> None:
+        """Raises Unavailable until the nodes are here as the last leader left them, StoreUnavailable."""
+        lease = self._leadership.lease
+        if lease is None or lease.token == self._caught_up:
+            return
+        kept = {one.agent_id: one.extra for one in self._store.agents() if one.provider in self._fleets}
+        here = {
+            one.agent_id: one.record.extra for one in self._registry.agents() if one.record.provider in self._fleets
+        }
+        if kept != here:
+            # Without its newest ones the fleet would look too small; one that works would be set up once more.
+            raise Unavailable("this Flux has just taken over, and is still reading the nodes", retry_after=2)
+        self._caught_up = lease.token
 
     @property
     def paused(self) -> threading.RLock:
@@ -303,21 +319,15 @@ class Autoscaler:
 
     def _load(self) -> None:
         """What another life, or another leader, has left. Raises Unavailable, StoreUnavailable."""
-        if self._loaded:
+        lease = self._leadership.lease
+        if lease is not None and lease.token == self._loaded:
             return
-        unread = [
-            record.agent_id
-            for record in self._store.agents()
-            if record.provider in self._fleets and self._registry.get(record.agent_id) is None
-        ]
-        if unread:
-            # The last leader's newest nodes: without them the fleet would look too small.
-            raise Unavailable("this Flux has just taken over, and is still reading the nodes", retry_after=2)
+        self.catch_up()
         for name, fleet in self._fleets.items():
             fleet.state = ScalerState.from_text(self._store.get_fact(_fact(name)))
             fleet.state.begin(self._clock(), _LONGEST_PAUSE)
             fleet.due_at = 0.0
-        self._loaded = True
+        self._loaded = lease.token if lease is not None else None
 
     def _save(self, fleet: _Fleet) -> None:
         """Raises StoreUnavailable, LeaseLost."""

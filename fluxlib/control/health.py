@@ -68,7 +68,8 @@ class HealthPoller:
         self._lost_after = lost_after
         self._answers: deque[Answer] = deque()
         self._next_round = 0.0
-        self._led = False
+        self._led: int | None = None  # the token of the lease it led under in its last round; None = it followed
+        self._behind = False  # what the last leader wrote was not read yet
         self._adopted: frozenset[str] = frozenset()
         self.loop = Loop("health", self.tick, min(interval / 2, _LONGEST_PAUSE), clock)
         leadership.on_change(lambda leads: self.loop.wake())
@@ -83,27 +84,31 @@ class HealthPoller:
         """Judge the answers that came; begin a round when it is time. ``now`` is epoch seconds."""
         while self._answers:
             self._judge(*self._answers.popleft(), now)
-        leads = self._leadership.leads
-        if now >= self._next_round or leads != self._led:
+        lease = self._leadership.lease
+        # By the token: between two ticks the lease may have been lost, held by another and taken again.
+        reign = lease.token if lease is not None else None
+        if now >= self._next_round or reign != self._led:
             self._next_round = now + self._interval
-            self._round(now, leads)
-        if leads:
+            self._round(now, reign)
+        if reign is not None:
             self._adopt()
 
     # -- a round -------------------------------------------------------------------
 
-    def _round(self, now: float, leads: bool) -> None:
-        took_over = leads and not self._led
-        if took_over:
+    def _round(self, now: float, reign: int | None) -> None:
+        leads = reign is not None
+        if leads and reign != self._led:
             # What was counted by whoever led before, or by us long ago, says nothing about now.
             for member in self._roster.all():
                 member.polled.begin_anew()
-        self._led = leads
+            self._behind = True
+        self._led = reign
         # One that takes over reads what the last leader wrote at the end, even when nobody else is left.
-        shared = not leads or took_over or bool(self._leadership.others)
+        shared = not leads or self._behind or bool(self._leadership.others)
         try:
             if shared:
                 self._sharing.take_records(now)
+                self._behind = False
             if not leads:
                 self._sharing.take_figures()
         except StoreUnavailable as error:

@@ -141,6 +141,11 @@ class NodeService:
         """Take up what is neither done nor under way. ``now`` is epoch seconds."""
         if not self._leadership.leads:
             return
+        try:
+            self._autoscaler.catch_up()
+        except Unavailable as error:
+            log.warning("no node is gone on with now: %s", error.message)
+            return
         for agent_id in [state.agent_id for state in self._registry.agents() if state.record.provider]:
             if self._crew.busy(agent_id):
                 continue
@@ -193,3 +198,4 @@ class NodeService:
                 "another Flux leads: it alone makes and ends nodes; ask there (GET /health says `leader`)",
                 retry_after=5,
             )
+        self._autoscaler.catch_up()

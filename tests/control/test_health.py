@@ -403,6 +403,29 @@ def test_what_was_saved_while_the_store_was_read_is_not_undone(
     assert leader.stored("w1").status is AgentStatus.DRAINING
 
 
+def test_one_that_takes_over_while_the_store_is_away_reads_it_later(
+    pair: tuple[Fleet, Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, follower = pair
+    both(leader, follower)
+    leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    leader.leadership.resign()
+
+    def away() -> list[AgentRecord]:
+        raise StoreUnavailable("the store is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(follower.store, "agents", away)
+        follower.round()
+    assert follower.leadership.leads
+    assert follower.membership.views() == []
+    follower.time[0] += 20
+    follower.round()  # nobody else lives by now
+    follower.round()
+    assert [view.record.agent_id for view in follower.membership.views()] == ["w1"]
+
+
 # -- a clock that is set -----------------------------------------------------------------
 
 

@@ -529,6 +529,64 @@ def test_a_node_under_way_is_gone_on_with_by_the_flux_that_takes_over() -> None:
         follower.close()
 
 
+@pytest.fixture
+def two() -> Iterator[tuple[CloudFleet, CloudFleet]]:
+    """A leader and a follower: one store, one cloud, one clock, the same machines."""
+    store, shared = MemoryControlStore(), cloud(min_nodes=1)
+    leader = CloudFleet(shared, store=store, shared=True)
+    follower = CloudFleet(shared, store=store, wire=leader.wire, shared=True, session="s2", clock=leader.time)
+    yield leader, follower
+    leader.close()
+    follower.close()
+
+
+def test_a_node_that_works_is_not_set_up_again_by_a_flux_that_has_yet_to_read_so(
+    two: tuple[CloudFleet, CloudFleet],
+) -> None:
+    leader, follower = two
+    gate = leader.setup.gates["install flux-agent"] = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(leader.nodes.initialize)
+        wait_until(lambda: len(leader.setup.seen) == 2, "it to install")
+        follower.round(0)
+        gate.set()
+        asked.result(10)
+    leader.leadership.resign()
+    follower.leadership.tick(follower.now)
+    (agent_id,) = follower.node_ids()
+    assert follower.notes(agent_id).phase is NodePhase.SETUP
+    follower.nodes.tick(follower.now)
+    follower.quiet()
+    with pytest.raises(Unavailable, match="still reading"):
+        follower.nodes.terminate(agent_id)
+    follower.round(0)
+    follower.nodes.tick(follower.now)
+    follower.quiet()
+    assert follower.setup.seen == []
+    assert follower.notes(agent_id).phase is NodePhase.READY
+    follower.nodes.terminate(agent_id)
+    assert follower.cloud().running() == []
+
+
+def test_a_frozen_flux_that_leads_again_takes_over_what_happened_meanwhile(two: tuple[CloudFleet, CloudFleet]) -> None:
+    leader, follower = two
+    leader.nodes.initialize()
+    leader.later(1)
+    follower.round(0)
+    for _ in range(2):
+        follower.round(10)
+    follower.nodes.remove_all()
+    follower.leadership.resign()
+    # Between two looks of its loops it lost the lease and has it again.
+    leader.leadership.tick(leader.now)
+    assert leader.leadership.leads
+    leader.round(0)
+    assert leader.node_ids() == []
+    leader.later(10)
+    assert leader.cloud().running() == []
+    assert "POST /initialize" in leader.last()["reason"]
+
+
 @pytest.mark.parametrize("name", ["web", "My Fleet!", "", "9-lives", "a" * 200, "--", "ÄÖ"])
 def test_names_of_nodes_fit_every_cloud(name: str) -> None:
     made = new_agent_id(name)
