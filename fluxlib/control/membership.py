@@ -146,12 +146,12 @@ class Membership:
     # -- for nodes and the autoscaler ------------------------------------------------------
 
     def adopt_node(self, record: AgentRecord) -> None:
-        """A node that is being made (status provisioning): durable when this returns. Raises Conflict."""
+        """A node that is being made (status provisioning): durable when this returns. Raises Conflict, LeaseLost."""
         check_agent_id(record.agent_id)
         with self._lock:
             if self._roster.get(record.agent_id) is not None:
                 raise Conflict(f"there is an agent {record.agent_id} already")
-            self._roster.enlist(replace(record, status=AgentStatus.PROVISIONING), self._clock())
+            self._roster.enlist(replace(record, status=AgentStatus.PROVISIONING), self._clock(), by_leader=True)
 
     def node_ready(self, agent_id: str, address: str) -> AgentView:
         """The node's agent should answer at ``address`` now: join it. Raises AgentError with the reason."""
@@ -168,14 +168,18 @@ class Membership:
                 status=AgentStatus.OFFLINE,
                 offline_since=now,
             ),
+            by_leader=True,
         )
         self._joiner.want(member, STEP_IN | Wanted.RECONNECT)
         self._joiner.wait(member, _REGISTER_SECONDS)
         return _view(self._state(agent_id))
 
     def save(self, agent_id: str, change: Change) -> None:
-        """Change the provider's part of a record, durably. Raises NotFound, StoreUnavailable."""
-        self._roster.save(self._member(agent_id), change)
+        """Change the provider's part of a record, durably, as the leader. Raises NotFound, StoreUnavailable, LeaseLost.
+
+        A job that outlives our reign must not undo what the next leader has made of its node.
+        """
+        self._roster.save(self._member(agent_id), change, by_leader=True)
 
     # -- shared with the health poller -------------------------------------------------------
 

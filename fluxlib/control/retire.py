@@ -17,7 +17,7 @@ from fluxlib.control.membership import Membership
 from fluxlib.control.node_notes import NodePhase, noted, notes_of
 from fluxlib.control.registry import Registry
 from fluxlib.control.roster import DRAINING
-from fluxlib.errors import FluxError, NotFound, ProviderError, StoreUnavailable
+from fluxlib.errors import FluxError, LeaseLost, NotFound, ProviderError, StoreUnavailable
 from fluxlib.model import AgentRecord
 from fluxlib.providers import Cloud
 from fluxlib.providers.base import Node, NodeState
@@ -69,7 +69,7 @@ class Retirer:
         registry.on_change(lambda agent_id: self._changed(agent_id, None))
 
     def begin(self, agent_id: str, reason: str, drain_seconds: float) -> None:
-        """Have it drained and ended; recorded when this returns. Raises NotFound, StoreUnavailable."""
+        """Have it drained and ended; recorded when this returns. Raises NotFound, StoreUnavailable, LeaseLost."""
         now = self._clock()
         self._membership.save(
             agent_id,
@@ -158,7 +158,7 @@ class Retirer:
                 self.begin(agent_id, reason, 0.0)
         except NotFound:
             return
-        except (ProviderError, StoreUnavailable) as error:
+        except (ProviderError, StoreUnavailable, LeaseLost) as error:
             log.warning("node %s, %s, is ended later: %s", agent_id, reason, error.message)
 
     def _retire(self, agent_id: str) -> None:

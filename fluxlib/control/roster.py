@@ -72,21 +72,28 @@ class Roster:
     # Each change is made of the record as it is then, under the member's condition: a person's
     # change and one this process judged must not undo each other.
 
-    def enlist(self, record: AgentRecord, now: float) -> Member:
-        """A new agent, because somebody asked for it: durable when this returns. Raises StoreUnavailable."""
-        self._save(record)
+    def enlist(self, record: AgentRecord, now: float, *, by_leader: bool = False) -> Member:
+        """A new agent, because somebody asked for it: durable when this returns. Raises StoreUnavailable.
+
+        ``by_leader``: only as the one that leads. Raises LeaseLost when another does.
+        """
+        self._save(record, by_leader)
         return self.admit(record, now)
 
-    def save(self, member: Member, change: Change, **state: Any) -> None:
+    def save(self, member: Member, change: Change, *, by_leader: bool = False) -> None:
         """Because somebody asked for it: durable when this returns. Raises StoreUnavailable, NotFound.
 
-        ``state`` are attributes of the agent's state in the registry that change in the same step.
+        ``by_leader`` as for :meth:`enlist`.
         """
         with member.condition:
             record = change(self._record(member))
-            self._save(record)
-            member.stored, member.unsaved = record, False
-            self._registry.update(member.agent_id, record=record, **state)
+            if by_leader or self._leadership.leads:
+                self._save(record, by_leader)
+                member.stored, member.unsaved = record, False
+            else:
+                # Changed as the leader last wrote it: how it is here may be a round old, and presence is our own view.
+                self._save(change(self._kept(member) or record))
+            self._registry.update(member.agent_id, record=record)
 
     def observe(self, member: Member, change: Change, **state: Any) -> None:
         """What this process saw of an agent: in memory at once, in the store when this process leads.
@@ -138,12 +145,20 @@ class Roster:
             raise NotFound(f"there is no agent {member.agent_id}")
         return state.record
 
-    def _save(self, record: AgentRecord) -> None:
+    def _kept(self, member: Member) -> AgentRecord | None:
+        return next((record for record in self._store.agents() if record.agent_id == member.agent_id), None)
+
+    def _save(self, record: AgentRecord, by_leader: bool = False) -> None:
+        lease = self._leadership.lease
+        if by_leader and lease is None:
+            raise LeaseLost("this process does not lead any more")
         try:
-            self._store.save_agent(record, self._leadership.lease)
+            self._store.save_agent(record, lease)
         except LeaseLost as error:
-            # A person's wish needs no lease; only this process's own judgement does.
             self._leadership.lost(error)
+            # A person's wish needs no lease; only what this process does by itself does.
+            if by_leader:
+                raise
             self._store.save_agent(record)
 
     def _write(self, member: Member, record: AgentRecord) -> None:

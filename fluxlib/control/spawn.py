@@ -24,7 +24,15 @@ from fluxlib.control.node_notes import NodeNotes, NodePhase, noted, notes_of, wi
 from fluxlib.control.node_setup import Progress
 from fluxlib.control.registry import Registry
 from fluxlib.control.retire import Retirer
-from fluxlib.errors import AgentUnreachable, FluxError, NotFound, ProviderError, StoreUnavailable, StrandedNode
+from fluxlib.errors import (
+    AgentUnreachable,
+    FluxError,
+    LeaseLost,
+    NotFound,
+    ProviderError,
+    StoreUnavailable,
+    StrandedNode,
+)
 from fluxlib.model import AgentRecord, AgentStatus
 from fluxlib.providers import Cloud
 from fluxlib.providers.base import Address, Launch
@@ -242,7 +250,7 @@ class Spawner:
             self._retirer.finish(agent_id)
         except ProviderError as stranded:
             making.error += f"; and {stranded.message}: it is tried again"
-        except (StoreUnavailable, NotFound) as unsaved:
+        except (StoreUnavailable, NotFound, LeaseLost) as unsaved:
             log.warning("node %s: %s", agent_id, unsaved.message)
 
     def _end_forgotten(self, making: Making) -> None:

@@ -156,7 +156,7 @@ class Strays:
             log.warning("node %s: its machine %s is gone from %s", agent_id, record.provider_id, cloud.name)
             try:
                 self._retirer.begin(agent_id, f"its machine is gone from {cloud.name}", 0)
-            except (NotFound, StoreUnavailable) as error:
+            except (NotFound, StoreUnavailable, LeaseLost) as error:
                 log.warning("node %s is forgotten later: %s", agent_id, error.message)
 
 

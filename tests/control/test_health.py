@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -401,6 +402,29 @@ def test_what_was_saved_while_the_store_was_read_is_not_undone(
     assert leader.view("w1").record.status is AgentStatus.DRAINING
     leader.round()
     assert leader.stored("w1").status is AgentStatus.DRAINING
+
+
+def test_what_is_asked_of_a_follower_changes_nothing_else(pair: tuple[Fleet, Fleet]) -> None:
+    leader, follower = pair
+    leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    # A third that has just started has reached no agent yet, and heard nothing of what the leader notes now.
+    third = Fleet(leader.store, leader.wire, session="s3", shared=True, clock=leader.time)
+    try:
+        third.roster.load(third.now)
+        leader.membership.save("w1", lambda record: replace(record, extra={"node": {"reason": "it was asked for"}}))
+        third.membership.drain("w1")
+        stored = leader.stored("w1")
+        assert stored.status is AgentStatus.DRAINING
+        assert stored.extra == {"node": {"reason": "it was asked for"}, "draining": True}
+        both(leader, follower)
+        assert follower.view("w1").record.status is AgentStatus.DRAINING
+        assert not follower.connection("w1").failed
+        third.round(0)
+        assert third.view("w1").record.extra == stored.extra
+    finally:
+        third.close()
 
 
 def test_one_that_takes_over_while_the_store_is_away_reads_it_later(

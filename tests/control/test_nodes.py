@@ -587,6 +587,24 @@ def test_a_frozen_flux_that_leads_again_takes_over_what_happened_meanwhile(two: 
     assert "POST /initialize" in leader.last()["reason"]
 
 
+def test_a_job_that_outlives_the_reign_undoes_nothing_of_the_next_one(two: tuple[CloudFleet, CloudFleet]) -> None:
+    leader, follower = two
+    gate = leader.setup.gates["install flux-agent"] = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(leader.nodes.initialize)
+        wait_until(lambda: len(leader.setup.seen) == 2, "it to install")
+        leader.leadership.resign()
+        follower.round(10)
+        follower.nodes.tick(follower.now)
+        follower.quiet()
+        (agent_id,) = follower.node_ids()
+        before = follower.stored(agent_id)
+        assert follower.notes(agent_id).phase is NodePhase.READY
+        gate.set()
+        assert asked.result(10)["nodes"]["spawned"] == 0
+    assert follower.stored(agent_id) == before
+
+
 @pytest.mark.parametrize("name", ["web", "My Fleet!", "", "9-lives", "a" * 200, "--", "ÄÖ"])
 def test_names_of_nodes_fit_every_cloud(name: str) -> None:
     made = new_agent_id(name)
