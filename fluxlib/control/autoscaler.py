@@ -137,7 +137,11 @@ class Autoscaler:
                 fleet.state.replacing.clear()
             if wish is FleetWish.KEPT:
                 fleet.state.paused_until = 0.0
-            self._save(fleet)
+            try:
+                self._save(fleet)
+            except FluxError:
+                self._loaded = None  # it was refused: the next look must not keep it after all
+                raise
 
     def report(self) -> dict[str, Any]:
         """GET /autoscaling: by provider, with what was seen and why what was decided. Raises StoreUnavailable."""

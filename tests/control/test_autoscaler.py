@@ -188,6 +188,22 @@ def test_delete_nodes_is_not_healed_until_initialize(fleet: CloudFleet) -> None:
     assert len(fleet.cloud().running()) == 1
 
 
+def test_a_wish_that_was_refused_is_not_kept(fleet: CloudFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet.nodes.initialize()
+
+    def away(*_: object) -> None:
+        raise StoreUnavailable("the store is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fleet.store, "set_fact", away)
+        with pytest.raises(StoreUnavailable):
+            fleet.nodes.remove_all()
+    assert fleet.autoscaler.report()["providers"]["aws"]["wish"] == "kept"
+    fleet.nodes.terminate(fleet.node_ids()[0])
+    fleet.later(10)
+    assert len(fleet.cloud().running()) == 1
+
+
 def test_failed_launches_are_tried_again_more_and_more_rarely(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     fleet.cloud().faults.launch[""] = ProviderError("aws: InsufficientInstanceCapacity")
