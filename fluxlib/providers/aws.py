@@ -297,4 +297,6 @@ def _refused(error: Exception) -> bool:
     response = getattr(error, "response", None)
     if not isinstance(response, dict):
         return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
-    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)) < 500
+    told = response.get("ResponseMetadata", {})
+    # Of what the SDK asked before, a no to its last attempt says nothing.
+    return int(told.get("HTTPStatusCode", 500)) < 500 and not told.get("RetryAttempts")

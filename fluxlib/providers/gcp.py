@@ -74,11 +74,13 @@ class Gcp:
 
     def launch(self, wanted: Launch, deadline: float) -> Node:
         name = wanted.agent_id
+        unanswered: list[Exception] = []
         try:
-            operation = self._insert(wanted)
+            operation = self._insert(wanted, unanswered)
         except Exception as error:
             failed = _translated(f"inserting {name}", error)
-            if 400 <= _status(error) < 500:
+            # Of what was asked before, a no to the last attempt says nothing.
+            if 400 <= _status(error) < 500 and not unanswered:
                 raise failed from error
             raise StrandedNode(f"{failed.message}: it may have been made all the same", name) from error
         try:
@@ -129,8 +131,19 @@ class Gcp:
 
     # -- the steps -------------------------------------------------------------
 
-    def _insert(self, wanted: Launch) -> str:
-        """The operation's name; empty when the machine is there already (its requestId is forgotten after an hour)."""
+    def _insert(self, wanted: Launch, unanswered: list[Exception]) -> str:
+        """The operation's name; empty when the machine is there already (its requestId is forgotten after an hour).
+
+        ``unanswered`` gets what made it ask once more.
+        """
+
+        def again(error: Exception) -> bool:
+            passing = _passing(error)
+            if passing:
+                unanswered.append(error)
+            return passing
+
+        retried = {**self._again, "retry": self._again["retry"].with_predicate(again)}
         request = self._compute.InsertInstanceRequest(
             project=self._config.project_id,
             zone=self._config.zone,
@@ -139,7 +152,7 @@ class Gcp:
             instance_resource=self._resource(wanted),
         )
         try:
-            return str(self._instances.insert(request=request, **self._again).name)
+            return str(self._instances.insert(request=request, **retried).name)
         except Exception as error:
             if _status(error) != 409:
                 raise

@@ -185,6 +185,15 @@ def test_a_lost_answer_may_have_been_a_yes(ec2: Ec2, key: str) -> None:
     assert {node.agent_id for node in provider(ec2).nodes()} == {"web-1"}
 
 
+def test_a_refusal_of_what_was_asked_before_says_nothing_of_that(ec2: Ec2, key: str) -> None:
+    # The SDK asks again by itself; meanwhile the credentials ran out.
+    ec2.fault("RunInstances", "InternalError", 500, after=True)
+    ec2.fault("RunInstances", "RequestExpired", 400)
+    with pytest.raises(StrandedNode, match="RequestExpired"):
+        provider(ec2).launch(wanted(key), soon())
+    assert {node.agent_id for node in provider(ec2).nodes()} == {"web-1"}
+
+
 def test_an_endpoint_that_is_away_is_no_refusal(ec2: Ec2, key: str) -> None:
     cloud = Aws(config(ec2, endpoint_url="http://127.0.0.1:9"), "here")
     with pytest.raises(StrandedNode):

@@ -179,6 +179,14 @@ def test_a_lost_answer_may_have_been_a_yes(compute: Compute, monkeypatch: pytest
     assert list(compute.instances) == ["web-1"]
 
 
+def test_a_refusal_of_what_was_asked_before_says_nothing_of_that(compute: Compute) -> None:
+    compute.fault("insert", 503, after=True)
+    compute.fault("insert", 403, "forbidden", "Required permission")
+    with pytest.raises(StrandedNode, match="Required permission"):
+        provider(compute).launch(wanted(), soon())
+    assert [node.agent_id for node in provider(compute).nodes()] == ["web-1"]
+
+
 def test_an_endpoint_that_is_away_is_no_refusal(compute: Compute, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CALL_TIMEOUT", 0.3)
     with pytest.raises(StrandedNode):
