@@ -106,7 +106,8 @@ class Retirer:
         if state is None or now < self._retry_at.get(agent_id, 0.0):
             return
         record = state.record
-        unreached = state.connection is None and not record.status.present and record.offline_since
+        # Also when it is connected to: it is present only a moment later.
+        unreached = not record.status.present and record.offline_since
         if unreached and now < min(record.offline_since + _REACHED_WITHIN, notes_of(record).drain_until):
             return  # this life has just begun: it may well be running something
         self._crew.start(agent_id, lambda: self._retire(agent_id))

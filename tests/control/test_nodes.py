@@ -458,6 +458,35 @@ def test_a_draining_node_that_a_new_life_has_not_reached_yet_is_not_taken_for_de
         again.close()
 
 
+def test_a_draining_node_that_is_just_being_reached_is_not_taken_for_dead(fleet: CloudFleet) -> None:
+    fleet.nodes.initialize()
+    agent_id = fleet.node_ids()[0]
+    slot = fleet.registry.reserve(agent_id, "hello")
+    fleet.retirer.begin(agent_id, "test", 100)
+    wait_until(lambda: fleet.state(agent_id).record.status is AgentStatus.DRAINING, "it to drain")
+    fleet.close()
+    again = CloudFleet(*fleet.clouds, store=fleet.store, wire=fleet.wire, session="s2", clock=fleet.time)
+    looked = []
+
+    def look(changed: str) -> None:
+        state = again.registry.get(agent_id)
+        if changed == agent_id and state is not None and state.connection is not None and not looked:
+            # Connected, and not present yet: the loop looks at this very moment.
+            looked.append(state.record.status)
+            again.nodes.tick(again.now)
+            again.crew.wait([agent_id], 1)
+
+    again.registry.on_change(look)
+    try:
+        again.start()
+        assert looked == [AgentStatus.OFFLINE]
+        assert agent_id in again.cloud().running()
+        assert again.state(agent_id).record.status is AgentStatus.DRAINING
+    finally:
+        again.close()
+    assert slot is not None
+
+
 def test_terminate_ends_one_node_and_refuses_what_is_none(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     first, second = fleet.node_ids()
