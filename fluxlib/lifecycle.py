@@ -184,7 +184,8 @@ class Timers:
                     wait = self._heap[0][0] - time.monotonic() if self._heap else None
                     if wait is not None and wait <= 0:
                         break
-                    self._condition.wait(wait)
+                    # No wait may be longer: on Windows that is seven weeks. And a caller's timeout may be infinite.
+                    self._condition.wait(wait if wait is None else min(wait, threading.TIMEOUT_MAX))
                 if self._stopping:
                     return
                 timer = heapq.heappop(self._heap)[2]

@@ -126,6 +126,13 @@ def test_a_windows_program_is_refused_on_unix(agent: Running) -> None:
     assert (answer.success, "Windows" in answer.message) == (False, True)
 
 
+def test_a_call_with_an_endless_timeout_takes_nobody_elses_away(agent: Running) -> None:
+    agent.deploy("endless")
+    assert agent.run("say", "hello", name="endless", timeout_seconds=float("inf")).output == b"hello\n"
+    answer = agent.run("sleep", "30", name="endless", timeout_seconds=0.2)
+    assert answer.error == "execution timed out after 0.2s"
+
+
 def test_the_figures(agent: Running) -> None:
     report = codec.report_from_message(agent.stub.ReportNodeStatus(pb.NodeStatusRequest(), timeout=5), 0)
     figures = report.figures

@@ -123,6 +123,16 @@ def test_cancelling_late_and_twice_is_nothing(timers: Timers) -> None:
     assert timer.cancelled
 
 
+@pytest.mark.parametrize("longest", [threading.TIMEOUT_MAX * 2, float("inf")])
+def test_a_timer_further_off_than_a_wait_may_be_does_not_stop_the_others(timers: Timers, longest: float) -> None:
+    timers.after(longest, lambda: None)
+    waiting = timers._condition._waiters  # type: ignore[attr-defined]
+    wait_until(lambda: bool(waiting) or not timers._thread.is_alive(), "it waits for the first")
+    done = threading.Event()
+    timers.after(0.01, done.set)
+    assert done.wait(10)
+
+
 def test_cancelled_long_timeouts_do_not_pile_up(timers: Timers) -> None:
     kept = [timers.after(3600, lambda: None) for _ in range(10)]
     for _ in range(20_000):
