@@ -234,7 +234,7 @@ class Reader:
             else:
                 over = output.ended  # asked first: what is read next is then all there will be
                 data = output.read(offset, room)
-                ended = over and offset + len(data) >= output.size
+                ended = over and (not data or offset + len(data) >= output.size)
             offset += len(data)
             left -= len(data)
             yield offset - len(data), data, ended
