@@ -112,10 +112,19 @@ class Records:
         return self.with_output(found)
 
     def with_output(self, record: ExecutionRecord) -> ExecutionRecord:
-        """An ended record with the output that lies in a file."""
+        """An ended record with the output that lies in a file; without it, and told so, when that cannot be read.
+
+        Raises nothing: the same answer would break the stream it travels on each time it is sent again, and with it
+        everybody's else.
+        """
         if record.output is not None:
             return record
-        return replace(record, output=read_file(self._path(record.execution_id), 0, record.output_bytes))
+        try:
+            return replace(record, output=read_file(self._path(record.execution_id), 0, record.output_bytes))
+        except OSError as error:
+            log.error("the output of %s cannot be read: %s", record.execution_id, error)
+            warning = f"its output cannot be read now: {error.strerror or error}"
+            return replace(record, output=b"", truncated=True, warnings=(*record.warnings, warning))
 
     def reader(self, execution_id: str) -> Reader | None:
         """For its output piece by piece; None for an unknown execution. Raises StoreUnavailable."""

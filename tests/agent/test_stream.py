@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from fluxlib.agent.server import MAX_FOLLOWERS
+from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from tests.agent.running import Running, running
 from tests.support.programs import wait_until
@@ -224,6 +225,27 @@ def test_a_cancel_that_fails_leaves_the_stream_to_the_others(agent: Running, mon
         assert "Too many open files" in answers[0].message
         stream.execute("two")
         assert stream.wait_final("two").response.error == ""
+
+
+def test_an_output_that_cannot_be_read_leaves_the_stream_to_the_others(agent: Running) -> None:
+    with Stream(agent, "s") as stream:
+        stream.execute("broken", "polite")
+        stream.wait(lambda: agent.record("broken"), "begun")
+        reading = agent.read("broken", follow=True)
+        assert next(reading).data == b"started\n"
+        reading.cancel()
+        agent.agent._runs._records._open["broken"][1].append(b"x" * 100_000)
+        path = agent.directory / "state/outputs/broken"
+        path.rename(path.with_name("away"))
+        path.mkdir()
+        stream.send(cancel=[pb.CancelExecutionRequest(execution_id="broken")])
+        answer = stream.wait_final("broken").response
+        record = codec.record_from_json(answer.record, answer.output)
+        assert (record.output, record.truncated) == (b"", True)
+        assert record.warnings == ("its output cannot be read now: Is a directory",)
+        stream.execute("next", "say", "hello")
+        assert stream.wait_final("next").response.output == b"hello\n"
+        path.rmdir()
 
 
 def test_stopping_is_announced_and_refuses(tmp_path: Path) -> None:
