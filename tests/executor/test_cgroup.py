@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,3 +169,18 @@ def test_a_group_that_cannot_be_made_starts_nothing(tmp_path: Path) -> None:
     (hierarchy.functions / "e-1").mkdir()
     with pytest.raises(CannotStart, match="File exists"):
         hierarchy.make("e-1", Limits())
+
+
+def test_a_group_that_no_descriptor_is_left_for_is_not_left_behind(tmp_path: Path) -> None:
+    hierarchy = Hierarchy(tmp_path)
+    hierarchy.functions.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(CannotStart, match="Too many open files"):
+            hierarchy.make("e-1", Limits())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not (hierarchy.functions / "e-1").exists()

@@ -133,7 +133,12 @@ class Hierarchy:
             os.mkdir(path)
         except OSError as error:
             raise CannotStart(f"cgroup: {path}: {error.strerror}") from error
-        group = RunGroup(path)
+        try:
+            group = RunGroup(path)
+        except OSError as error:
+            # Nobody else removes it before the next start, and until then its name is taken.
+            os.rmdir(path)
+            raise CannotStart(f"cgroup: {path}: {error.strerror}") from error
         try:
             os.fchmod(group.fd, 0o755)  # the agent's umask leaves it to root alone
             group.limit(limits)
