@@ -244,15 +244,18 @@ class OpenCalls:
                 why = "the agent has forgotten it"
             except AgentError as error:
                 whole, why = None, error.message
-            if whole is None or not whole.status.ended:
-                warning = f"the rest of the output was lost: {why}"
-                whole = replace(record, truncated=True, warnings=(*record.warnings, warning))
-            with self._lock:
-                mine = self.take(record.execution_id) is entry
-            if mine:
-                entry.answer(whole)
+            self._fetched(entry, whole if whole is not None and whole.status.ended else _cut_off(record, why))
 
-        threading.Thread(target=fetch, name=f"output-{record.execution_id}", daemon=True).start()
+        try:
+            threading.Thread(target=fetch, name=f"output-{record.execution_id}", daemon=True).start()
+        except RuntimeError as error:  # the machine has no thread left: nobody else would answer it
+            self._fetched(entry, _cut_off(record, str(error)))
+
+    def _fetched(self, entry: Asked, record: ExecutionRecord) -> None:
+        with self._lock:
+            mine = self.take(entry.request.execution_id) is entry
+        if mine:
+            entry.answer(record)
 
     # -- after a new attachment ------------------------------------------------------------
 
@@ -288,3 +291,8 @@ class OpenCalls:
         return self._accepted(request).ended(
             ExecutionStatus.FAILED, at=time.time(), error=lost, kind=ErrorKind.AGENT_LOST
         )
+
+
+def _cut_off(record: ExecutionRecord, why: str) -> ExecutionRecord:
+    """With what came of its output, and a word about the rest."""
+    return replace(record, truncated=True, warnings=(*record.warnings, f"the rest of the output was lost: {why}"))

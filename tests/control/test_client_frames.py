@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
+
 from fluxlib.errors import AgentLost, AgentUnreachable
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus
@@ -244,6 +246,27 @@ def test_output_too_large_for_an_answer_is_fetched_beside_the_stream(agent: Scri
         cut = forgotten.record()
         assert (cut.status, cut.output, cut.truncated) == (ExecutionStatus.SUCCESS, b"0123", True)
         assert "forgotten" in cut.warnings[0]
+
+
+def test_output_that_no_thread_is_left_to_fetch_is_cut_off(
+    agent: ScriptedAgent, timers: Timers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name.startswith("output-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with attached(agent, timers) as (client, attachment):
+        large, other = client.start("large"), client.start("other")
+        attachment.executions(2)
+        attachment.send(executed=[ended("large", output=b"0123", output_bytes=10), ended("other")])
+        cut = large.record()
+        assert (cut.status, cut.output, cut.truncated) == (ExecutionStatus.SUCCESS, b"0123", True)
+        assert cut.warnings == ("the rest of the output was lost: can't start new thread",)
+        assert other.record().status is ExecutionStatus.SUCCESS
 
 
 def test_freed_and_stopping_are_passed_on(agent: ScriptedAgent, timers: Timers) -> None:
