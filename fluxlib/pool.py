@@ -42,10 +42,21 @@ class Pool:
             if self._idle >= len(self._queue):
                 self._condition.notify()
             elif len(self._threads) < self._most:
-                thread = threading.Thread(target=self._run, name=f"{self.name}-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._grow()
             return True
+
+    def _grow(self) -> None:
+        """One more thread; where the machine has none left, those that are there do it."""
+        thread = threading.Thread(target=self._run, name=f"{self.name}-{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if not self._threads:
+                self._queue.pop()  # whoever is told that it failed does not expect it to be done
+                raise
+            log.warning("%s has to make do with %d threads: %s", self.name, len(self._threads), error)
+        else:
+            self._threads.append(thread)
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R | None]:
         """What ``work`` answered of each item, once all are done; None: it was not, the pool was stopped."""

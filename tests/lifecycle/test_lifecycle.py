@@ -261,6 +261,34 @@ def test_a_pool_stops_by_its_deadline_and_gives_back_what_was_not_begun() -> Non
     assert pool.stop(Deadline(10)) == []
 
 
+def test_a_pool_makes_do_with_the_threads_that_are_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool("crew", 3)
+    begun, end, done = threading.Event(), threading.Event(), threading.Semaphore(0)
+    start, left = threading.Thread.start, [False, True, False]
+
+    def start_if_one_is_left(thread: threading.Thread) -> None:
+        if not left.pop(0):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def work(number: int) -> None:
+        begun.set()
+        assert number, "that one was refused"
+        end.wait(10)
+        done.release()
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_one_is_left)
+    with pytest.raises(RuntimeError, match="can't start"):
+        pool.submit(work, 0)
+    assert pool.submit(work, 1)
+    assert begun.wait(10)
+    assert pool.submit(work, 2)
+    end.set()
+    for _ in range(2):
+        assert done.acquire(timeout=10)
+    assert pool.stop(Deadline(10)) == []
+
+
 def test_a_pool_answers_what_became_of_each_in_their_order() -> None:
     pool = Pool("crew", 2)
     together = threading.Barrier(2)
