@@ -56,8 +56,8 @@ class Sessions:
             name=f"attach-{generation}",
             daemon=True,
         )
-        reader.start()
         try:
+            reader.start()
             yield greeting
             while is_active() and (frame := session.next_frame(generation)) is not None:
                 yield frame

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from fluxlib.agent.server import MAX_FOLLOWERS
+from fluxlib.model import ExecutionStatus
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from tests.agent.running import Running, running
@@ -246,6 +247,29 @@ def test_an_output_that_cannot_be_read_leaves_the_stream_to_the_others(agent: Ru
         stream.execute("next", "say", "hello")
         assert stream.wait_final("next").response.output == b"hello\n"
         path.rmdir()
+
+
+def test_a_stream_that_no_thread_is_left_for_leaves_nothing_behind(
+    agent: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name.startswith("attach-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Stream(agent, "s") as stream:
+        stream.execute("waited-for", "sleep", "60")
+        stream.wait(lambda: agent.record("waited-for"), "begun")
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", none_left)
+            again = agent.stub.Attach(iter([pb.ControlFrame(hello=pb.ControlHello(session="s"))]))
+            with pytest.raises(grpc.RpcError):
+                next(again)
+    # Its Flux does not come again: after the grace, what only it waited for is cancelled all the same.
+    wait_until(lambda: agent.record("waited-for").status.ended, "the end of a vanished Flux's execution", 10)
+    assert agent.record("waited-for").status is ExecutionStatus.CANCELLED
 
 
 def test_stopping_is_announced_and_refuses(tmp_path: Path) -> None:
