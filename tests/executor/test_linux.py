@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
+import select
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fluxlib.agent.executor import linux
+from fluxlib.agent.executor import linux, reactor
 from fluxlib.agent.executor.base import Exit, Job
 from fluxlib.agent.executor.cgroup import RunGroup
 from fluxlib.agent.executor.launch import Launch
@@ -26,7 +29,8 @@ SECONDS = 10
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[LinuxExecutor]:
     """Without a spawner, whose controllers few machines lend to a test: this is what comes after it."""
-    monkeypatch.setattr(linux, "_AGAIN", 0.01)
+    for module in (linux, reactor):
+        monkeypatch.setattr(module, "_AGAIN", 0.01)
     executor = LinuxExecutor.__new__(LinuxExecutor)
     executor._lock = threading.Lock()
     executor._reactor = Reactor("test-reactor")
@@ -91,6 +95,53 @@ def test_what_a_program_left_is_ended_when_there_is_a_descriptor(executor: Linux
     assert over.wait(SECONDS)
     assert ends[0].exit_code == 0
     assert not os.path.exists(tree.group.path)
+
+
+class Unwilling:
+    """A poller whose user has no watches left at first."""
+
+    def __init__(self, poller: select.epoll) -> None:
+        self._poller = poller
+        self.refused = 0
+
+    def register(self, fd: int, events: int) -> None:
+        if self.refused < 2:
+            self.refused += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._poller.register(fd, events)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._poller, name)
+
+
+@pytest.fixture
+def unwilling(executor: LinuxExecutor) -> Unwilling:
+    executor._reactor._poller = poller = Unwilling(executor._reactor._poller)  # type: ignore[assignment]
+    return poller
+
+
+def test_what_a_program_left_is_ended_when_it_can_be_watched(
+    executor: LinuxExecutor, tree: Tree, unwilling: Unwilling
+) -> None:
+    over = threading.Event()
+    before = len(os.listdir("/proc/self/fd"))
+    executor._end_rest(tree.group, Exit(exit_code=0), lambda ended: over.set())
+    assert over.wait(SECONDS)
+    assert unwilling.refused == 2
+    assert len(os.listdir("/proc/self/fd")) == before - 1, "its cgroup's"
+
+
+def test_output_that_cannot_be_watched_yet_keeps_nobody_elses(executor: LinuxExecutor, unwilling: Unwilling) -> None:
+    came = [threading.Event() for _ in range(3)]
+    pipes = [os.pipe2(os.O_CLOEXEC) for _ in came]
+    for (reading, writing), event in zip(pipes, came, strict=True):
+        os.write(writing, b"x")
+        executor._reactor.add_pipe(OutputPipe(reading, lambda data, event=event: event.set()))  # type: ignore[misc]
+    executor._reactor.call(lambda: None)
+    assert [event.wait(SECONDS) for event in came] == [True] * 3
+    assert unwilling.refused == 2
+    for _, writing in pipes:
+        os.close(writing)
 
 
 def test_it_is_killed_although_its_end_cannot_be_watched_yet(

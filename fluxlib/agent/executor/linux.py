@@ -152,14 +152,7 @@ class LinuxExecutor(SpawningExecutor):
 
     def _end_rest(self, group: RunGroup, ended: Exit, then: Callable[[Exit], None]) -> None:
         """Kill what the program left behind and go on when the kernel says that it is gone."""
-        try:
-            group.kill()
-            events = group.events()
-        except OSError as error:
-            # No descriptor left, or no memory: for a moment. Its user and its cgroup are not free before.
-            log.warning("what %s left behind cannot be ended now: %s; trying again", group.path, error)
-            self._reactor.call_later(_AGAIN, lambda: self._end_rest(group, ended, then))
-            return
+        events = -1
 
         def look() -> None:
             if not is_empty(events):
@@ -172,7 +165,18 @@ class LinuxExecutor(SpawningExecutor):
             group.close()
             then(_with(ended, figures))
 
-        self._reactor.watch(events, look, select.EPOLLPRI)
+        try:
+            group.kill()
+            events = group.events()
+            self._reactor.watch(events, look, select.EPOLLPRI)
+        except OSError as error:
+            # No descriptor left, no memory, no watch: for a moment. Its user and its cgroup are not free before.
+            log.warning("what %s left behind cannot be ended now: %s; trying again", group.path, error)
+            if events >= 0:
+                self._reactor.forget(events)
+                os.close(events)
+            self._reactor.call_later(_AGAIN, lambda: self._end_rest(group, ended, then))
+            return
         look()
 
     def end_trees(self, lost: list[Spawned]) -> None:

@@ -28,6 +28,8 @@ _COALESCE = 0.02
 # A new pipe is watched from then on: a program that fills it at once waits no longer than this (seconds).
 _UNWATCHED = 0.01
 _PIPE_SIZE = 1024 * 1024
+# How long one waits that the kernel could not watch (seconds).
+_AGAIN = 1.0
 _READABLE = select.EPOLLIN
 _SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
 
@@ -187,7 +189,16 @@ class Reactor:
                 pipe = waiting.popleft()[1]
                 pipe.resting = False
                 if pipe.fd >= 0:
-                    self._poller.register(pipe.fd, select.EPOLLIN)
+                    self._watch_pipe(pipe)
+
+    def _watch_pipe(self, pipe: OutputPipe) -> None:
+        try:
+            self._poller.register(pipe.fd, select.EPOLLIN)
+        except OSError as error:
+            # The user's watches are used up, or memory is: this program waits when its pipe is full, nobody else does.
+            log.warning("a program's output cannot be watched now: %s; trying again", error)
+            pipe.resting = True
+            self.call_later(_AGAIN, lambda: self._resting.append((0.0, pipe)))
 
     def _read(self, pipe: OutputPipe) -> bool | None:
         """True after some data, False at the end, None when nothing is there now."""
