@@ -106,8 +106,8 @@ class Output:
                 self._readers -= 1
             ended = self.ended
         data = self.read(offset, limit)
-        # Its file may hold less than was written, after a power cut, or be gone, when its time was over.
-        return data, ended and (not data or offset + len(data) >= self.size)
+        # Its file may hold less than was written, after a power cut, or be gone, when its time was over: no more comes.
+        return data, not data or (ended and offset + len(data) >= self.size)
 
     def _to_file(self, data: bytes) -> None:
         try:

@@ -110,14 +110,15 @@ def test_pieces_end_where_asked(tmp_path: Path) -> None:
         assert list(Reader(output).pieces(99, 0, follow=follow)) == [(99, b"", True)]
 
 
-@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize(("follow", "running"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("left", [0, 100_000, None])
-def test_pieces_end_where_the_file_does(tmp_path: Path, left: int | None, follow: bool) -> None:
+def test_pieces_end_where_the_file_does(tmp_path: Path, left: int | None, follow: bool, running: bool) -> None:
     path = tmp_path / "one"
     output = Output(path, 1 << 30)
     for _ in range(400):
         output.append(LINE)
-    output.end()
+    if not running:
+        output.end()
     if left is None:
         path.unlink()
     else:
@@ -125,6 +126,7 @@ def test_pieces_end_where_the_file_does(tmp_path: Path, left: int | None, follow
     pieces = list(itertools.islice(Reader(output).pieces(0, 0, follow=follow), 10))
     assert sum(len(data) for _, data, _ in pieces) == (left or 0)
     assert [ended for _, _, ended in pieces] == [False] * (len(pieces) - 1) + [True]
+    output.end()
 
 
 def test_a_full_disk_drops_output_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
