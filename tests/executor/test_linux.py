@@ -133,7 +133,7 @@ def test_what_a_program_left_is_ended_when_it_can_be_watched(
 
 def test_output_that_cannot_be_watched_yet_keeps_nobody_elses(executor: LinuxExecutor, unwilling: Unwilling) -> None:
     came = [threading.Event() for _ in range(3)]
-    pipes = [os.pipe2(os.O_CLOEXEC) for _ in came]
+    pipes = [os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) for _ in came]
     for (reading, writing), event in zip(pipes, came, strict=True):
         os.write(writing, b"x")
         executor._reactor.add_pipe(OutputPipe(reading, lambda data, event=event: event.set()))  # type: ignore[misc]

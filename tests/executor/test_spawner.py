@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import ANY
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from fluxlib.agent.executor.launch import Launch
 from fluxlib.agent.executor.launcher import Step, _Failures
 from fluxlib.agent.executor.linux import LinuxExecutor
 from fluxlib.agent.executor.off import OffExecutor
+from fluxlib.agent.executor.reactor import OutputPipe
 from fluxlib.agent.executor.spawner_link import SpawnerLink
 from fluxlib.config.agent import read_agent
 from fluxlib.errors import CannotStart, Stopping
@@ -102,6 +104,26 @@ def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: O
     assert len(run.ends) == 1
     assert not psutil.pid_exists(run.pid) or psutil.Process(run.pid).status() == psutil.STATUS_ZOMBIE
     assert Run(executor, directory, "echo again", "e-2").end().exit_code == 0
+
+
+def test_a_start_that_is_overtaken_by_its_spawners_death_holds_nobody_up(
+    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_pipe, told = executor._reactor.add_pipe, []
+
+    def add_late(pipe: OutputPipe) -> None:
+        os.kill(executor._link.pid, signal.SIGKILL)
+        with executor._idle:
+            told.append(executor._idle.wait_for(lambda: not executor._jobs, 10))
+        add_pipe(pipe)
+
+    monkeypatch.setattr(executor._reactor, "add_pipe", add_late)
+    lost = Run(executor, directory, "true", "e-lost")
+    monkeypatch.undo()
+    assert told == [True]
+    assert lost.end() == Exit(lost=True)
+    assert Run(executor, directory, "echo hello", "e-next").end() == Exit(exit_code=0, cpu_seconds=ANY)
+    assert lost.ends == [Exit(lost=True)]
 
 
 @pytest.mark.parametrize("unread", [True, *[False] * 5])

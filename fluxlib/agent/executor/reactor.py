@@ -95,9 +95,13 @@ class Reactor:
                 self._poller.unregister(fd)
 
     def add_pipe(self, pipe: OutputPipe) -> None:
-        """From any thread. Something must wake the reactor soon, as the spawner's word of the start does."""
-        os.set_blocking(pipe.fd, False)
-        self._pipes[pipe.fd] = pipe
+        """From any thread; reading it must not block. Something must wake the reactor soon, as the spawner's word of
+        the start does.
+        """
+        fd = pipe.fd
+        if fd < 0:
+            return  # its spawner has died meanwhile, and it is drained
+        self._pipes[fd] = pipe
         pipe.resting = True
         self._new.append((time.monotonic() + _UNWATCHED, pipe))
 

@@ -146,6 +146,8 @@ class SpawningExecutor(ABC):
             # The reading end is the reactor's to close: between here and there nothing may fail.
             output, written = os.pipe2(os.O_CLOEXEC)
             opened.append(written)
+            # Before anybody knows of it: it is drained as soon as the spawner dies, while ``written`` is still open.
+            os.set_blocking(output, False)
             pipe = OutputPipe(output, on_output)
             with self._lock:
                 if self._stopping.is_set():
