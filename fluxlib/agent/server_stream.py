@@ -110,11 +110,13 @@ class Sessions:
                 return  # a newer stream has taken over
             session.end_streams()
             if not self._closed:
-                session.grace = self._timers.after(self._grace, lambda: self._vanished(session))
+                since = session.generation
+                session.grace = self._timers.after(self._grace, lambda: self._vanished(session, since))
 
-    def _vanished(self, session: Session) -> None:
+    def _vanished(self, session: Session, since: int) -> None:
         with self._lock:
-            if session.grace is None or self._sessions.get(session.name) is not session:
+            # It may have come back while this waited for the lock, and be gone again: then another grace has begun.
+            if session.generation != since or self._sessions.get(session.name) is not session:
                 return
             del self._sessions[session.name]
             # Under the lock: one that attaches anew now and asks for its runs again must not be disowned too.

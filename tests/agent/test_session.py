@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from fluxlib.agent.server_stream import Sessions
 from fluxlib.agent.session import _OWED_BYTES, Owed, Session
+from fluxlib.lifecycle import Timer, Timers
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.rpc.gen import flux_pb2 as pb
+from tests.agent.fakes import Ends, asked, rooms
 
 Fetch = Callable[[ExecutionRecord], ExecutionRecord]
 
@@ -114,3 +118,38 @@ def test_freed_and_stopping_ride_along_once() -> None:
     one.answer(final("x"))
     second = frame(one)
     assert (list(second.freed), second.stopping, len(second.executed)) == ([], False, 1)
+
+
+class Recorded(Timers):
+    """Timers that fire when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__("recorded")
+        self.calls: list[Callable[[], object]] = []
+
+    def after(self, seconds: float, call: Callable[[], object]) -> Timer:
+        self.calls.append(call)
+        return Timer(0.0, call, self)
+
+
+def test_a_grace_that_ends_while_its_flux_is_back_takes_nothing_from_the_next(tmp_path: Path) -> None:
+    timers = Recorded()
+    with rooms(tmp_path) as place:
+        place.deploy()
+        sessions = Sessions(place.runs, timers, "life", 1)
+
+        def come_and_go() -> None:
+            stream = sessions.serve(
+                iter([pb.ControlFrame(hello=pb.ControlHello(session="s"))]), lambda: True, lambda: None
+            )
+            next(stream)
+            stream.close()
+
+        come_and_go()
+        place.runs.start(asked(), Ends(), "s")
+        come_and_go()
+        first, second = timers.calls
+        first()  # it was due when the Flux came back, and had to wait for that
+        assert place.executor.jobs[0].told == []
+        second()
+        assert place.executor.jobs[0].told == ["terminate"]
