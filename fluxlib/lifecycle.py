@@ -235,8 +235,10 @@ class StopSignal:
 
     def install(self) -> StopSignal:
         """Only from the main thread, as signal.signal demands."""
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGBREAK", None)):
-            if number is not None:
+        for name in ("SIGTERM", "SIGINT", "SIGBREAK", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # SIGHUP is a closed terminal, unless nohup has said that it is not meant.
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, self._handle)
         return self
 

@@ -199,13 +199,26 @@ threading.Event().wait()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_one_signal_stops_in_order(number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, "quick"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == b"up\n"
         process.send_signal(number)
+        assert process.stdout.readline() == b"stopping\n"
+        assert process.wait(10) == 0
+
+
+def test_a_closed_terminal_stops_nothing_that_nohup_started() -> None:
+    program = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}"
+    process = subprocess.Popen([sys.executable, "-c", program, "quick"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGHUP)
+        # Handled first if at all: a lower number comes before it.
+        process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == b"stopping\n"
         assert process.wait(10) == 0
 
