@@ -644,6 +644,16 @@ def test_more_descriptors_than_select_takes(serve: Serve) -> None:
         assert wires[0].send("POST", "/execute/hello").answer()[0] == 200
 
 
+def test_who_speaks_tls_is_told_so_at_once(fakes: Fakes, serve: Serve) -> None:
+    with Wire(serve(fakes).port) as wire:
+        # The beginning of a ClientHello, which has no line to wait for the end of.
+        wire.raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        status, headers, body = wire.answer()
+    assert status == 400
+    assert headers["connection"] == "close"
+    assert b"not TLS: use http://" in body
+
+
 def test_the_client_of_the_other_tests_sees_the_same(fakes: Fakes, serve: Serve) -> None:
     """What the in-process client takes for granted: the document holds over the wire too."""
     with Wire(serve(fakes).port) as wire:

@@ -13,6 +13,7 @@ from waitress.utilities import BadRequest, RequestEntityTooLarge
 from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.early import UNQUESTIONED, EarlyCheck
 
+_TLS_HANDSHAKE = b"\x16"  # RFC 8446, 5.1: the content type that a client's first record has
 # Between two chunks, and behind the last: waitress keeps a size's extensions and a trailer until their end comes.
 _BETWEEN_CHUNKS = 16 * 1024
 
@@ -51,6 +52,11 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
         self.gone_calls: list[Callable[[], None]] = []
 
     def received(self, data: bytes) -> int:
+        if data[:1] == _TLS_HANDSHAKE and not self.header_plus and self.body_rcv is None:
+            # Waiting for its end would let both sides wait for a minute.
+            self.error = BadRequest("this port speaks plain HTTP, not TLS: use http://")
+            self.completed = True
+            return len(data)
         consumed: int = super().received(data)
         if self.headers_finished and not self._asked:
             self._asked = True
