@@ -137,7 +137,7 @@ class Following:
     def _end_if_unwanted(self, one: _Followed, connection: AgentConnection) -> None:
         """Whoever waited for a synchronous one is gone. Its end is asked for like any other."""
         if not one.record.asynchronous and not one.told_to_end:
-            reason = "cancelled: the Flux that waited for it has ended"
+            reason = "cancelled: whoever waited for it was told that it is lost"
             connection.cancel(one.record.execution_id, reason=reason, timeout=0)
             one.told_to_end = True
 

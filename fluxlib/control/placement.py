@@ -184,7 +184,8 @@ def _explanation(
         ),
         Misfit.PLATFORM: lambda agents: (
             f"it runs on {', '.join(str(one) for one in need.platforms)},"
-            f" and {_some(agents)} have {', '.join(sorted({str(one.platform) for one in agents}))}"
+            f" and {_some(agents)} {'has' if len(agents) == 1 else 'have'}"
+            f" {', '.join(sorted({str(one.platform) for one in agents}))}"
         ),
     }
     reasons = "; ".join(describe[reason](found[reason]) for reason in describe if reason in found)

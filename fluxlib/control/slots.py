@@ -131,7 +131,9 @@ class Slots:
         last = self._registry.get(self._last_used.get(function_name, ""))
         if last is not None:
             yield last
-        yield from self._registry.agents()
+        for agent in self._registry.agents():
+            if last is None or agent.agent_id != last.agent_id:
+                yield agent
 
     # -- giving back -------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,8 @@ from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Loop, LoopReport
 from fluxlib.model import NodeFigures
 from fluxlib.store.base import ControlStore
+
+log = logging.getLogger(__name__)
 
 SAMPLE_EVERY = 5.0
 # /health is public: however often it is asked, the store is asked once in this time.
@@ -122,7 +125,10 @@ class StatusService:
             if time.monotonic() - self._persistence_at >= _PERSISTENCE_SECONDS:
                 self._persistence_at = time.monotonic()
                 with suppress(StoreUnavailable):  # what was known before still holds
-                    self._persistence = self._store.persistence()
+                    found = self._store.persistence()
+                    for warning in set(found) - set(self._persistence):
+                        log.warning("%s", warning)
+                    self._persistence = found
         finally:
             self._checked_at = time.monotonic()
             self._asked_at = None

@@ -6,6 +6,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ import pytest
 from fluxlib.control.connection import refusal
 from fluxlib.control.registry import Registry
 from fluxlib.control.slots import Slots
-from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput, StoreUnavailable
+from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput, NoAgentFits, StoreUnavailable
 from fluxlib.lifecycle import Deadline, Timers
-from fluxlib.model import ErrorKind, ExecutionStatus, NodeFigures
+from fluxlib.model import AgentStatus, ErrorKind, ExecutionStatus, NodeFigures
 from fluxlib.store.base import ExecutionFilter
 from fluxlib.store.memory import MemoryControlStore
 from tests.support.fake_agents import Asked, FakeConnection, FakeFunctions, accept, fail, join, refuse, succeed
@@ -86,6 +87,17 @@ def plane(store: TrickyStore) -> Iterator[Plane]:
 
 def idle(plane: Plane) -> bool:
     return all(agent.total == 0 and not agent.in_flight for agent in plane.registry.agents())
+
+
+def test_a_refusal_names_each_agent_once(plane: Plane) -> None:
+    plane.agent("a1", script=succeed)
+    plane.agent("a2", script=succeed)
+    plane.execute()
+    for state in list(plane.registry.agents()):
+        plane.registry.update(state.agent_id, record=replace(state.record, status=AgentStatus.DRAINING))
+    with pytest.raises(NoAgentFits) as refused:
+        plane.execute()
+    assert refused.value.message.count("a1") == refused.value.message.count("a2") == 1
 
 
 @pytest.mark.parametrize("after", [False, True])

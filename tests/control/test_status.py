@@ -94,6 +94,17 @@ def test_warnings_name_the_store_the_missing_tls_and_what_others_know() -> None:
     assert not any("TLS" in warning for warning in service(MemoryControlStore()).warnings())
 
 
+def test_a_store_that_may_forget_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("_STORE_SECONDS", "_PERSISTENCE_SECONDS"):
+        monkeypatch.setattr(f"fluxlib.control.status.{name}", 0.0)
+    status = service(MemoryControlStore())
+    for _ in range(3):
+        status.check_store()
+    assert [record.levelname for record in caplog.records if "in memory" in record.getMessage()] == ["WARNING"]
+
+
 def test_a_loop_that_crashes_is_seen() -> None:
     crashed = threading.Event()
 
