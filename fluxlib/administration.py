@@ -43,7 +43,7 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
                 file.write(content)
     except OSError as error:
         raise CannotWrite(f"{directory} cannot be written: {error.strerror or error}") from error
-    print(f"{directory} holds agent.yaml and the certificates of {agent_id}.")
+    print(f"{directory} holds agent.yaml and the certificates of {agent_id}, by the authority of {config.path}.")
     print("Copy it to the machine, for example to /etc/flux-agent, start flux-agent there, and register it:")
     print(
         f"  curl -H 'X-API-Key: KEY' -d '{{\"address\": \"MACHINE:{config.agent_port}\"}}'"

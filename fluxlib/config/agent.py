@@ -212,6 +212,10 @@ def read_agent(data: bytes | str, path: Path) -> AgentConfig:
     max_tasks = values.get("max_tasks", AgentConfig.max_tasks)
     if max_tasks > count and "uid_range" in values:
         faults.add("uid_range", f"has {count} users, fewer than max_tasks ({max_tasks})")
+    if faults.found:
+        # What is missing may be what was misspelt.
+        for warning in warnings:
+            faults.add("", warning)
     faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
     values["uid_range"] = f"{first}+{max(count, max_tasks)}"
     beside = path.resolve().parent

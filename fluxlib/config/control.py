@@ -241,5 +241,5 @@ def load_control(path: Path) -> ControlConfig:
     config = read_control(read_file(path), path)
     if not open_to_all(path):
         return config
-    warning = f"{path} can be read by every user of this machine, and it holds the key: chmod 600 {path}"
+    warning = f"the file can be read by every user of this machine, and it holds the key: chmod 600 {path}"
     return replace(config, warnings=(*config.warnings, warning))

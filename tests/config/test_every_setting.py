@@ -145,6 +145,13 @@ def test_an_unknown_key_is_told_with_the_nearest(where: str) -> None:
     assert any(misspelt in fault and f"did you mean {known}?" in fault for fault in refused.value.faults)
 
 
+def test_what_was_misspelt_is_told_beside_what_is_missing() -> None:
+    with pytest.raises(ConfigInvalid) as refused:
+        read_agent("agent_idd: worker-1\n", HERE)
+    assert any("agent_id: " in fault for fault in refused.value.faults)
+    assert any("did you mean agent_id?" in fault for fault in refused.value.faults)
+
+
 def test_all_faults_are_told_at_once() -> None:
     data = {
         "port": "http",
