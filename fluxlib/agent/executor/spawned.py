@@ -323,8 +323,11 @@ class SpawningExecutor(ABC):
                 log.exception("the end of %s cannot be told", spawned.job.execution_id)
         if not connected:
             # Elsewhere: the ends of the lost may need this thread.
-            self._retries = threading.Thread(target=self._retry, name="spawner-retries", daemon=True)
-            self._retries.start()
+            retries = threading.Thread(target=self._retry, name="spawner-retries", daemon=True)
+            with self._lock:
+                if not self._stopping.is_set():
+                    retries.start()
+                    self._retries = retries
 
     def _retry(self) -> None:
         pause = _FIRST_RETRY
