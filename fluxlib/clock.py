@@ -18,11 +18,12 @@ _DRAW = 0.1
 
 if sys.platform == "linux":
 
-    def _elapsed() -> float:
+    def elapsed() -> float:
+        """Seconds since some moment."""
         # Unlike the monotonic clock, it goes on while the machine is suspended: that time has passed for the agents.
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 else:
-    _elapsed = time.monotonic
+    elapsed = time.monotonic
 
 
 class SteadyClock:
@@ -32,7 +33,7 @@ class SteadyClock:
     no pause becomes longer or shorter by more than a tenth.
     """
 
-    def __init__(self, wall: Callable[[], float] = time.time, elapsed: Callable[[], float] = _elapsed) -> None:
+    def __init__(self, wall: Callable[[], float] = time.time, elapsed: Callable[[], float] = elapsed) -> None:
         self._wall = wall
         self._elapsed = elapsed
         self._lock = threading.Lock()

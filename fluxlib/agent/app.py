@@ -15,6 +15,7 @@ from fluxlib.agent.jobs import Settings
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
 from fluxlib.agent.places import hold, programs_dir
+from fluxlib.agent.pulse import Pulse
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.config.agent import AgentConfig
@@ -83,6 +84,9 @@ class Agent:
         monitor = Monitor(state)
         monitor.start()
         parts.add("monitor", monitor.stop)
+        pulse = Pulse()
+        pulse.start()
+        parts.add("pulse", pulse.stop)
         expiry = Loop("record-expiry", records.tick, min(_EXPIRE_EVERY, config.execution_ttl_sec / 2)).start()
         parts.add("record expiry", expiry.stop)
         self._runs = Runs(_settings(config), packages, records, executor, timers)
@@ -91,7 +95,7 @@ class Agent:
         from fluxlib.agent.server import MAX_FOLLOWERS, Agency, AgentService
         from fluxlib.agent.server_stream import Sessions
 
-        self._sessions = Sessions(self._runs, timers, monitor.instance_id, config.detach_grace_sec)
+        self._sessions = Sessions(self._runs, timers, pulse, monitor.instance_id, config.detach_grace_sec)
         agency = Agency(
             agent_id=config.agent_id,
             max_tasks=config.max_tasks,

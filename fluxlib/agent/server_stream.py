@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fluxlib.agent.outcomes import refusal_of
+from fluxlib.agent.pulse import Pulse
 from fluxlib.agent.runs import Answer, Runs
 from fluxlib.agent.session import Owed, Session
-from fluxlib.errors import AtCapacity, StoreUnavailable
+from fluxlib.errors import AtCapacity, Stopping, StoreUnavailable
 from fluxlib.lifecycle import Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus
 from fluxlib.rpc import codec
@@ -26,10 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Sessions:
-    """Every Flux this agent works for. ``grace`` is in seconds."""
+    """Every Flux this agent works for. ``grace`` is in seconds. ``pulse`` tells what may be asked too late."""
 
-    def __init__(self, runs: Runs, timers: Timers, instance_id: str, grace: float) -> None:
+    def __init__(self, runs: Runs, timers: Timers, pulse: Pulse, instance_id: str, grace: float) -> None:
         self._runs = runs
+        self._pulse = pulse
         self._timers = timers
         self._instance_id = instance_id
         self._grace = grace
@@ -157,6 +159,11 @@ class Sessions:
         if session.overdue:
             error = AtCapacity(f"function {request.function_name} at capacity: answers wait to be fetched")
             session.answer(Owed(refusal_of(request, "", error), final=True))
+            return
+        if not request.asynchronous and self._pulse.stood_still:
+            # Its caller may have been told that it is lost, and have called again. Whoever still waits asks elsewhere.
+            late = Stopping("the agent stood still for a while, and starts nothing that was sent before")
+            session.answer(Owed(refusal_of(request, "", late), final=True))
             return
         if request.asynchronous:
             record, accepted = self._start_asynchronous(session, request)

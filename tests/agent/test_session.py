@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from fluxlib.agent.pulse import Pulse
 from fluxlib.agent.server_stream import Sessions
 from fluxlib.agent.session import _OWED_BYTES, Owed, Session
 from fluxlib.lifecycle import Timer, Timers
@@ -136,7 +137,7 @@ def test_a_grace_that_ends_while_its_flux_is_back_takes_nothing_from_the_next(tm
     timers = Recorded()
     with rooms(tmp_path) as place:
         place.deploy()
-        sessions = Sessions(place.runs, timers, "life", 1)
+        sessions = Sessions(place.runs, timers, Pulse(), "life", 1)
 
         def come_and_go() -> None:
             stream = sessions.serve(
@@ -153,3 +154,26 @@ def test_a_grace_that_ends_while_its_flux_is_back_takes_nothing_from_the_next(tm
         assert place.executor.jobs[0].told == []
         second()
         assert place.executor.jobs[0].told == ["terminate"]
+
+
+def test_who_stood_still_starts_nothing_that_a_caller_waited_for_before(tmp_path: Path) -> None:
+    now = 0.0
+    with rooms(tmp_path) as place:
+        place.deploy()
+        sessions = Sessions(place.runs, Recorded(), Pulse(lambda: now), "life", 1)
+        name = asked().function_name
+        calls = [
+            pb.ExecutionRequest(function_name=name, execution_id="waited-for"),
+            pb.ExecutionRequest(function_name=name, execution_id="accepted", **{"async": True}),
+        ]
+        frames = [pb.ControlFrame(hello=pb.ControlHello(session="s")), pb.ControlFrame(execute=calls)]
+        now = 30.0
+        stream = sessions.serve(iter(frames), lambda: True, lambda: None)
+        next(stream)
+        answers: dict[str, pb.ExecutionAnswer] = {}
+        while len(answers) < 2:
+            answers |= {one.execution_id: one for one in next(stream).executed}
+        stream.close()
+        assert answers["waited-for"].response.error_kind == pb.ERROR_KIND_STOPPING
+        assert not answers["accepted"].response.error
+        assert [job.job.execution_id for job in place.executor.jobs] == ["accepted"]

@@ -84,6 +84,19 @@ def test_adopted_while_the_store_is_away(tmp_path: Path) -> None:
             assert {record["status"] for record in records.values()} == {"success"}, records
 
 
+def test_a_call_that_a_frozen_agent_was_sent_is_not_run_when_its_caller_has_been_told(world: World) -> None:
+    """The request waits in its socket, and is read before the agent hears that nobody waits for it any more."""
+    world.agent.signal(signal.SIGSTOP)
+    call = SyncCall(world.flux.api, "job", "plain", "0")
+    call.join()
+    assert isinstance(call.answer, tuple)
+    assert call.answer[0] == 502, call.answer
+    world.agent.signal(signal.SIGCONT)
+    wait_until(lambda: world.flux.api.execute("job", "plain", "0")[0] == 200, "the agent to be back", 30)
+    # What was sent before it comes before it.
+    assert call.answer[1]["execution_id"] not in world.marks.starts()
+
+
 def test_stopped_while_submissions_arrive(world: World) -> None:
     """What was answered 202 is done by the next life, the rest was told to come again; within the time there is."""
     at_burst(world)
