@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fluxlib.control.connection import AgentConnection
 from fluxlib.control.execution import Execution
 from fluxlib.control.registry import Registry
 from fluxlib.control.services import AgentAway
-from fluxlib.errors import AgentError
+from fluxlib.errors import AgentError, StoreUnavailable
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import AgentStatus, ExecutionRecord, ExecutionStatus
+from fluxlib.model import AgentRecord, AgentStatus, ExecutionRecord, ExecutionStatus
 from fluxlib.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -24,11 +24,13 @@ _THREADS = 64
 class AgentCalls:
     """Calls to agents that block, on the caller's thread or (``soon``) on a few of their own.
 
-    ``kill_grace`` is how long an agent lets a cancelled function end by itself, in seconds.
+    ``kill_grace`` is how long an agent lets a cancelled function end by itself, in seconds. ``fleet`` reads who
+    belongs to it from the store.
     """
 
-    def __init__(self, registry: Registry, kill_grace: float) -> None:
+    def __init__(self, registry: Registry, kill_grace: float, fleet: Callable[[], Iterable[AgentRecord]]) -> None:
         self._registry = registry
+        self._fleet = fleet
         self.cancel_timeout = kill_grace + KILL_MARGIN
         self._pool = Pool("executions", _THREADS)
 
@@ -65,10 +67,19 @@ class AgentCalls:
 
     def away(self, record: ExecutionRecord, reason: str = "") -> AgentAway:
         agent_id = record.agent_id
-        if self._registry.get(agent_id) is None:
-            return AgentAway(f"agent {agent_id}, which owns this execution, is gone", record, gone=True)
         why = reason or "try again later"
+        if self._registry.get(agent_id) is None:
+            if self._has_left(agent_id):
+                return AgentAway(f"agent {agent_id}, which owns this execution, is gone", record, gone=True)
+            why = "this Flux has not heard of it yet, try again in a moment"
         return AgentAway(f"agent {agent_id}, which owns this execution, cannot be asked now: {why}", record, gone=False)
+
+    def _has_left(self, agent_id: str) -> bool:
+        """Another Flux may have taken it in a moment ago."""
+        try:
+            return all(agent.agent_id != agent_id for agent in self._fleet())
+        except StoreUnavailable:
+            return False
 
     def cancel(self, record: ExecutionRecord, reason: str) -> ExecutionStatus | None:
         """Kill it and wait until it is dead: the status it then has; None when its agent knows nothing of it.

@@ -90,8 +90,18 @@ class HealthPoller:
         if now >= self._next_round or reign != self._led:
             self._next_round = now + self._interval
             self._round(now, reign)
+        else:
+            self._take_news(now)
         if reign is not None:
             self._adopt()
+
+    def _take_news(self, now: float) -> None:
+        """Between two rounds: who joined or left through another process is asked for at this one, too."""
+        try:
+            if self._sharing.has_news():
+                self._sharing.take_records(now)
+        except StoreUnavailable as error:
+            log.debug("the agents are not read anew: %s", error)
 
     # -- a round -------------------------------------------------------------------
 

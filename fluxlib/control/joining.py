@@ -260,7 +260,7 @@ class Joiner:
         report = introduction.report
         self._registry.report(member.agent_id, report.figures, at=self._clock(), instance_id=report.instance_id)
         if former is not None:
-            former.fail_in_flight(f"agent {member.agent_id} was replaced or upgraded")
+            former.fail_in_flight(f"agent {member.agent_id} was replaced, upgraded or restarted")
             former.close(Deadline(_CLOSE_SECONDS))
         return connection, inventory
 

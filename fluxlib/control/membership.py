@@ -241,7 +241,7 @@ def _kill_everything(connection: AgentConnection) -> None:
 def _view(state: AgentState) -> AgentView:
     problem = state.problem
     if not problem and state.record.status.present and not state.reachable:
-        problem = "answers, but its connection for executions is not up"
+        problem = "its connection for executions is not up"
     if not problem and state.lacking:
         name, reason = sorted(state.lacking.items())[0]
         more = f" (and {len(state.lacking) - 1} more)" if len(state.lacking) > 1 else ""

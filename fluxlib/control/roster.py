@@ -7,8 +7,10 @@ asked for it, or by the leader under its lease; followers only read.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,8 @@ from fluxlib.store.base import ControlStore
 log = logging.getLogger(__name__)
 
 Change = Callable[[AgentRecord], AgentRecord]
+# A fact of the store that is another after every change that other Flux processes should not wait for.
+CHANGED = "agents-changed"
 DRAINING = "draining"  # in AgentRecord.extra: it outlives the agent's being offline
 
 
@@ -127,7 +131,9 @@ class Roster:
             except LeaseLost as error:
                 self._leadership.lost(error)
                 self._store.delete_agent(member.agent_id)
-            return self.forget(member)
+            gone = self.forget(member)
+            self._announce()
+            return gone
 
     def forget(self, member: Member) -> AgentState | None:
         """Out of memory: another process deleted it. Its last state, with the connection still open."""
@@ -160,6 +166,7 @@ class Roster:
             if by_leader:
                 raise
             self._store.save_agent(record)
+        self._announce()
 
     def _write(self, member: Member, record: AgentRecord) -> None:
         lease = self._leadership.lease
@@ -167,14 +174,25 @@ class Roster:
             member.unsaved = False
             return
         try:
-            self._store.save_agent(record, lease)
+            # One that was deregistered through another process must not come back by this.
+            written = self._store.update_agent(record, lease)
+            if written and record.status is not member.stored.status:
+                self._announce()
         except LeaseLost as error:
             self._leadership.lost(error)
         except StoreUnavailable as error:
             member.unsaved = True
             log.warning("the state of agent %s could not be saved: %s", member.agent_id, error)
         else:
-            member.stored, member.unsaved = record, False
+            member.unsaved = False
+            if written:
+                member.stored = record
+
+    def _announce(self) -> None:
+        """Other processes read the records again within a second; without this, with their next round."""
+        if self._leadership.others:
+            with suppress(StoreUnavailable):
+                self._store.set_fact(CHANGED, secrets.token_hex(8))
 
 
 def _same(one: AgentRecord, other: AgentRecord) -> bool:

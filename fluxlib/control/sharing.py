@@ -15,7 +15,7 @@ from fluxlib.control.leadership import Leadership
 from fluxlib.control.member import Member, Wanted
 from fluxlib.control.membership import STEP_IN, Membership
 from fluxlib.control.registry import Registry
-from fluxlib.control.roster import Roster, present_status
+from fluxlib.control.roster import CHANGED, Roster, present_status
 from fluxlib.errors import LeaseLost
 from fluxlib.model import AgentRecord, AgentStatus, NodeFigures
 from fluxlib.store.base import ControlStore
@@ -44,6 +44,7 @@ class Sharing:
         self._membership = membership
         self._leadership = leadership
         self._read_last = ""
+        self._changed = ""
 
     def publish(self) -> None:
         """The leader's figures for everybody. Raises StoreUnavailable."""
@@ -80,6 +81,13 @@ class Sharing:
             )
             if restarted:
                 self._joiner.want(member, STEP_IN)
+
+    def has_news(self) -> bool:
+        """Whether the records have changed through another process, or this one. Raises StoreUnavailable."""
+        if not self._leadership.others:
+            return False
+        before, self._changed = self._changed, self._store.get_fact(CHANGED) or ""
+        return self._changed != before
 
     def take_records(self, now: float) -> None:
         """Who joined, left or changed through another process or by the leader. Raises StoreUnavailable."""

@@ -126,6 +126,9 @@ class ControlStore(Protocol):
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
         """Durable. With a lease, refused (LeaseLost) unless its token is still the current one."""
 
+    def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
+        """As ``save_agent`` for one that is known. False: it is not, and nothing was written."""
+
     def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool: ...
 
     # -- executions ------------------------------------------------------------

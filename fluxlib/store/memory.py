@@ -99,6 +99,14 @@ class MemoryControlStore:
             self._check(lease)
             self._agents[agent.agent_id] = agent
 
+    def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
+        with self._lock:
+            self._check(lease)
+            known = agent.agent_id in self._agents
+            if known:
+                self._agents[agent.agent_id] = agent
+            return known
+
     def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
         with self._lock:
             self._check(lease)

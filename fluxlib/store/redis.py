@@ -109,6 +109,13 @@ class RedisControlStore(RedisExecutions):
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
         self._set("agents", agent.agent_id, rows.agent_to_text(agent), lease)
 
+    def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
+        text = rows.agent_to_text(agent)
+        pending = self._link.write(
+            scripts.UPDATE_FIELD, "agents", agent.agent_id, text, *fence(lease), read=in_time(lease)
+        )
+        return bool(pending.value())
+
     def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
         pending = self._link.write(scripts.DELETE_FIELD, "agents", agent_id, *fence(lease), read=in_time(lease))
         return bool(pending.value())

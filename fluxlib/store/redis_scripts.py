@@ -107,6 +107,17 @@ if too_late(P, lease, token) then return 'late' end
 return redis.call('HSET', P..hash, field, value)
 """,
 )
+# P, hash, field, value, lease, token → 'late', or whether there was such a field to write
+UPDATE_FIELD = Script.of(
+    _FENCE,
+    """
+local P, hash, field, value, lease, token = unpack(ARGV)
+if too_late(P, lease, token) then return 'late' end
+if redis.call('HEXISTS', P..hash, field) == 0 then return 0 end
+redis.call('HSET', P..hash, field, value)
+return 1
+""",
+)
 # P, hash, field, lease, token → 'late' or how many fields went
 DELETE_FIELD = Script.of(
     _FENCE,
@@ -297,6 +308,7 @@ ALL = (
     SAVE_FUNCTION,
     DELETE_FUNCTION,
     SET_FIELD,
+    UPDATE_FIELD,
     DELETE_FIELD,
     CREATE,
     MOVE,

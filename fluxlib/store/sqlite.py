@@ -121,6 +121,14 @@ class SqliteControlStore(SqliteExecutions):
 
         self._file.write(write, durable=True).wait()
 
+    def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
+        def write(db: sqlite3.Connection) -> bool:
+            check_lease(db, lease)
+            data = rows.agent_to_text(agent)
+            return db.execute("UPDATE agents SET data = ? WHERE id = ?", (data, agent.agent_id)).rowcount > 0
+
+        return bool(self._file.write(write, durable=True).value())
+
     def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
         def write(db: sqlite3.Connection) -> bool:
             check_lease(db, lease)

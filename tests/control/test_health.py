@@ -176,17 +176,17 @@ def test_another_agent_at_the_address_is_a_miss_with_the_reason(fleet: Fleet, ma
 def test_a_state_the_store_missed_is_written_when_it_is_back(
     fleet: Fleet, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = fleet.store.save_agent
+    update = fleet.store.update_agent
 
     def away(*_: object) -> None:
         raise StoreUnavailable("away")
 
     machine.up = False
-    monkeypatch.setattr(fleet.store, "save_agent", away)
+    monkeypatch.setattr(fleet.store, "update_agent", away)
     for _ in range(3):
         fleet.round()
     assert fleet.view("w1").record.status is AgentStatus.OFFLINE
-    monkeypatch.setattr(fleet.store, "save_agent", save)
+    monkeypatch.setattr(fleet.store, "update_agent", update)
     assert fleet.stored("w1").status is AgentStatus.ONLINE
     fleet.round()
     assert fleet.stored("w1").status is AgentStatus.OFFLINE
@@ -281,6 +281,10 @@ def writes_of(fleet: Fleet) -> list[str]:
             written.append(record.agent_id)
             fleet.store.save_agent(record, lease)  # type: ignore[arg-type]
 
+        def update_agent(self, record: AgentRecord, lease: object = None) -> bool:
+            written.append(record.agent_id)
+            return fleet.store.update_agent(record, lease)  # type: ignore[arg-type]
+
     fleet.roster._store = Watched()  # type: ignore[assignment]
     return written
 
@@ -335,6 +339,37 @@ def test_what_is_asked_of_a_follower_reaches_the_leader(pair: tuple[Fleet, Fleet
     both(leader, follower, 2)
     assert leader.membership.views() == []
     assert leader.stored("w1") is None
+
+
+def test_who_joins_and_leaves_at_one_is_known_at_the_others_before_their_next_round(pair: tuple[Fleet, Fleet]) -> None:
+    for here, there in (pair, pair[::-1]):
+        both(*pair)
+        here.wire.add("w1")
+        here.membership.register("w1:50052", legacy=False)
+        there.round(1)
+        assert there.state("w1").takes_work
+        here.membership.drain("w1")
+        there.round(1)
+        assert there.view("w1").record.status is AgentStatus.DRAINING
+        here.membership.deregister("w1")
+        there.round(1)
+        assert there.membership.views() == []
+
+
+def test_the_leaders_judgement_brings_nobody_back_who_was_deregistered_elsewhere(pair: tuple[Fleet, Fleet]) -> None:
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    follower.membership.deregister("w1")
+    # Judged by what was asked before, without a look at the store in between.
+    machine.up = False
+    member = leader.roster.get("w1")
+    assert member is not None
+    leader.roster.observe(member, lambda record: replace(record, status=AgentStatus.OFFLINE))
+    assert leader.stored("w1") is None
+    both(leader, follower, 2)
+    assert leader.membership.views() == follower.membership.views() == []
 
 
 def test_a_dead_leaders_place_and_work_are_taken_over(pair: tuple[Fleet, Fleet]) -> None:

@@ -363,6 +363,14 @@ def test_a_holder_who_slept_gets_a_new_token(store: ControlStore) -> None:
     assert late.token > first.token
 
 
+def test_only_an_agent_that_is_known_is_updated(store: ControlStore) -> None:
+    assert not store.update_agent(AgentRecord("w", "h:1"))
+    assert store.agents() == []
+    store.save_agent(AgentRecord("w", "h:1"))
+    assert store.update_agent(AgentRecord("w", "h:2"))
+    assert store.agents() == [AgentRecord("w", "h:2")]
+
+
 def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
     late = acquire(store, "leader", "a", 0.0)
     now = acquire(store, "leader", "b")
@@ -373,6 +381,8 @@ def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
     keep(store, "e-1", owner="dead")
     with pytest.raises(LeaseLost):
         store.save_agent(AgentRecord("w", "h:2"), late)
+    with pytest.raises(LeaseLost):
+        store.update_agent(AgentRecord("w", "h:2"), late)
     with pytest.raises(LeaseLost):
         store.delete_agent("w", late)
     with pytest.raises(LeaseLost):

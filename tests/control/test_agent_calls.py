@@ -1,0 +1,27 @@
+"""Who can be asked about an execution, and what is said of an agent that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fluxlib.control.agent_calls import AgentCalls
+from fluxlib.control.registry import Registry
+from fluxlib.errors import StoreUnavailable
+from fluxlib.model import AgentRecord, ExecutionRecord
+
+
+def _away() -> list[AgentRecord]:
+    raise StoreUnavailable("redis refused the connection")
+
+
+@pytest.mark.parametrize(
+    ("fleet", "gone"),
+    [(lambda: [AgentRecord("w2", "h:1")], True), (lambda: [AgentRecord("w1", "h:1")], False), (_away, False)],
+)
+def test_gone_is_who_is_not_in_the_store_either(fleet: Callable[[], list[AgentRecord]], gone: bool) -> None:
+    """Another Flux may have taken it in a moment ago."""
+    away = AgentCalls(Registry(), 1.0, fleet).away(ExecutionRecord("e", "hello", "w1"))
+    assert away.http_status == (502 if gone else 503)
+    assert ("is gone" in away.message) is gone
