@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 MISSES = 3
 # The deadline of one question: younger than this, a question without an answer is not a miss.
 _ANSWER_SECONDS = 5.0
+# How much an original's count of its seconds may lag: an answer's way, and what it rounds off.
+_UPTIME_SLACK = _ANSWER_SECONDS + 1
 _LONGEST_PAUSE = 1.0
 
 Answer = tuple[str, int, NodeReport | FluxError]
@@ -247,8 +249,10 @@ class HealthPoller:
         if ours:
             restarted = report.instance_id != state.instance_id
         else:
-            # An original has no name for its life; one that is younger than it was has lost its functions.
-            restarted = before is not None and report.figures.uptime_seconds < before.uptime_seconds
+            # An original has no name for its life; one that is younger than it should be has lost its functions.
+            restarted = before is not None and report.figures.uptime_seconds < max(
+                before.uptime_seconds, before.uptime_seconds + now - state.last_heartbeat - _UPTIME_SLACK
+            )
         self._registry.report(member.agent_id, report.figures, at=now, instance_id=report.instance_id)
         if ours == state.record.original:
             self._joiner.want(member, STEP_IN | Wanted.RECONNECT)

@@ -139,6 +139,23 @@ def test_a_restarted_original_is_known_by_its_age_and_gets_everything(fleet: Fle
     assert "hello" in old.functions
 
 
+def test_an_original_that_restarted_while_it_was_away_for_long_is_known_by_its_age(fleet: Fleet) -> None:
+    """It has been up for longer than it had been before, and for less than has passed."""
+    old = fleet.wire.add("old", original=True)
+    fleet.membership.register("old:50052", legacy=False)
+    fleet.functions.put(spec())
+    fleet.functions.deploy("hello", CODE)
+    fleet.round()
+    fleet.time[0] += 50
+    old.restart()
+    fleet.round(seconds=200)
+    assert "hello" in old.functions
+    deployed = len(old.calls)
+    for _ in range(3):
+        fleet.round()
+    assert len(old.calls) == deployed
+
+
 def test_what_somebody_changed_at_the_agent_is_put_right(fleet: Fleet, machine: Machine) -> None:
     fleet.functions.put(spec())
     fleet.round()

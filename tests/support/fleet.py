@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,7 +60,8 @@ class Machine:
     features: tuple[str, ...] = ("deploy_stream",)
     up: bool = True
     slow: bool = False  # takes questions and does not answer
-    uptime: int = 100
+    clock: Callable[[], float] = time.monotonic
+    up_since: float | None = None  # by ``clock``; None = for 100 s when it is made
     max_tasks: int = 8
     not_after: float = 0.0
     functions: dict[str, FunctionState] = field(default_factory=dict)
@@ -71,9 +73,13 @@ class Machine:
     gate: threading.Event | None = None  # deployments wait for it
     waiting: int = 0  # how many began to
 
+    def __post_init__(self) -> None:
+        if self.up_since is None:
+            self.up_since = self.clock() - 100
+
     def restart(self) -> None:
         self.instance += "+"
-        self.uptime = 0
+        self.up_since = self.clock()
         self.revision = 0
         if self.original:
             self.functions.clear()
@@ -99,7 +105,7 @@ class Machine:
             memory_total_mb=1000,
             memory_used_mb=100,
             max_tasks=0 if self.original else self.max_tasks,
-            uptime_seconds=self.uptime,
+            uptime_seconds=int(self.clock() - self.up_since) if self.up_since is not None else 0,
         )
         if self.original:
             return NodeReport(self.agent_id, figures)
@@ -203,12 +209,13 @@ class Connection:
 class Wire:
     """The Connector: machines by address."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.machines: dict[str, Machine] = {}
         self.connections: list[Connection] = []
 
     def add(self, agent_id: str, address: str = "", **fields: Any) -> Machine:
-        machine = Machine(agent_id, address or f"{agent_id}:50052", **fields)
+        machine = Machine(agent_id, address or f"{agent_id}:50052", clock=self._clock, **fields)
         self.machines[machine.address] = machine
         return machine
 
@@ -272,7 +279,7 @@ class Fleet:
     ) -> None:
         self.time = clock if clock is not None else [now]
         self.store = store if store is not None else MemoryControlStore()
-        self.wire: Any = wire if wire is not None else Wire()
+        self.wire: Any = wire if wire is not None else Wire(self.clock)
         self.executions = Executions()
         self.registry = Registry()
         self.leadership = Leadership(self.store, session, shared=shared, clock=self.clock)
