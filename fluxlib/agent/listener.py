@@ -10,6 +10,7 @@ from fluxlib.agent.certificates import Certificates
 from fluxlib.agent.server import AgentService
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline
+from fluxlib.listening import listen_problem, try_to_listen
 from fluxlib.rpc import tls
 from fluxlib.rpc.gen import flux_pb2_grpc
 
@@ -42,11 +43,18 @@ class Listener:
             else:
                 port = self._server.add_secure_port(address, tls.server_credentials(certificates.changed))
         except RuntimeError as error:
-            raise FluxError(
-                f"the agent cannot listen on {address}: is another agent running there? Stop it, or set `port`"
-            ) from error
+            raise FluxError(_problem(host, port)) from error
         self.port = int(port)
         self._server.start()
 
     def stop(self, deadline: Deadline) -> None:
         self._server.stop(min(1.0, deadline.remaining())).wait(deadline.remaining())
+
+
+def _problem(host: str, port: int) -> str:
+    """gRPC keeps the reason for itself."""
+    try:
+        try_to_listen(host, port)
+    except OSError as error:
+        return listen_problem("the agent", host, port, error, "agent.yaml")
+    return f"the agent cannot listen on {host}:{port}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 import sys
@@ -23,6 +22,7 @@ from fluxlib.control.webserver.threads import LazyThreads
 from fluxlib.descriptors import raise_limit
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline
+from fluxlib.listening import listen_problem
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class WebServer:
                 )
         except OSError as error:
             self._close_all()
-            raise FluxError(_listen_problem(config, error)) from error
+            raise FluxError(listen_problem("Flux", config.listen_host, config.port, error, config.path)) from error
         for listener in self._listeners:
             listener.early_check = getattr(app, "early_check", None)
         self.port = int(self._listeners[0].effective_port)
@@ -139,7 +139,7 @@ def _adjustments(config: ControlConfig) -> Adjustments:
         # waitress tells a name nobody knows as a ValueError without a reason.
         socket.getaddrinfo(config.listen_host, config.port)
     except OSError as error:
-        raise FluxError(_listen_problem(config, error)) from error
+        raise FluxError(listen_problem("Flux", config.listen_host, config.port, error, config.path)) from error
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
     return Adjustments(
         listen=f"{host}:{config.port}",
@@ -171,19 +171,3 @@ def _connection_limit(max_blocking: int) -> int:
             "the limit of open files leaves room for %d connections of %d; raise it (ulimit -n)", available, wanted
         )
     return max(64, min(wanted, available))
-
-
-def _listen_problem(config: ControlConfig, error: OSError) -> str:
-    where = f"Flux cannot listen on {config.listen_host}:{config.port}"
-    if isinstance(error, socket.gaierror):
-        return f"{where}: that name is not known here ({error.strerror}). Set `listen_host` in {config.path}"
-    if error.errno == errno.EADDRINUSE:
-        return f"{where}: another program does. Stop it (another Flux?), or set `port` in {config.path}"
-    if error.errno == errno.EACCES and sys.platform == "win32":
-        # Exclusive use of an address that is taken is "access denied" there, and so are reserved ranges.
-        return f"{where}: another program does, or Windows keeps that port for itself. Set `port` in {config.path}"
-    if error.errno == errno.EACCES:
-        return f"{where}: ports below 1024 need root. Set `port` in {config.path}"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"{where}: this machine does not have that address. Set `listen_host` in {config.path}"
-    return f"{where}: {error.strerror or error}"
