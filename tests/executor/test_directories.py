@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -22,20 +23,20 @@ def work(tmp_path: Path) -> Iterator[WorkDirectories]:
     made.stop(5)
 
 
-def use(work: WorkDirectories, name: str) -> str:
+def use(work: WorkDirectories) -> str:
     owner = 0 if os.geteuid() == 0 else -1
-    return work.make(name, owner, owner)
+    return work.make(owner, owner)
 
 
 def test_an_untouched_one_is_used_again_with_one_look(work: WorkDirectories, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directories, "_TICK", -1)  # as if it had been made long ago
-    path = use(work, "a")
+    path = use(work)
     work.remove(path)
     looks: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda at: looks.append(at) or scandir(at))  # type: ignore[func-returns-value]
-    for name in "bcd":
-        assert use(work, name) == path
+    for _ in range(3):
+        assert use(work) == path
         work.remove(path)
     assert looks == []
 
@@ -43,20 +44,20 @@ def test_an_untouched_one_is_used_again_with_one_look(work: WorkDirectories, mon
 def test_a_fresh_one_is_looked_into_each_time(work: WorkDirectories, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stamp may be that of a change in the same tick of the clock."""
     monkeypatch.setattr(directories, "_TICK", 10**15)
-    path = use(work, "a")
+    path = use(work)
     work.remove(path)
-    use(work, "b")
+    use(work)
     Path(path, "left").touch()
     work.remove(path)
-    assert use(work, "c") != path
+    assert use(work) != path
 
 
 @pytest.mark.parametrize("what", ["file", "file and gone", "mode", "times"])
 def test_what_was_done_to_it_is_seen(work: WorkDirectories, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    path = use(work, "a")
+    path = use(work)
     monkeypatch.setattr(directories, "_TICK", -1)
     work.remove(path)
-    assert use(work, "b") == path
+    assert use(work) == path
     before = os.stat(path)
     # A tick of the file system's clock, so that the stamp can differ.
     while os.stat(path).st_ctime_ns == before.st_ctime_ns:
@@ -69,7 +70,7 @@ def test_what_was_done_to_it_is_seen(work: WorkDirectories, monkeypatch: pytest.
         os.chmod(path, 0o777)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # what a function would do to hide it
     work.remove(path)
-    reused = use(work, "c") == path
+    reused = use(work) == path
     assert reused == (what in ("file and gone", "times"))
     if reused:
         assert os.listdir(path) == []
@@ -78,12 +79,12 @@ def test_what_was_done_to_it_is_seen(work: WorkDirectories, monkeypatch: pytest.
 def test_one_nested_too_deeply_for_a_path_is_removed_now_and_after_a_restart(tmp_path: Path) -> None:
     first = WorkDirectories(tmp_path / "work")
     removed = threading.Event()
-    path = use(first, "a")
+    path = use(first)
     nest(path, 1500)
     first.remove(path, removed.set)
     assert removed.wait(30)
     assert not os.path.exists(path)
-    nest(use(first, "left"), 1500)
+    nest(use(first), 1500)
     first.stop(5)
     second = WorkDirectories(tmp_path / "work")
     second.stop(5)
@@ -99,7 +100,7 @@ def test_what_cannot_be_removed_keeps_nobody_elses(
         raise what
 
     monkeypatch.setattr(directories, "remove_tree", fail)
-    stays, goes = use(work, "stays"), use(work, "goes")
+    stays, goes = use(work), use(work)
     for path in (stays, goes):
         Path(path, "file").touch()
     ended: list[str] = []
@@ -110,3 +111,15 @@ def test_what_cannot_be_removed_keeps_nobody_elses(
         assert removed.wait(10)
     assert f"{stays} cannot be removed" in caplog.text
     assert ended == []
+
+
+def test_one_that_cannot_be_its_users_is_not_left_behind(
+    work: WorkDirectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over_quota(path: str, uid: int, gid: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "chown", over_quota)
+    with pytest.raises(OSError, match="quota"):
+        work.make(1000, 1000)
+    assert os.listdir(tmp_path / "work") == []

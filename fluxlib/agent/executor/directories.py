@@ -6,6 +6,7 @@ thread of its own: a million files must not hold up everybody's output.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -31,6 +32,7 @@ class WorkDirectories:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._numbers = itertools.count(1)
         self._spare: dict[int, list[str]] = {}  # by owner
         self._stamps: dict[str, int] = {}  # of the last change before one was found empty
         self._queue: queue.SimpleQueue[tuple[str, Callable[[], None] | None] | None] = queue.SimpleQueue()
@@ -41,16 +43,23 @@ class WorkDirectories:
         self._thread = threading.Thread(target=self._run, name="work-directories", daemon=True)
         self._thread.start()
 
-    def make(self, name: str, uid: int, gid: int) -> str:
-        """An empty directory of that owner, 0700. ``uid`` -1 leaves it the agent's."""
+    def make(self, uid: int, gid: int) -> str:
+        """An empty directory of that owner, 0700. ``uid`` -1 leaves it the agent's.
+
+        Its name says nothing of an execution: it may have served another one before.
+        """
         try:
             return self._spare[uid].pop()
         except (KeyError, IndexError):
             pass
-        path = os.path.join(self._root, name)
+        path = os.path.join(self._root, str(next(self._numbers)))
         os.mkdir(path, 0o700)
-        if uid >= 0:
-            os.chown(path, uid, gid)
+        try:
+            if uid >= 0:
+                os.chown(path, uid, gid)
+        except OSError:
+            os.rmdir(path)
+            raise
         return path
 
     def remove(self, path: str, then: Callable[[], None] | None = None) -> None:

@@ -32,6 +32,8 @@ class OffExecutor(SpawningExecutor):
         notes = [f"isolation is off: {reason}; functions can see and disturb each other"]
         if os.geteuid() == 0:
             notes.append(f"every function runs as user {self._uid}")
+            if self._uid == _NOBODY and config.runner_user not in (AgentConfig.runner_user, "nobody"):
+                notes.append(f"runner_user {config.runner_user} is not used: there is no such user here, or it is root")
         enforces = frozenset({Enforcement.OPEN_FILES, Enforcement.FILE_SIZE})
         super().__init__(state_dir, Isolation("off", enforces, tuple(notes)))
 

@@ -139,7 +139,7 @@ class SpawningExecutor(ABC):
         opened: list[int] = []
         try:
             if self.needs_directory():
-                launch.directory = self._directories.make(job.execution_id, launch.uid, launch.gid)
+                launch.directory = self._directories.make(launch.uid, launch.gid)
             self.prepare(launch, job)
             stdin = [as_file(job.stdin)] if job.stdin else []
             opened += stdin

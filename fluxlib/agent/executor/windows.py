@@ -103,7 +103,7 @@ class WindowsExecutor:
                 raise Stopping("the agent is stopping")
             self._next += 1
             identifier = self._next
-        directory = self._directories.make(job.execution_id, -1, -1)
+        directory = self._directories.make(-1, -1)
         run = WindowsJob(self, identifier, job, directory)
         run.on_exit = on_exit
         try:
