@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str], default: str = "serve") -> int:
     """Run one command; its exit code. ``default`` is the command of a call that names none."""
-    options = _parser(default).parse_args(arguments or [default])
+    parser = _parser(default)
+    options = parser.parse_args(arguments or [default])
+    if options.command is None:
+        parser.error("which command? --help lists them")
     try:
         return int(options.run(options))
     except ConfigInvalid as error:
@@ -50,7 +53,8 @@ def _parser(default: str) -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--version", action="version", version=f"{name} {fluxlib.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Not required by argparse, which would tell of a wrong option that a command is missing.
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     if not alone:
         _control_commands(commands)
 

@@ -33,7 +33,8 @@ def load(files: Files) -> tuple[Identity, list[str], str]:
         not_after = certificate.not_valid_after_utc.timestamp()
         fault = certs.fault_of(Identity(parts["cert"], parts["key"], parts["ca"], not_after))
     except (ValueError, TypeError) as error:
-        raise CertificatesUnusable(f"the agent's certificate files cannot be read: {error}") from error
+        ours = f"{files.certificate}, {files.key} or {files.ca}"
+        raise CertificatesUnusable(f"one of the agent's certificate files ({ours}) cannot be read: {error}") from error
     if certificate.public_key() != key.public_key():
         parts["key"] = _renewed_key(files, certificate)
     identity = Identity(parts["cert"], parts["key"], parts["ca"], not_after)

@@ -231,6 +231,14 @@ def test_certificates_that_are_not_taken(files: Files, tmp_path: Path) -> None:
         certificates.install(good, ca)
 
 
+def test_files_that_are_no_certificates_are_named(files: Files) -> None:
+    Certificates(files, "worker-1")
+    files.certificate.write_text("nonsense")
+    with pytest.raises(CertificatesUnusable) as refused:
+        Certificates(files, "worker-1")
+    assert str(files.certificate) in refused.value.message
+
+
 def test_files_that_do_not_belong_together(files: Files, tmp_path: Path) -> None:
     files.key.write_bytes(Authority.open(tmp_path / "certs").issue_agent("worker-1").key_pem)
     with pytest.raises(CertificatesUnusable, match="is not the key of"):

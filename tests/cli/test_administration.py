@@ -152,3 +152,9 @@ def test_the_settings_of_an_agent_are_told_alone(home: Path) -> None:
     assert agents.strip() in everything
     assert "`api_key`" in everything
     assert "`api_key`" not in agents
+
+
+def test_a_wrong_option_is_named(tmp_path: Path) -> None:
+    done = run(tmp_path, "--nosuch")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --nosuch" in done.stderr
