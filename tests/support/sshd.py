@@ -92,7 +92,8 @@ class Sshd:
         import psutil
 
         for child in psutil.Process(self._process.pid).children(recursive=True):
-            child.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGKILL)
 
     @contextlib.contextmanager
     def hung(self) -> Iterator[None]:

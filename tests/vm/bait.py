@@ -47,7 +47,7 @@ class Victim:
         """The argument of functions/probe.py. Paths as they are for the machine."""
         machine = self._agent.machine
         code = machine.run(f"ls -d {STATE}/functions/victim/*/").split()[0]
-        real_work = f"{STATE}/work/{self.execution}/secret"
+        real_work = f"{self.home}/secret"
         # Memory of its own in most profiles: there is no path to it but through its process.
         work = real_work if machine.status(f"test -e {real_work}") == 0 else f"/proc/{self.pid}/root{self.home}/secret"
         return json.dumps(

@@ -6,10 +6,10 @@ thread of its own: a million files must not hold up everybody's output.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import queue
+import secrets
 import stat
 import threading
 import time
@@ -32,7 +32,6 @@ class WorkDirectories:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._numbers = itertools.count(1)
         self._spare: dict[int, list[str]] = {}  # by owner
         self._stamps: dict[str, int] = {}  # of the last change before one was found empty
         self._queue: queue.SimpleQueue[tuple[str, Callable[[], None] | None] | None] = queue.SimpleQueue()
@@ -46,13 +45,13 @@ class WorkDirectories:
     def make(self, uid: int, gid: int) -> str:
         """An empty directory of that owner, 0700. ``uid`` -1 leaves it the agent's.
 
-        Its name says nothing of an execution: it may have served another one before.
+        Its name cannot be guessed, and says nothing of an execution: it may have served another one before.
         """
         try:
             return self._spare[uid].pop()
         except (KeyError, IndexError):
             pass
-        path = os.path.join(self._root, str(next(self._numbers)))
+        path = os.path.join(self._root, secrets.token_hex(8))
         os.mkdir(path, 0o700)
         try:
             if uid >= 0:

@@ -273,7 +273,11 @@ def test_nothing_is_left_of_many_runs(programs: Programs) -> None:
     for _ in range(40):
         programs.run(batch, stdin=b"x").end()
     programs.run(str(programs.code / "missing.exe")).end()
-    assert next_handle() - before < 4 * 40, "one or more of each run"
+    # The last runs' threads may be at their end still, and hold some.
+    deadline = time.monotonic() + 20
+    while (more := next_handle() - before) >= 4 * 40 and time.monotonic() < deadline:
+        threading.Event().wait(0.05)
+    assert more < 4 * 40, "one or more of each run"
     assert not list((programs.state / "work").iterdir())
 
 
