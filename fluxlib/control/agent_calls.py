@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from fluxlib.control.connection import AgentConnection
 from fluxlib.control.execution import Execution
@@ -24,13 +24,13 @@ _THREADS = 64
 class AgentCalls:
     """Calls to agents that block, on the caller's thread or (``soon``) on a few of their own.
 
-    ``kill_grace`` is how long an agent lets a cancelled function end by itself, in seconds. ``fleet`` reads who
-    belongs to it from the store.
+    ``kill_grace`` is how long an agent lets a cancelled function end by itself, in seconds. ``stored`` reads an
+    agent from the store.
     """
 
-    def __init__(self, registry: Registry, kill_grace: float, fleet: Callable[[], Iterable[AgentRecord]]) -> None:
+    def __init__(self, registry: Registry, kill_grace: float, stored: Callable[[str], AgentRecord | None]) -> None:
         self._registry = registry
-        self._fleet = fleet
+        self._stored = stored
         self.cancel_timeout = kill_grace + KILL_MARGIN
         self._pool = Pool("executions", _THREADS)
 
@@ -77,7 +77,7 @@ class AgentCalls:
     def _has_left(self, agent_id: str) -> bool:
         """Another Flux may have taken it in a moment ago."""
         try:
-            return all(agent.agent_id != agent_id for agent in self._fleet())
+            return self._stored(agent_id) is None
         except StoreUnavailable:
             return False
 

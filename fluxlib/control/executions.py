@@ -55,7 +55,7 @@ class ExecutionService:
         self._shared = shared
         self._lease = lease
         self._ledger = Ledger(store, session, keep_for)
-        self._calls = AgentCalls(registry, kill_grace, store.agents)
+        self._calls = AgentCalls(registry, kill_grace, store.agent)
         self._dispatcher = Dispatcher(registry, functions, self._ledger, timers, self._calls.cancel_soon, max_waiting)
         self._recovery = Recovery(self._ledger, registry, self._dispatcher, self._calls, shared=shared)
         self._outputs = Outputs(self._ledger, self._calls, self._recovery)

@@ -12,18 +12,19 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fluxlib.control.leadership import Leadership
 from fluxlib.control.member import Member
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
 from fluxlib.model import AgentRecord, AgentStatus
-from fluxlib.store.base import ControlStore
+from fluxlib.store.base import ControlStore, Lease
 
 log = logging.getLogger(__name__)
 
 Change = Callable[[AgentRecord], AgentRecord]
+T = TypeVar("T")
 # A fact of the store that is another after every change that other Flux processes should not wait for.
 CHANGED = "agents-changed"
 DRAINING = "draining"  # in AgentRecord.extra: it outlives the agent's being offline
@@ -81,7 +82,7 @@ class Roster:
 
         ``by_leader``: only as the one that leads. Raises LeaseLost when another does.
         """
-        self._save(record, by_leader)
+        self._durably(lambda lease: self._store.save_agent(record, lease), by_leader)
         return self.admit(record, now)
 
     def save(self, member: Member, change: Change, *, by_leader: bool = False) -> None:
@@ -92,11 +93,14 @@ class Roster:
         with member.condition:
             record = change(self._record(member))
             if by_leader or self._leadership.leads:
-                self._save(record, by_leader)
+                self._update(record, by_leader)
                 member.stored, member.unsaved = record, False
             else:
                 # Changed as the leader last wrote it: how it is here may be a round old, and presence is our own view.
-                self._save(change(self._kept(member) or record))
+                kept = self._store.agent(member.agent_id)
+                if kept is None:
+                    raise _unknown(member)
+                self._update(change(kept))
             self._registry.update(member.agent_id, record=record)
 
     def observe(self, member: Member, change: Change, **state: Any) -> None:
@@ -126,14 +130,8 @@ class Roster:
     def delete(self, member: Member) -> AgentState | None:
         """Because somebody asked for it: out of the store, then out of memory. Raises StoreUnavailable."""
         with member.condition:
-            try:
-                self._store.delete_agent(member.agent_id, self._leadership.lease)
-            except LeaseLost as error:
-                self._leadership.lost(error)
-                self._store.delete_agent(member.agent_id)
-            gone = self.forget(member)
-            self._announce()
-            return gone
+            self._durably(lambda lease: self._store.delete_agent(member.agent_id, lease))
+            return self.forget(member)
 
     def forget(self, member: Member) -> AgentState | None:
         """Out of memory: another process deleted it. Its last state, with the connection still open."""
@@ -148,25 +146,28 @@ class Roster:
     def _record(self, member: Member) -> AgentRecord:
         state = self._registry.get(member.agent_id)
         if state is None or member.removed:
-            raise NotFound(f"there is no agent {member.agent_id}")
+            raise _unknown(member)
         return state.record
 
-    def _kept(self, member: Member) -> AgentRecord | None:
-        return next((record for record in self._store.agents() if record.agent_id == member.agent_id), None)
+    def _update(self, record: AgentRecord, by_leader: bool = False) -> None:
+        # One that was deregistered through another process a moment ago must not come back by this.
+        if not self._durably(lambda lease: self._store.update_agent(record, lease), by_leader):
+            raise _unknown(record)
 
-    def _save(self, record: AgentRecord, by_leader: bool = False) -> None:
+    def _durably(self, write: Callable[[Lease | None], T], by_leader: bool = False) -> T:
+        """A person's wish needs no lease; only what this process does by itself does (``by_leader``)."""
         lease = self._leadership.lease
         if by_leader and lease is None:
             raise LeaseLost("this process does not lead any more")
         try:
-            self._store.save_agent(record, lease)
+            done = write(lease)
         except LeaseLost as error:
             self._leadership.lost(error)
-            # A person's wish needs no lease; only what this process does by itself does.
             if by_leader:
                 raise
-            self._store.save_agent(record)
+            done = write(None)
         self._announce()
+        return done
 
     def _write(self, member: Member, record: AgentRecord) -> None:
         lease = self._leadership.lease
@@ -174,7 +175,7 @@ class Roster:
             member.unsaved = False
             return
         try:
-            # One that was deregistered through another process must not come back by this.
+            # As for a person's change: only what is there is changed.
             written = self._store.update_agent(record, lease)
             if written and record.status is not member.stored.status:
                 self._announce()
@@ -193,6 +194,10 @@ class Roster:
         if self._leadership.others:
             with suppress(StoreUnavailable):
                 self._store.set_fact(CHANGED, secrets.token_hex(8))
+
+
+def _unknown(one: Member | AgentRecord) -> NotFound:
+    return NotFound(f"there is no agent {one.agent_id}")
 
 
 def _same(one: AgentRecord, other: AgentRecord) -> bool:

@@ -123,6 +123,8 @@ class ControlStore(Protocol):
 
     def agents(self) -> list[AgentRecord]: ...
 
+    def agent(self, agent_id: str) -> AgentRecord | None: ...
+
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
         """Durable. With a lease, refused (LeaseLost) unless its token is still the current one."""
 

@@ -94,6 +94,10 @@ class MemoryControlStore:
             self.ping()
             return [self._agents[name] for name in sorted(self._agents)]
 
+    def agent(self, agent_id: str) -> AgentRecord | None:
+        self.ping()
+        return self._agents.get(agent_id)
+
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
         with self._lock:
             self._check(lease)

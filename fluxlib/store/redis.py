@@ -106,6 +106,10 @@ class RedisControlStore(RedisExecutions):
         found = self._link.read(lambda client: client.hgetall(self._key("agents")))
         return [rows.agent_from_text(found[agent_id]) for agent_id in sorted(found)]
 
+    def agent(self, agent_id: str) -> AgentRecord | None:
+        found = self._link.read(lambda client: client.hget(self._key("agents"), agent_id))
+        return rows.agent_from_text(found) if found is not None else None
+
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
         self._set("agents", agent.agent_id, rows.agent_to_text(agent), lease)
 

@@ -114,6 +114,10 @@ class SqliteControlStore(SqliteExecutions):
     def agents(self) -> list[AgentRecord]:
         return [rows.agent_from_text(data) for (data,) in self._file.read("SELECT data FROM agents ORDER BY id")]
 
+    def agent(self, agent_id: str) -> AgentRecord | None:
+        found = self._file.read("SELECT data FROM agents WHERE id = ?", (agent_id,))
+        return rows.agent_from_text(found[0][0]) if found else None
+
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
         def write(db: sqlite3.Connection) -> None:
             check_lease(db, lease)

@@ -369,6 +369,8 @@ def test_only_an_agent_that_is_known_is_updated(store: ControlStore) -> None:
     store.save_agent(AgentRecord("w", "h:1"))
     assert store.update_agent(AgentRecord("w", "h:2"))
     assert store.agents() == [AgentRecord("w", "h:2")]
+    assert store.agent("w") == AgentRecord("w", "h:2")
+    assert store.agent("another") is None
 
 
 def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
