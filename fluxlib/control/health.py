@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 MISSES = 3
 # The deadline of one question: younger than this, a question without an answer is not a miss.
 _ANSWER_SECONDS = 5.0
-# How much an original's count of its seconds may lag: an answer's way, and what it rounds off.
-_UPTIME_SLACK = _ANSWER_SECONDS + 1
 _LONGEST_PAUSE = 1.0
 
 Answer = tuple[str, int, NodeReport | FluxError]
@@ -212,16 +210,17 @@ class HealthPoller:
 
     def _judge(self, agent_id: str, question: int, answer: NodeReport | FluxError, now: float) -> None:
         member, state = self._roster.get(agent_id), self._registry.get(agent_id)
-        if member is None or state is None or not member.polled.answered(question):
+        if member is None or state is None:
             return
-        if not self._leadership.leads:
+        asked_at = member.polled.answered(question)
+        if asked_at is None or not self._leadership.leads:
             return
         if isinstance(answer, FluxError):
             self._miss(member, state, answer.message, now)
         elif answer.agent_id != agent_id:
             self._miss(member, state, f"another agent, {answer.agent_id}, answers at {state.record.address}", now)
         else:
-            self._met(member, state, answer, now)
+            self._met(member, state, answer, asked_at, now)
 
     def _miss(self, member: Member, state: AgentState, reason: str, now: float) -> None:
         member.polled.misses += 1
@@ -242,17 +241,17 @@ class HealthPoller:
             # A vanished host closes nothing, and an original agent must not be pinged: no call may wait for it.
             state.connection.fail_in_flight(f"agent {member.agent_id} is offline: {reason}")
 
-    def _met(self, member: Member, state: AgentState, report: NodeReport, now: float) -> None:
+    def _met(self, member: Member, state: AgentState, report: NodeReport, asked_at: float, now: float) -> None:
         member.polled.misses = 0
         ours = bool(report.instance_id)
         before = state.figures
         if ours:
             restarted = report.instance_id != state.instance_id
         else:
-            # An original has no name for its life; one that is younger than it should be has lost its functions.
-            restarted = before is not None and report.figures.uptime_seconds < max(
-                before.uptime_seconds, before.uptime_seconds + now - state.last_heartbeat - _UPTIME_SLACK
-            )
+            # An original has no name for its life. One that began later than it can have begun by its last report has
+            # lost its functions. It tells whole seconds: a restart takes longer than that.
+            began = asked_at - report.figures.uptime_seconds - 1
+            restarted = before is not None and began > state.last_heartbeat - before.uptime_seconds
         self._registry.report(member.agent_id, report.figures, at=now, instance_id=report.instance_id)
         if ours == state.record.original:
             self._joiner.want(member, STEP_IN | Wanted.RECONNECT)

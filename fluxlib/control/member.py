@@ -35,12 +35,12 @@ class Polled:
         self.asked_at = now
         return self.question
 
-    def answered(self, question: int) -> bool:
-        """Whether it is the open one, which is closed by that."""
+    def answered(self, question: int) -> float | None:
+        """When it was asked, which closes it; None for an earlier one."""
         if question != self.question:
-            return False
-        self.asked_at = 0.0
-        return True
+            return None
+        asked_at, self.asked_at = self.asked_at, 0.0
+        return asked_at
 
     def begin_anew(self) -> None:
         self.misses, self.asked_at = 0, 0.0

@@ -76,11 +76,13 @@ class FleetMachine(RuleBasedStateMachine):
     def power(self, agent_id: str, up: bool) -> None:
         machine = self.machine(agent_id)
         if up and not machine.up:
+            self.fleet.time[0] += 2  # no restart is done within a second
             machine.restart()
         machine.up = up
 
     @rule(agent_id=agents)
     def wipe(self, agent_id: str) -> None:
+        self.fleet.time[0] += 2
         self.machine(agent_id).restart()
         self.machine(agent_id).functions.clear()
 
