@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str], default: str = "serve") -> int:
     """Run one command; its exit code. ``default`` is the command of a call that names none."""
-    parser = _parser(default)
-    options = parser.parse_args(arguments or [default])
-    if options.command is None:
-        parser.error("which command? --help lists them")
+    options = _parser(default).parse_args(arguments or [default])
     try:
         return int(options.run(options))
     except ConfigInvalid as error:
@@ -53,7 +50,7 @@ def _parser(default: str) -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--version", action="version", version=f"{name} {fluxlib.__version__}")
-    # Not required by argparse, which would tell of a wrong option that a command is missing.
+    # Without ``required``, which tells of a wrong option that a command is missing; ``main`` always names one.
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     if not alone:
         _control_commands(commands)

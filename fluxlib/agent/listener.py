@@ -57,4 +57,4 @@ def _problem(host: str, port: int) -> str:
         try_to_listen(host, port)
     except OSError as error:
         return listen_problem("the agent", host, port, error, "agent.yaml")
-    return f"the agent cannot listen on {host}:{port}"
+    return f"the agent cannot listen on {host}:{port}, and a moment later nothing was in its way: start it again"

@@ -114,8 +114,8 @@ class Records:
     def with_output(self, record: ExecutionRecord) -> ExecutionRecord:
         """An ended record with the output that lies in a file; without it, and told so, when that cannot be read.
 
-        Raises nothing: the same answer would break the stream it travels on each time it is sent again, and with it
-        everybody's else.
+        Raises nothing: the same answer would break the stream it travels on each time it is sent again, and all the
+        others' with it.
         """
         if record.output is not None:
             return record

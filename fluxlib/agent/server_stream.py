@@ -17,7 +17,7 @@ from fluxlib.agent.outcomes import refusal_of
 from fluxlib.agent.pulse import Pulse
 from fluxlib.agent.runs import Answer, Runs
 from fluxlib.agent.session import Owed, Session
-from fluxlib.errors import AtCapacity, Stopping, StoreUnavailable
+from fluxlib.errors import AtCapacity, FluxError, Stopping, StoreUnavailable
 from fluxlib.lifecycle import Timers
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus
 from fluxlib.rpc import codec
@@ -156,14 +156,9 @@ class Sessions:
             self._cancel(session, message)
 
     def _execute(self, session: Session, request: ExecutionRequest) -> None:
-        if session.overdue:
-            error = AtCapacity(f"function {request.function_name} at capacity: answers wait to be fetched")
-            session.answer(Owed(refusal_of(request, "", error), final=True))
-            return
-        if not request.asynchronous and self._pulse.stood_still:
-            # Its caller may have been told that it is lost, and have called again. Whoever still waits asks elsewhere.
-            late = Stopping("the agent stood still for a while, and starts nothing that was sent before")
-            session.answer(Owed(refusal_of(request, "", late), final=True))
+        refused = self._turned_down(session, request)
+        if refused is not None:
+            session.answer(Owed(refusal_of(request, "", refused), final=True))
             return
         if request.asynchronous:
             record, accepted = self._start_asynchronous(session, request)
@@ -178,6 +173,15 @@ class Sessions:
         # A slot may have freed between the refusal and these lines.
         if record.error_kind is ErrorKind.AT_CAPACITY and self._runs.has_room(request.function_name):
             session.freed([request.function_name])
+
+    def _turned_down(self, session: Session, request: ExecutionRequest) -> FluxError | None:
+        """Why it is not even looked at."""
+        if session.overdue:
+            return AtCapacity(f"function {request.function_name} at capacity: answers wait to be fetched")
+        if not request.asynchronous and self._pulse.stood_still:
+            # Its caller may have been told that it is lost, and have called again. Whoever still waits asks elsewhere.
+            return Stopping("the agent stood still for a while, and starts nothing that was sent before")
+        return None
 
     def _start_asynchronous(self, session: Session, request: ExecutionRequest) -> tuple[ExecutionRecord, bool]:
         """As Runs.start; a run that ends at once is answered behind its acceptance all the same."""

@@ -126,8 +126,9 @@ class StatusService:
                 self._persistence_at = time.monotonic()
                 with suppress(StoreUnavailable):  # what was known before still holds
                     found = self._store.persistence()
-                    for warning in set(found) - set(self._persistence):
-                        log.warning("%s", warning)
+                    for warning in found:
+                        if warning not in self._persistence:
+                            log.warning("%s", warning)
                     self._persistence = found
         finally:
             self._checked_at = time.monotonic()
