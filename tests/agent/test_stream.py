@@ -17,6 +17,7 @@ from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from tests.agent.running import Running, running
 from tests.support.programs import wait_until
+from tests.support.threads import none_left
 
 
 @pytest.fixture
@@ -252,18 +253,11 @@ def test_an_output_that_cannot_be_read_leaves_the_stream_to_the_others(agent: Ru
 def test_a_stream_that_no_thread_is_left_for_leaves_nothing_behind(
     agent: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = threading.Thread.start
-
-    def none_left(thread: threading.Thread) -> None:
-        if thread.name.startswith("attach-"):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     with Stream(agent, "s") as stream:
         stream.execute("waited-for", "sleep", "60")
         stream.wait(lambda: agent.record("waited-for"), "begun")
         with monkeypatch.context() as patched:
-            patched.setattr(threading.Thread, "start", none_left)
+            none_left(patched, "attach-")
             again = agent.stub.Attach(iter([pb.ControlFrame(hello=pb.ControlHello(session="s"))]))
             with pytest.raises(grpc.RpcError):
                 next(again)

@@ -15,6 +15,7 @@ from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, Executio
 from fluxlib.rpc.gen import flux_pb2 as pb
 from tests.support.clients import Client, Side, Told
 from tests.support.scripted_agent import Attachment, ScriptedAgent, accepted, ended, refused
+from tests.support.threads import none_left
 
 
 @contextmanager
@@ -251,14 +252,7 @@ def test_output_too_large_for_an_answer_is_fetched_beside_the_stream(agent: Scri
 def test_output_that_no_thread_is_left_to_fetch_is_cut_off(
     agent: ScriptedAgent, timers: Timers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = threading.Thread.start
-
-    def none_left(thread: threading.Thread) -> None:
-        if thread.name.startswith("output-"):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", none_left)
+    none_left(monkeypatch, "output-")
     with attached(agent, timers) as (client, attachment):
         large, other = client.start("large"), client.start("other")
         attachment.executions(2)

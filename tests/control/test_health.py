@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxlib.errors import LeaseLost, StoreUnavailable
+from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus
 from tests.support.fleet import Fleet, Machine, spec
@@ -127,25 +127,26 @@ def test_a_restarted_agent_is_compared_before_it_gets_work_again(fleet: Fleet, m
     assert fleet.state("w1").takes_work
 
 
-def test_a_restarted_original_is_known_by_its_age_and_gets_everything(fleet: Fleet) -> None:
-    old = fleet.wire.add("old", original=True)
+@pytest.fixture
+def old(fleet: Fleet) -> Machine:
+    """An original agent that has a function with its code."""
+    machine = fleet.wire.add("old", original=True)
     fleet.membership.register("old:50052", legacy=False)
     fleet.functions.put(spec())
     fleet.functions.deploy("hello", CODE)
     fleet.round()
+    return machine  # type: ignore[no-any-return]
+
+
+def test_a_restarted_original_is_known_by_its_age_and_gets_everything(fleet: Fleet, old: Machine) -> None:
     old.restart()
     assert old.functions == {}
     fleet.round()
     assert "hello" in old.functions
 
 
-def test_an_original_that_restarted_while_it_was_away_for_long_is_known_by_its_age(fleet: Fleet) -> None:
+def test_an_original_that_restarted_while_it_was_away_for_long_is_known_by_its_age(fleet: Fleet, old: Machine) -> None:
     """It has been up for longer than it had been before, and for less than has passed."""
-    old = fleet.wire.add("old", original=True)
-    fleet.membership.register("old:50052", legacy=False)
-    fleet.functions.put(spec())
-    fleet.functions.deploy("hello", CODE)
-    fleet.round()
     fleet.time[0] += 50
     old.restart()
     fleet.round(seconds=200)
@@ -429,6 +430,17 @@ def test_a_leader_that_was_frozen_writes_nothing_on_waking(pair: tuple[Fleet, Fl
         leader.health.tick(leader.now)
     assert leader.stored("w1") == before
     assert leader.leadership.lease is None
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["leader", "follower"])
+def test_nobodys_wish_brings_back_who_was_deregistered_elsewhere(pair: tuple[Fleet, Fleet], asked: int) -> None:
+    pair[0].wire.add("w1")
+    pair[0].membership.register("w1:50052", legacy=False)
+    both(*pair, 2)
+    pair[1 - asked].membership.deregister("w1")
+    with pytest.raises(NotFound):
+        pair[asked].membership.drain("w1")
+    assert pair[0].stored("w1") is None
 
 
 def test_what_was_saved_while_the_store_was_read_is_not_undone(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,19 @@ def fleet() -> Iterator[CloudFleet]:
     made = CloudFleet(cloud(min_nodes=2, enabled=False))
     yield made
     made.close()
+
+
+@contextmanager
+def held_up(fleet: CloudFleet, nodes: int) -> Iterator[tuple[threading.Event, Future[Any]]]:
+    """It is making nodes, which wait for the event while flux-agent is installed; what it answers then."""
+    gate = fleet.setup.gates["install flux-agent"] = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(fleet.nodes.initialize)
+        try:
+            wait_until(lambda: len(fleet.setup.seen) == 2 * nodes, "it to install")
+            yield gate, asked
+        finally:
+            gate.set()
 
 
 def test_initialize_makes_the_minimum_and_the_nodes_take_work(fleet: CloudFleet) -> None:
@@ -111,10 +126,7 @@ def test_a_store_that_is_away_launches_nothing(fleet: CloudFleet, monkeypatch: p
 
 
 def test_progress_is_seen_while_a_node_is_made(fleet: CloudFleet) -> None:
-    gate = fleet.setup.gates["install flux-agent"] = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(fleet.nodes.initialize)
-        wait_until(lambda: len(fleet.setup.seen) == 4, "both to install")
+    with held_up(fleet, 2) as (gate, answer):
         for view in fleet.membership.views():
             assert view.record.status is AgentStatus.PROVISIONING
             assert view.problem == "is being made: install flux-agent"
@@ -322,12 +334,9 @@ def test_a_key_pair_that_cannot_be_imported_launches_nothing(fleet: CloudFleet) 
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_node_deregistered_while_it_is_made_is_ended_too(fleet: CloudFleet, ends: bool) -> None:
-    gate = fleet.setup.gates["install flux-agent"] = threading.Event()
     if not ends:
         fleet.cloud().faults.terminate[""] = ProviderError("aws: the API is down")
-    with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(fleet.nodes.initialize)
-        wait_until(lambda: len(fleet.setup.seen) == 4, "both to install")
+    with held_up(fleet, 2) as (gate, made):
         for agent_id in fleet.node_ids():
             fleet.membership.deregister(agent_id)
         gate.set()
@@ -521,41 +530,12 @@ def test_a_follower_makes_and_ends_nothing() -> None:
 
 
 def test_one_that_ceases_to_lead_leaves_its_nodes_to_the_next(fleet: CloudFleet) -> None:
-    gate = fleet.setup.gates["install flux-agent"] = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(fleet.nodes.initialize)
-        wait_until(lambda: len(fleet.setup.seen) == 4, "both to install")
+    with held_up(fleet, 2) as (gate, answer):
         fleet.leadership._set(None)
         gate.set()
         assert answer.result()["nodes"]["spawned"] == 0
     assert len(fleet.cloud().running()) == 2
     assert [fleet.notes(agent_id).phase for agent_id in fleet.node_ids()] == [NodePhase.SETUP] * 2
-
-
-def test_a_node_under_way_is_gone_on_with_by_the_flux_that_takes_over() -> None:
-    store, shared = MemoryControlStore(), cloud(min_nodes=1)
-    leader = CloudFleet(shared, store=store, shared=True)
-    follower = CloudFleet(shared, store=store, wire=leader.wire, shared=True, session="s2", clock=leader.time)
-    try:
-        gate = leader.setup.gates["install flux-agent"] = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(leader.nodes.initialize)
-            wait_until(lambda: len(leader.setup.seen) == 2, "it to install")
-            leader.leadership.resign()
-            follower.round(10)
-            assert follower.leadership.leads
-            follower.nodes.tick(follower.now)
-            follower.quiet()
-            gate.set()
-            asked.result(10)
-        (agent_id,) = follower.node_ids()
-        assert follower.state(agent_id).takes_work
-        assert follower.setup.seen == [(agent_id, step) for step in STEPS[1:]]
-        assert follower.cloud().running() == [agent_id]
-        assert not any(call == "terminate" for call, _ in follower.cloud().calls)
-    finally:
-        leader.close()
-        follower.close()
 
 
 @pytest.fixture
@@ -569,14 +549,28 @@ def two() -> Iterator[tuple[CloudFleet, CloudFleet]]:
     follower.close()
 
 
+def test_a_node_under_way_is_gone_on_with_by_the_flux_that_takes_over(two: tuple[CloudFleet, CloudFleet]) -> None:
+    leader, follower = two
+    with held_up(leader, 1) as (gate, asked):
+        leader.leadership.resign()
+        follower.round(10)
+        assert follower.leadership.leads
+        follower.nodes.tick(follower.now)
+        follower.quiet()
+        gate.set()
+        asked.result(10)
+    (agent_id,) = follower.node_ids()
+    assert follower.state(agent_id).takes_work
+    assert follower.setup.seen == [(agent_id, step) for step in STEPS[1:]]
+    assert follower.cloud().running() == [agent_id]
+    assert not any(call == "terminate" for call, _ in follower.cloud().calls)
+
+
 def test_a_node_that_works_is_not_set_up_again_by_a_flux_that_has_yet_to_read_so(
     two: tuple[CloudFleet, CloudFleet],
 ) -> None:
     leader, follower = two
-    gate = leader.setup.gates["install flux-agent"] = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(leader.nodes.initialize)
-        wait_until(lambda: len(leader.setup.seen) == 2, "it to install")
+    with held_up(leader, 1) as (gate, asked):
         follower.round(0)
         gate.set()
         asked.result(10)
@@ -618,10 +612,7 @@ def test_a_frozen_flux_that_leads_again_takes_over_what_happened_meanwhile(two: 
 
 def test_a_job_that_outlives_the_reign_undoes_nothing_of_the_next_one(two: tuple[CloudFleet, CloudFleet]) -> None:
     leader, follower = two
-    gate = leader.setup.gates["install flux-agent"] = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(leader.nodes.initialize)
-        wait_until(lambda: len(leader.setup.seen) == 2, "it to install")
+    with held_up(leader, 1) as (gate, asked):
         leader.leadership.resign()
         follower.round(10)
         follower.nodes.tick(follower.now)

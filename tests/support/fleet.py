@@ -61,7 +61,7 @@ class Machine:
     up: bool = True
     slow: bool = False  # takes questions and does not answer
     clock: Callable[[], float] = time.monotonic
-    up_since: float | None = None  # by ``clock``; None = for 100 s when it is made
+    up_since: float = field(init=False)  # by ``clock``
     max_tasks: int = 8
     not_after: float = 0.0
     functions: dict[str, FunctionState] = field(default_factory=dict)
@@ -74,8 +74,7 @@ class Machine:
     waiting: int = 0  # how many began to
 
     def __post_init__(self) -> None:
-        if self.up_since is None:
-            self.up_since = self.clock() - 100
+        self.up_since = self.clock() - 100
 
     def restart(self) -> None:
         self.instance += "+"
@@ -105,7 +104,7 @@ class Machine:
             memory_total_mb=1000,
             memory_used_mb=100,
             max_tasks=0 if self.original else self.max_tasks,
-            uptime_seconds=int(self.clock() - self.up_since) if self.up_since is not None else 0,
+            uptime_seconds=int(self.clock() - self.up_since),
         )
         if self.original:
             return NodeReport(self.agent_id, figures)
