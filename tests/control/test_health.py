@@ -443,29 +443,76 @@ def test_nobodys_wish_brings_back_who_was_deregistered_elsewhere(pair: tuple[Fle
     assert pair[0].stored("w1") is None
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here only", "elsewhere as well"])
+@pytest.mark.parametrize("takes_over", [False, True], ids=["a leader", "one that takes over"])
 def test_what_was_saved_while_the_store_was_read_is_not_undone(
-    pair: tuple[Fleet, Fleet], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Fleet, Fleet], monkeypatch: pytest.MonkeyPatch, elsewhere: bool, takes_over: bool
 ) -> None:
     leader, follower = pair
     leader.wire.add("w1")
     leader.membership.register("w1:50052", legacy=False)
     both(leader, follower, 2)
-    leader.leadership.tick(leader.now)
-    read, told = leader.store.agents, []
+    if elsewhere:
+        leader.store.save_agent(replace(leader.stored("w1"), extra={"note": "of another Flux"}))
+    asked, read, told = follower if takes_over else leader, leader.store.agents, []
 
     def slowly() -> list[AgentRecord]:
         found = read()
         if not told:
-            told.append(leader.membership.drain("w1"))
+            if takes_over:
+                leader.leadership.resign()
+                follower.leadership.tick(follower.now)
+            told.append(asked.membership.drain("w1"))
         return found
 
+    leader.time[0] += 10
+    leader.leadership.tick(leader.now)
     with monkeypatch.context() as slow:
         slow.setattr(leader.store, "agents", slowly)
-        leader.round()
+        asked.health.tick(asked.now)
     assert told
-    assert leader.view("w1").record.status is AgentStatus.DRAINING
-    leader.round()
-    assert leader.stored("w1").status is AgentStatus.DRAINING
+    assert asked.view("w1").record.status is AgentStatus.DRAINING
+    asked.round()
+    assert asked.stored("w1").status is AgentStatus.DRAINING
+
+
+@pytest.mark.parametrize("wished", [False, True], ids=["by itself", "as somebody wished"])
+def test_whoever_lost_the_lease_unawares_may_carry_out_wishes_and_nothing_else(
+    pair: tuple[Fleet, Fleet], wished: bool
+) -> None:
+    leader, _ = pair
+    leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    leader.leadership.tick(leader.now)
+    assert leader.store.acquire_lease("leader", "s2", 15, leader.now + 20) is not None
+    assert leader.leadership.leads
+    if wished:
+        leader.membership.drain("w1")
+    else:
+        with pytest.raises(LeaseLost):
+            leader.membership.save("w1", lambda record: replace(record, extra={"node": "as it was"}))
+    assert not leader.leadership.leads
+    assert leader.stored("w1").extra == ({"draining": True} if wished else {})
+
+
+def test_one_that_leads_again_reads_at_once_what_the_other_left(pair: tuple[Fleet, Fleet]) -> None:
+    _, follower = pair
+    frozen = Fleet(follower.store, follower.wire, session="s3", shared=True, clock=follower.time, interval=60)
+    try:
+        pair[0].leadership.resign()
+        frozen.round()
+        assert frozen.leadership.leads
+        follower.time[0] += 20
+        follower.leadership.tick(follower.now)
+        follower.wire.add("w1")
+        follower.membership.register("w1:50052", legacy=False)
+        follower.leadership.resign()
+        # Between two looks of its loops it lost the lease and has it again, and nobody else lives.
+        frozen.round(1)
+        assert frozen.leadership.others == frozenset()
+        assert [view.record.agent_id for view in frozen.membership.views()] == ["w1"]
+    finally:
+        frozen.close()
 
 
 def test_what_is_asked_of_a_follower_changes_nothing_else(pair: tuple[Fleet, Fleet]) -> None:

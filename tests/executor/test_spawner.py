@@ -124,6 +124,7 @@ def test_a_start_that_is_overtaken_by_its_spawners_death_holds_nobody_up(
     assert lost.end() == Exit(lost=True)
     assert Run(executor, directory, "echo hello", "e-next").end() == Exit(exit_code=0, cpu_seconds=ANY)
     assert lost.ends == [Exit(lost=True)]
+    assert not executor._reactor._pipes
 
 
 @pytest.mark.parametrize("unread", [True, *[False] * 5])
