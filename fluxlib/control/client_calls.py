@@ -57,7 +57,12 @@ def guarded(events: ConnectionEvents) -> ConnectionEvents:
         return guarded_call
 
     return ConnectionEvents(
-        guard(events.ended), guard(events.full), guard(events.freed), guard(events.attached), guard(events.stopping)
+        guard(events.ended),
+        guard(events.full),
+        guard(events.freed),
+        guard(events.greeted),
+        guard(events.attached),
+        guard(events.stopping),
     )
 
 

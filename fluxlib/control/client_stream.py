@@ -236,6 +236,7 @@ class AgentStream:
             self._work.notify()
         for answer in answers:
             answer()
+        self._events.greeted(frame.instance_id)
         if news:
             self._events.attached(True)
 

@@ -28,6 +28,7 @@ class ConnectionEvents:
     ``ended(record)``: the end of an asynchronous execution of this life of Flux (no output).
     ``full(function_name)``: the agent refused one at capacity; called before that refusal's ``on_answer``.
     ``freed(function_name)``: the agent can take such work again; "" = ``max_tasks`` has room again.
+    ``greeted(instance_id)``: this life of the agent is there (feature ``attach``); called before ``attached(True)``.
     ``attached(yes)``: executions can or cannot be sent now (agents with the feature ``attach``).
     ``stopping()``: the agent takes no further work.
     """
@@ -35,6 +36,7 @@ class ConnectionEvents:
     ended: Callable[[ExecutionRecord], None] = lambda record: None
     full: Callable[[str], None] = lambda function_name: None
     freed: Callable[[str], None] = lambda function_name: None
+    greeted: Callable[[str], None] = lambda instance_id: None
     attached: Callable[[bool], None] = lambda yes: None
     stopping: Callable[[], None] = lambda: None
 

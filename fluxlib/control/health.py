@@ -17,8 +17,7 @@ from fluxlib.clock import steady_time
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.joining import ExecutionsPart, Joiner
 from fluxlib.control.leadership import Leadership
-from fluxlib.control.member import Member, Wanted
-from fluxlib.control.membership import STEP_IN
+from fluxlib.control.member import STEP_IN, Member, Wanted
 from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.control.roster import Roster

@@ -15,7 +15,7 @@ from fluxlib.clock import steady_time
 from fluxlib.control.connection import AgentConnection, ConnectionEvents, Connector, Introduction
 from fluxlib.control.deploy import FunctionService
 from fluxlib.control.leadership import Leadership
-from fluxlib.control.member import Member, Wanted
+from fluxlib.control.member import STEP_IN, Member, Wanted
 from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.control.roster import Roster, present_status
@@ -251,14 +251,14 @@ class Joiner:
             in_step=False,
             reachable=ATTACH not in member.features,
         )
+        report = introduction.report
+        self._registry.report(member.agent_id, report.figures, at=self._clock(), instance_id=report.instance_id)
         connection = self._connector.connect(introduction, self._events(member, life))
         with member.condition:
             if member.removed:
                 connection.close(Deadline(0))
                 raise AgentUnreachable(f"agent {member.agent_id} was removed meanwhile")
             self._registry.update(member.agent_id, connection=connection)
-        report = introduction.report
-        self._registry.report(member.agent_id, report.figures, at=self._clock(), instance_id=report.instance_id)
         if former is not None:
             former.fail_in_flight(f"agent {member.agent_id} was replaced, upgraded or restarted")
             former.close(Deadline(_CLOSE_SECONDS))
@@ -266,6 +266,19 @@ class Joiner:
 
     def _events(self, member: Member, life: int) -> ConnectionEvents:
         events = self._executions.events(member.agent_id)
+
+        def greeted(instance_id: str) -> None:
+            state = self._registry.get(member.agent_id)
+            if member.life != life or state is None or state.instance_id == instance_id:
+                return
+            if not state.record.status.present:
+                # Whether it is back is the leader's to say.
+                self._registry.update(member.agent_id, instance_id=instance_id)
+                return
+            # Before it gets work again, which it would until the next round noticed.
+            problem = "restarted: is being brought in step"
+            self._registry.update(member.agent_id, instance_id=instance_id, in_step=False, problem=problem)
+            self.want(member, STEP_IN)
 
         def attached(yes: bool) -> None:
             if member.life == life:
@@ -279,7 +292,7 @@ class Joiner:
                 self._registry.update(member.agent_id, reachable=False, problem="is shutting down")
                 events.stopping()
 
-        return replace(events, attached=attached, stopping=stopping)
+        return replace(events, greeted=greeted, attached=attached, stopping=stopping)
 
     def _take_inventory(self, member: Member, inventory: Inventory) -> None:
         self._roster.note(

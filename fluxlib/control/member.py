@@ -21,6 +21,9 @@ class Wanted(Flag):
     RECONNECT = auto()  # it is not the agent the connection was made for any more
 
 
+STEP_IN = Wanted.STEP | Wanted.RECONCILE
+
+
 @dataclass(slots=True)
 class Polled:
     """The questions how it is, and how many in a row had no good answer. The health poller's thread only."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from fluxlib.clock import steady_time
 from fluxlib.control.connection import AgentConnection, Connector
 from fluxlib.control.joining import ExecutionsPart, Joiner
-from fluxlib.control.member import Member, Wanted
+from fluxlib.control.member import STEP_IN, Member, Wanted
 from fluxlib.control.pushes import Pusher
 from fluxlib.control.registry import AgentState, Registry
 from fluxlib.control.roster import DRAINING, Change, Roster, present_status
@@ -28,8 +28,6 @@ _REGISTER_SECONDS = 25.0
 _CANCEL_SECONDS = 2.0
 _CLOSE_SECONDS = 3.0
 _CLOSE_AT_A_TIME = 64
-
-STEP_IN = Wanted.STEP | Wanted.RECONCILE
 
 
 class Membership:

@@ -208,15 +208,19 @@ class Registry:
         self._tell_change(state)
         return state
 
-    def report(self, agent_id: str, figures: NodeFigures, *, at: float, instance_id: str = "") -> None:
-        """Fresh figures. What was marked full by a refusal gets a new chance."""
+    def report(self, agent_id: str, figures: NodeFigures, *, at: float, instance_id: str | None = None) -> None:
+        """Fresh figures. What was marked full by a refusal gets a new chance.
+
+        ``instance_id``: the life they are of; None = whichever is known.
+        """
         with self._lock:
             state = self._agents.get(agent_id)
             if state is None:
                 return
             state.figures = figures
             state.last_heartbeat = at
-            state.instance_id = instance_id
+            if instance_id is not None:
+                state.instance_id = instance_id
             state._total_at_report = state.total
             state._memory_at_report = state.reserved_memory_mb
             self._set_full(state, state.full_by_count(state.expected_active))

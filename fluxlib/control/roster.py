@@ -101,6 +101,8 @@ class Roster:
                 if kept is None:
                     raise _unknown(member)
                 self._update(change(kept))
+                # Another object, equal: a reading under way is older than this change, the next one is followed whole.
+                member.stored = replace(member.stored)
             self._registry.update(member.agent_id, record=record)
 
     def observe(self, member: Member, change: Change, **state: Any) -> None:

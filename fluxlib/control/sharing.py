@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 
 from fluxlib.control.joining import Joiner
 from fluxlib.control.leadership import Leadership
-from fluxlib.control.member import Member, Wanted
-from fluxlib.control.membership import STEP_IN, Membership
+from fluxlib.control.member import STEP_IN, Member, Wanted
+from fluxlib.control.membership import Membership
 from fluxlib.control.registry import Registry
 from fluxlib.control.roster import CHANGED, Roster, present_status
 from fluxlib.errors import LeaseLost
@@ -52,7 +52,6 @@ class Sharing:
             state.agent_id: {
                 "figures": asdict(state.figures),
                 "heartbeat": state.last_heartbeat,
-                "instance": state.instance_id,
             }
             for state in self._registry.agents()
             if state.figures is not None
@@ -72,15 +71,8 @@ class Sharing:
             return
         self._read_last = text
         for agent_id, shared in json.loads(text).items():
-            member, state = self._roster.get(agent_id), self._registry.get(agent_id)
-            if member is None or state is None:
-                continue
-            restarted = state.instance_id not in ("", shared["instance"])
-            self._registry.report(
-                agent_id, NodeFigures(**shared["figures"]), at=shared["heartbeat"], instance_id=shared["instance"]
-            )
-            if restarted:
-                self._joiner.want(member, STEP_IN)
+            # Restarts are told by our own stream, and the leader brings everything to an original that has no stream.
+            self._registry.report(agent_id, NodeFigures(**shared["figures"]), at=shared["heartbeat"])
 
     def has_news(self) -> bool:
         """Whether the records have changed through another process, or this one. Raises StoreUnavailable."""

@@ -117,7 +117,7 @@ def test_a_refused_asynchronous_one_has_no_end(agent: ScriptedAgent, timers: Tim
         attachment.send(executed=[refused("e-1", ErrorKind.AT_CAPACITY)])
         assert answer.record().error_kind is ErrorKind.AT_CAPACITY
         attachment.acknowledged("e-1")
-        assert [name for name, _ in client.told.said] == ["attached", "full", "answer"]
+        assert [name for name, _ in client.told.said] == ["greeted", "attached", "full", "answer"]
 
 
 def test_what_was_sent_waits_for_the_agents_word(agent: ScriptedAgent, timers: Timers) -> None:
@@ -155,6 +155,15 @@ def test_another_life_of_the_agent_knows_nothing(agent: ScriptedAgent, timers: T
         # Even what it claims to know is from another execution of that ID.
         agent.attachment("sync")
         assert isinstance(sync.get(), AgentLost)
+        client.told.attached(2)
+        lives = [told for told in client.told.said if told[0] in ("greeted", "attached")]
+        assert lives == [
+            ("greeted", "first-life"),
+            ("attached", True),
+            ("attached", False),
+            ("greeted", "second-life"),
+            ("attached", True),
+        ]
         assert client.told.ended("kept").error_kind is ErrorKind.AGENT_STOPPED
         assert client.told.ended("forgotten").error_kind is ErrorKind.AGENT_LOST
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from fluxlib.control.member import Wanted
 from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus
@@ -125,6 +126,70 @@ def test_a_restarted_agent_is_compared_before_it_gets_work_again(fleet: Fleet, m
     assert fleet.executions.calls == [("reconcile", "w1")]
     assert "hello" in machine.functions
     assert fleet.state("w1").takes_work
+
+
+def test_a_restart_that_the_stream_tells_is_seen_before_there_is_work_again(fleet: Fleet) -> None:
+    machine = fleet.wire.add("w2")
+    machine.features = ("attach", "deploy_stream")
+    fleet.membership.register("w2:50052", legacy=False)
+    fleet.functions.put(spec())
+    events = fleet.connection("w2").events
+    fleet.executions.calls.clear()
+    events.greeted(machine.instance)  # the same life, on a new channel
+    fleet.settle()
+    assert fleet.executions.calls == []
+    events.attached(False)
+    machine.restart()
+    machine.functions.clear()
+    gate = machine.gate = threading.Event()
+    events.greeted(machine.instance)
+    events.attached(True)
+    assert not fleet.state("w2").takes_work
+    assert "restarted" in fleet.view("w2").problem
+    gate.set()
+    fleet.settle()
+    assert fleet.executions.calls == [("reconcile", "w2")]
+    assert "hello" in machine.functions
+    assert fleet.state("w2").takes_work
+    fleet.round()
+    assert fleet.executions.calls == [("reconcile", "w2")]
+
+
+def test_a_life_that_is_greeted_brings_nobody_back_before_the_leader_says_so(pair: tuple[Fleet, Fleet]) -> None:
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    machine.features = ("attach", "deploy_stream")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    machine.up = False
+    both(leader, follower, 4)
+    assert follower.view("w1").record.status is AgentStatus.OFFLINE
+    machine.restart()
+    machine.up = True
+    follower.connection("w1").events.greeted(machine.instance)
+    follower.settle()
+    assert follower.view("w1").record.status is AgentStatus.OFFLINE
+    both(leader, follower, 2)
+    assert follower.state("w1").takes_work
+    assert follower.state("w1").instance_id == machine.instance
+
+
+def test_a_life_greeted_on_a_connection_that_was_replaced_says_nothing(fleet: Fleet) -> None:
+    machine = fleet.wire.add("w2")
+    machine.features = ("attach", "deploy_stream")
+    fleet.membership.register("w2:50052", legacy=False)
+    former = fleet.connection("w2")
+    machine.features = ("attach", "deploy_stream", "renew")
+    fleet.round()
+    member = fleet.roster.get("w2")
+    assert member is not None
+    fleet.joiner.want(member, Wanted.RECONNECT)
+    fleet.settle()
+    assert fleet.connection("w2") is not former
+    fleet.executions.calls.clear()
+    former.events.greeted("another")
+    fleet.settle()
+    assert fleet.executions.calls == []
 
 
 @pytest.fixture
@@ -441,6 +506,51 @@ def test_nobodys_wish_brings_back_who_was_deregistered_elsewhere(pair: tuple[Fle
     with pytest.raises(NotFound):
         pair[asked].membership.drain("w1")
     assert pair[0].stored("w1") is None
+
+
+def test_what_a_follower_was_asked_while_it_read_the_store_is_not_undone_by_that_reading(
+    pair: tuple[Fleet, Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, follower = pair
+    leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    leader.membership.drain("w1")
+    read = follower.store.agents
+
+    def slowly() -> list[AgentRecord]:
+        found = read()
+        follower.membership.undrain("w1")
+        return found
+
+    with monkeypatch.context() as slow:
+        slow.setattr(follower.store, "agents", slowly)
+        follower.time[0] += 10
+        follower.health.tick(follower.now)
+    assert follower.view("w1").record.status is AgentStatus.ONLINE
+    follower.round(0.001)
+    assert follower.stored("w1").status is AgentStatus.ONLINE
+
+
+def test_a_restart_just_before_the_leader_goes_costs_nobody_a_refusal_later(pair: tuple[Fleet, Fleet]) -> None:
+    """The figures a follower reads last are of the agent's former life."""
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    machine.features = ("attach", "deploy_stream")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    leader.round()
+    machine.restart()
+    follower.connection("w1").events.greeted(machine.instance)
+    follower.settle()
+    refused: list[str] = []
+    follower.registry.on_change(lambda agent_id: None if follower.state("w1").takes_work else refused.append(agent_id))
+    follower.round(0)
+    follower.round(16)
+    assert follower.leadership.leads
+    follower.round()
+    assert follower.state("w1").instance_id == machine.instance
+    assert refused == []
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here only", "elsewhere as well"])

@@ -73,6 +73,7 @@ class Told:
         return ConnectionEvents(
             ended=lambda record: self.say("ended", record),
             full=lambda name: self.say("full", name),
+            greeted=lambda instance_id: self.say("greeted", instance_id),
             freed=lambda name: self.say("freed", name),
             attached=lambda yes: self.say("attached", yes),
             stopping=lambda: self.say("stopping"),
