@@ -162,6 +162,10 @@ def _check(opened: zipfile.ZipFile, size: int, limits: Limits) -> int:
             faults.append(f"{_shown(name)}: lies inside a file")
         else:
             sound.update(passed)
+        if len(sound) > limits.entries:
+            # Each takes a block and an inode wherever it is unpacked; a name of 512 bytes can stand for 256 of them.
+            faults.append(f"its entries lie in more than {limits.entries} directories")
+            break
     if total > limits.total_bytes:
         faults.append(f"unpacks to {total // 1024**2} MB, more than {limits.total_bytes // 1024**2}")
     elif total > 1024 * 1024 and total > size * limits.ratio:

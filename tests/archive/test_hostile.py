@@ -110,6 +110,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "inside a file": (lambda: entries(("main.sh", b"a", {}), ("main.sh/x", b"b", {})), "lies inside a file"),
     "file and directory": (lambda: entries(("main.sh", b"", {}), ("a", b"", {}), ("a/", b"", {})), "there twice"),
     "too many entries": (lambda: make_zip({f"f{number}": "" for number in range(21)}), "more than 20 entries"),
+    "too many directories": (
+        lambda: make_zip({"main.sh": "", **{f"{number}/b/c/d/e/f": "" for number in range(5)}}),
+        "more than 20 directories",
+    ),
     "too much": (lambda: entries(("main.sh", bytes(1024 * 1024 + 1), {})), "unpacks to"),
     "encrypted": (encrypted, "encrypted"),
     "bzip2": (lambda: other_method(12), "neither stored nor deflated"),
