@@ -23,6 +23,8 @@ from fluxlib.model import Platform
 _COPY = 256 * 1024
 _ENCRYPTED = 0x1
 _PART_BYTES = 255
+# What reading a broken entry raises; OverflowError when it is said to lie further off than a position can be.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OverflowError, NotImplementedError, RuntimeError)
 # e_machine of ELF (gABI, "ELF Header") and Machine of PE (Microsoft's PE format), in Go's words.
 _ELF_MACHINES = {3: "386", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 22: "s390x", 21: "ppc64le"}
 _PE_MACHINES = {0x14C: "386", 0x8664: "amd64", 0xAA64: "arm64"}
@@ -214,7 +216,7 @@ def _head(opened: zipfile.ZipFile, handler: str) -> bytes:
     try:
         with opened.open(found[0]) as file:
             return file.read(4096)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (*_UNREADABLE, OSError) as error:
         raise InvalidInput(f"the handler {_shown(handler)} cannot be unpacked: {error}") from error
 
 
@@ -229,7 +231,7 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, left: i
                 if written > info.file_size or written > left:
                     raise InvalidInput(f"{_shown(info.filename)} is larger than the zip says")
                 file.write(chunk)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise InvalidInput(f"{_shown(info.filename)} cannot be unpacked: {error}") from error
     os.chmod(target, 0o555)
     return left - written

@@ -73,6 +73,13 @@ def wrong_checksum() -> bytes:
     return bytes(data)
 
 
+def far_off(other: str, name: str) -> bytes:
+    extra = struct.pack("<HHQ", 1, 8, 1 << 63)  # ZIP64's place of an entry
+    made = bytearray(entries((other, b"", {}), (name, b"", {"extra": extra})))
+    struct.pack_into("<I", made, made.rindex(b"PK\x01\x02") + 42, 0xFFFF_FFFF)
+    return bytes(made)
+
+
 LINK = {"external_attr": 0o120777 << 16}
 DEVICE = {"external_attr": 0o020666 << 16}
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -120,8 +127,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "unknown method": (lambda: other_method(99), "neither stored nor deflated"),
     "lying about its size": (lying_about_its_size, ""),
     "wrong checksum": (wrong_checksum, "cannot be unpacked"),
+    "handler far off": (lambda: far_off("a", "main.sh"), "the handler 'main.sh' cannot be unpacked"),
+    "far off": (lambda: far_off("main.sh", "a"), "'a' cannot be unpacked"),
 }
-TOLERATED_BY_INSPECT = {"lying about its size", "wrong checksum"}  # seen only while all of it is unpacked
+TOLERATED_BY_INSPECT = {"lying about its size", "wrong checksum", "far off"}  # seen only while all of it is unpacked
 
 
 def around(directory: Path) -> list[str]:
