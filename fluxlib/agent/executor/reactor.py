@@ -15,8 +15,10 @@ import logging
 import mmap
 import os
 import select
+import termios
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 
@@ -37,14 +39,14 @@ _SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
 class OutputPipe:
     """The reading end of one program's output."""
 
-    __slots__ = ("fd", "flowing", "on_output", "reads", "resting")
+    __slots__ = ("fd", "on_output", "reads", "resting", "taken")
 
     def __init__(self, fd: int, on_output: Callable[[bytes], None]) -> None:
         self.fd = fd
         self.on_output = on_output
         self.reads = 0
         self.resting = False
-        self.flowing = False  # the last read took all it could: there is more
+        self.taken = 0  # by the last read
 
 
 class Reactor:
@@ -106,10 +108,12 @@ class Reactor:
         self._new.append((time.monotonic() + _UNWATCHED, pipe))
 
     def drain(self, pipe: OutputPipe) -> None:
-        """Read what is left and close. On the reactor's thread, when no writer is alive any more."""
-        # A read that took less than it could has taken all there is: nobody is left to write more.
-        while pipe.fd >= 0 and self._read(pipe) and pipe.flowing:
-            pass
+        """Read what is left and close. On the reactor's thread, when nothing of the tree is alive any more."""
+        # Counted first: the program may have handed its writing end to somebody who goes on for ever, and one that
+        # made its writes packets (O_DIRECT) is read one of them at a time.
+        left = _waiting(pipe.fd) if pipe.fd >= 0 else 0
+        while left > 0 and self._read(pipe):
+            left -= pipe.taken
         self._close(pipe)
 
     def stop(self, timeout: float) -> None:
@@ -174,7 +178,7 @@ class Reactor:
             self._close(pipe)
             return
         pipe.reads += 1
-        if pipe.reads >= _QUICK_READS and not pipe.flowing:
+        if pipe.reads >= _QUICK_READS and pipe.taken < _READ_SIZE:
             self._rest(pipe)
 
     def _rest(self, pipe: OutputPipe) -> None:
@@ -213,7 +217,7 @@ class Reactor:
         except OSError as error:
             log.warning("reading a program's output failed: %s", error)
             return False
-        pipe.flowing = size == _READ_SIZE
+        pipe.taken = size
         if size:
             pipe.on_output(bytes(self._buffer[:size]))
         return size > 0
@@ -227,3 +231,10 @@ class Reactor:
         self._pipes.pop(pipe.fd, None)
         os.close(pipe.fd)
         pipe.fd = -1
+
+
+def _waiting(fd: int) -> int:
+    """Bytes that can be read now."""
+    count = array("i", (0,))
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return count[0]
