@@ -1,15 +1,27 @@
-"""Which user profile off runs functions as."""
+"""Which user profile off runs functions as, and that they stay it."""
 
 from __future__ import annotations
 
+import contextlib
+import marshal
 import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fluxlib.agent.executor import off
+# Borrowed: a spawner that is a fork of this process becomes a user who may not be able to read the clone.
+from fluxlib.agent.executor import borrowed, off, spawner  # noqa: F401
 from fluxlib.agent.executor.spawned import SpawningExecutor
 from fluxlib.config.agent import read_agent
+from tests.support.need import need
+
+_NOBODY = 65534
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give functions another user")
 
@@ -26,3 +38,46 @@ def test_a_user_that_cannot_be_had_is_told(
     config = read_agent(f"agent_id: w\nisolation: off\n{setting}", tmp_path / "agent.yaml")
     off.OffExecutor(config, tmp_path, "for a test")
     assert any(f"runner_user {user} is not used" in note for note in notes[0]) is told
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Everybody's, which pytest's own are not."""
+    path = Path(tempfile.mkdtemp(prefix="flux-off-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+def test_no_program_of_a_user_becomes_root_and_keeps_the_others_waiting(directory: Path) -> None:
+    need("setpriv")
+    shutil.copy(shutil.which("setpriv") or "", directory / "gain")
+    (directory / "gain").chmod(0o4755)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(Exception):
+            ours.close()
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+            spawner.main(theirs.detach(), [])
+        os._exit(1)
+    theirs.close()
+    ours.settimeout(10)
+    gaining = "setsid ./gain --reuid=0 sh -c 'echo root > said; exec sleep 15' || echo refused > said"
+    scripts = [f"mkfifo said; ({gaining}) & read word < said; test $word = refused", "true"]
+    ended: list[tuple[Any, ...]] = []
+    try:
+        for number, script in enumerate(scripts):
+            argv, env = [b"/bin/sh", b"-c", script.encode()], {b"PATH": b"/usr/bin:/bin"}
+            request = ("run", number, argv, env, str(directory), -1, -1, {}, b"e-%d" % number)
+            with open(os.devnull, "wb") as output:
+                socket.send_fds(ours, [marshal.dumps(request)], [output.fileno()])
+        while len(ended) < len(scripts):
+            ended += [answer for answer in marshal.loads(ours.recv(1 << 16)) if answer[0] == "exit"]
+    finally:
+        ours.close()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert sorted(answer[1:3] for answer in ended) == [(0, 0), (1, 0)]

@@ -272,8 +272,8 @@ def main(fd: int, arguments: list[str]) -> None:
 
 def _lower_this_process() -> None:
     os.umask(0o077)
-    if os.geteuid() == 0:
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        # Not only as root: what became root from somebody else's program could not be killed, and a sweep waits for it.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
