@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import select
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -95,6 +96,36 @@ def test_what_a_program_left_is_ended_when_there_is_a_descriptor(executor: Linux
     assert over.wait(SECONDS)
     assert ends[0].exit_code == 0
     assert not os.path.exists(tree.group.path)
+
+
+def test_a_tree_of_many_processes_is_told_to_stop_to_the_last(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    processes = RunGroup.processes
+
+    def look(group: RunGroup) -> list[int]:
+        found = processes(group)
+        looks.append(len(found))
+        return found
+
+    monkeypatch.setattr(RunGroup, "processes", look)
+    path = cgroups / "crowd"
+    path.mkdir()
+    group = RunGroup(str(path))
+    crowd = f"echo $$ > {path}/cgroup.procs; for n in $(seq 700); do sleep 600 & done; echo up; wait"
+    process = subprocess.Popen(["sh", "-c", crowd], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as said:
+        assert said.readline() == b"up\n"
+        group.signal(signal.SIGTERM)
+        emptied = group.wait_until_empty(SECONDS)
+    group.kill()
+    assert process.wait(SECONDS) == -signal.SIGTERM
+    assert group.wait_until_empty(SECONDS)
+    group.remove()
+    group.close()
+    assert emptied
+    assert looks[0] == 701
+    assert len(looks) < 20
 
 
 class Unwilling:
