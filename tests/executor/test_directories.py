@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,33 @@ def test_what_cannot_be_removed_keeps_nobody_elses(
         assert removed.wait(10)
     assert f"{stays} cannot be removed" in caplog.text
     assert ended == []
+
+
+def test_what_there_was_no_descriptor_to_remove_with_is_removed_when_there_is(
+    work: WorkDirectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directories, "_AGAIN", 0.01)
+    remove_tree, failed, released = directories.remove_tree, threading.Event(), threading.Event()
+
+    def watched(path: str) -> None:
+        try:
+            remove_tree(path)
+        except OSError:
+            failed.set()
+            raise
+
+    monkeypatch.setattr(directories, "remove_tree", watched)
+    path = use(work)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        work.remove(path, released.set)  # even an empty one: it cannot be looked into
+        assert failed.wait(10)
+        assert not released.is_set()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert released.wait(10)
+    assert not os.path.exists(path)
 
 
 def test_one_that_cannot_be_its_users_is_not_left_behind(

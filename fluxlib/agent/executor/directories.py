@@ -20,9 +20,13 @@ from fluxlib.agent.removal import discard, remove_tree
 
 log = logging.getLogger(__name__)
 
+# A path, and what is called when nothing of it is left.
+_Task = tuple[str, Callable[[], None] | None]
 
 # Of one owner, kept empty: as many as may run at once on a busy node.
 _SPARE = 64
+# How long what cannot be removed is left alone (seconds).
+_AGAIN = 30.0
 # File systems stamp changes with the time of the last clock tick: older than this (ns), a stamp is no later change's.
 _TICK = 50_000_000
 
@@ -34,7 +38,7 @@ class WorkDirectories:
         self._root = root
         self._spare: dict[int, list[str]] = {}  # by owner
         self._stamps: dict[str, int] = {}  # of the last change before one was found empty
-        self._queue: queue.SimpleQueue[tuple[str, Callable[[], None] | None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         if root.exists():
             discard(root)
         root.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -110,17 +114,41 @@ class WorkDirectories:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while (task := self._queue.get()) is not None:
-            path, then = task
+        stayed: list[_Task] = []
+        again_at = 0.0
+        while True:
+            left = again_at - time.monotonic()
+            try:
+                # Whoever always has something new to remove must not keep what stayed waiting for ever.
+                if stayed and left <= 0:
+                    raise queue.Empty
+                task = self._queue.get(timeout=left if stayed else None)
+                if task is None:
+                    return
+                failed = self._try([task], logging.ERROR)
+                if not stayed:
+                    again_at = time.monotonic() + _AGAIN
+                stayed += failed
+            except queue.Empty:
+                stayed = self._try(stayed, logging.DEBUG)
+                again_at = time.monotonic() + _AGAIN
+
+    def _try(self, tasks: list[_Task], level: int) -> list[_Task]:
+        """Those of which something stays."""
+        stayed = []
+        for path, then in tasks:
             # Whatever it is: without this thread nothing is removed any more, and no user is used again.
             try:
                 remove_tree(path)
                 if then is not None:
                     then()
             except OSError as error:
-                log.error("the work directory %s cannot be removed: %s", path, error)  # its user is not used again
+                # Its user is not used again before it is gone. When descriptors run out, that is everybody's who ends.
+                log.log(level, "the work directory %s cannot be removed: %s; trying again", path, error)
+                stayed.append((path, then))
             except Exception:
                 log.exception("the work directory %s cannot be removed", path)
+        return stayed
 
 
 def _holds_anything(path: str) -> bool:
