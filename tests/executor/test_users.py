@@ -8,11 +8,13 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fluxlib.agent.executor.users import Users, check_range
 from fluxlib.errors import AtCapacity, Unenforceable
 from tests.support.need import need_root
+from tests.support.programs import wait_until
 
 FAR = 1_900_000_000
 
@@ -103,3 +105,28 @@ def test_a_running_process_stands_against_it() -> None:
         process.communicate()
     check_range(number - 1, 3, ())
     assert os.getuid() == 0
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_process_that_only_waits_to_be_reaped_is_nobody(threads: int) -> None:
+    """What a former life left where the first process reaps nothing must not keep this one from starting."""
+    need_root()
+    number = FAR + 79
+    program = f"""
+import ctypes, os, sys, threading
+os.setresuid({number}, {number}, {number})
+for _ in range({threads}):
+    threading.Thread(target=sys.stdin.read).start()
+print("up", flush=True)
+ctypes.CDLL(None).pthread_exit(None) if {threads} else os._exit(0)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, "it to end")
+        if threads:
+            with pytest.raises(Unenforceable, match=f"processes that run as user {number}"):
+                check_range(number, 1, ())
+        else:
+            check_range(number, 1, ())
+        process.kill()
