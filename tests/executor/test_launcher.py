@@ -264,6 +264,23 @@ def test_the_steps_can_be_tried_without_a_program(launched: Launched) -> None:
     assert (output, answers[-1][2]) == ("", 0)
 
 
+def test_code_may_lie_behind_a_link_on_a_disk_in_a_hidden_directory(cgroups: Path, tmp_path: Path) -> None:
+    disk = Path(tempfile.mkdtemp(prefix="flux-disk-", dir="/mnt"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", disk], check=True)
+    try:
+        (disk / "functions" / "mine").mkdir(parents=True)
+        (tmp_path / "link").symlink_to(disk)
+        launched = Launched(DEFAULT, tmp_path / "link", cgroups)
+        try:
+            output, answers = launched.run(f"ls {disk.parent}; echo hello")
+        finally:
+            launched.link.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+        disk.rmdir()
+    assert (output, answers[-1][0]) == ("hello\n", "exit")
+
+
 def test_what_runs_dies_with_the_agents_end_of_the_socket(programs: Path, cgroups: Path) -> None:
     launched = Launched(DEFAULT, programs, cgroups)
     outputs: list[str] = []

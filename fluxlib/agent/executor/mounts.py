@@ -55,7 +55,8 @@ def prepare_namespace(programs: bytes, hidden: Iterable[bytes]) -> None:
     os.chdir(programs)
     resolver = os.path.dirname(os.path.realpath(b"/etc/resolv.conf"))
     kept = syscalls.open_tree(resolver) if resolver.startswith(b"/run/") and os.path.isdir(resolver) else -1
-    _thin_out(programs)
+    # Where it really is: on the way there may be a link to another disk, which lies in a directory that is hidden.
+    _thin_out(os.getcwdb())
     for directory in _HIDDEN:
         if os.path.isdir(directory):
             _cover(directory)
