@@ -326,6 +326,15 @@ class TestProtocol:
             wire.raw(b"input")
             assert wire.json()[1]["output"] == "input"
 
+    @pytest.mark.parametrize(("method", "path"), [("POST", "/execute/hello"), ("GET", "/health")])
+    def test_without_a_body_nobody_is_asked_to_send_one(
+        self, fakes: Fakes, serve: Serve, method: str, path: str
+    ) -> None:
+        with Wire(serve(fakes).port) as wire:
+            for _ in range(2):
+                wire.raw(head(method, path, Expect="100-continue"))
+                assert wire.answer()[0] == 200
+
     def test_chunked_bodies(self, fakes: Fakes, serve: Serve) -> None:
         with Wire(serve(fakes).port) as wire:
             request = head("GET", "/execute/hello", Transfer_Encoding="chunked", Content_Type="text/plain")

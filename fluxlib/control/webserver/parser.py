@@ -66,8 +66,8 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
                 self._ask()
         elif self.chunked and self.body_rcv is not None and self.error is None:
             self._hold_to_limit()
-        if self.error is not None:
-            # waitress would ask a client that waits for it to send all the same.
+        if self.completed:
+            # Refused, or without a body: waitress would ask the client to send all the same, and wait for it.
             self.expect_continue = False
         return consumed
 
