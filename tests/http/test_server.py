@@ -392,11 +392,13 @@ class TestProtocol:
             (b"GET //health HTTP/1.1\r\n\r\n", 400),
             (b"GET /\xff\xfe HTTP/1.1\r\n\r\n", 400),
             (b"BREW /health HTTP/1.1\r\n\r\n", 405),
+            (b"GET http://[::1 HTTP/1.1\r\n\r\n", 400),
+            (b"GET /health HTTP/1.1\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n", 400),
         ],
-        ids=range(12),
+        ids=range(14),
     )
     def test_what_is_no_request_is_refused_in_json(
-        self, fakes: Fakes, serve: Serve, request_bytes: bytes, status: int
+        self, fakes: Fakes, serve: Serve, request_bytes: bytes, status: int, caplog: pytest.LogCaptureFixture
     ) -> None:
         with Wire(serve(fakes).port) as wire:
             wire.raw(request_bytes)
@@ -404,6 +406,7 @@ class TestProtocol:
             assert seen == status
             assert headers["content-type"] == "application/json"
             assert json.loads(body)["error"]
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 class TestLargeBodies:

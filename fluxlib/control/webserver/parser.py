@@ -57,7 +57,13 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
             self.error = BadRequest("this port speaks plain HTTP, not TLS: use http://")
             self.completed = True
             return len(data)
-        consumed: int = super().received(data)
+        try:
+            consumed: int = super().received(data)
+        except ValueError as error:
+            # A target that is no URL, a length of thousands of digits: waitress takes its reading of them for safe.
+            self.error = BadRequest(f"the head cannot be read: {str(error)[:200]}")
+            self.completed = True
+            return len(data)
         if self.headers_finished and not self._asked:
             self._asked = True
             # What waitress finds too large is asked about as well: it may have no key, or no such path.
