@@ -341,6 +341,20 @@ class TestProtocol:
             wire.raw(request.replace(b"GET", b"POST", 1) + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
             assert wire.json()[1]["output"] == "abcde"
 
+    @pytest.mark.parametrize("version", [b"1.0", b"2.0"])
+    def test_chunks_of_another_version_are_not_taken_for_no_body(
+        self, fakes: Fakes, serve: Serve, version: bytes
+    ) -> None:
+        with Wire(serve(fakes).port) as wire:
+            request = head("GET", "/execute/hello", Transfer_Encoding="chunked", Content_Type="text/plain")
+            request = request.replace(b"GET", b"POST", 1).replace(b"HTTP/1.1", b"HTTP/" + version, 1)
+            wire.raw(request + b"3\r\nabc\r\n0\r\n\r\n")
+            status, data = wire.json()
+            assert status == 400
+            assert "HTTP/1.1" in data["error"]
+            assert wire.closed()
+        assert not fakes.executions.calls
+
     def test_nothing_comes_behind_a_head(self, fakes: Fakes, serve: Serve) -> None:
         with Wire(serve(fakes).port) as wire:
             wire.send("POST", "/execute/hello").json()

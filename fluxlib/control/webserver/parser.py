@@ -64,6 +64,12 @@ class ApiParser(HTTPRequestParser):  # type: ignore[misc]
             self.error = BadRequest(f"the head cannot be read: {str(error)[:200]}")
             self.completed = True
             return len(data)
+        if self.error is None and "TRANSFER_ENCODING" in self.headers:
+            # waitress leaves it there where it does not look at it, and would take the body for the next request.
+            self.error = BadRequest(
+                "a Transfer-Encoding is taken with HTTP/1.1 only: use that, or send a Content-Length"
+            )
+            self.completed = True
         if self.headers_finished and not self._asked:
             self._asked = True
             # What waitress finds too large is asked about as well: it may have no key, or no such path.
