@@ -224,6 +224,7 @@ class ExecutionService:
                     if execution.sent:
                         self._calls.cancel_soon(execution, _FAREWELL, wait=False)
             self._ledger.drain(deadline)
+        self._outputs.stop()
         self._dispatcher.close(deadline)
         self._calls.close(deadline)
         self._ledger.settle(deadline.remaining())

@@ -11,7 +11,7 @@ from fluxlib.control.execution import merged
 from fluxlib.control.ledger import Ledger
 from fluxlib.control.recovery import Recovery
 from fluxlib.control.services import Nothing, OutputStream, no_such_execution
-from fluxlib.errors import AgentError, InvalidInput, NotFound
+from fluxlib.errors import AgentError, InvalidInput, NotFound, Stopping
 from fluxlib.model import ExecutionRecord
 from fluxlib.store.base import ExecutionEntry
 
@@ -26,6 +26,13 @@ class Outputs:
         self._ledger = ledger
         self._calls = calls
         self._recovery = recovery
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Nothing begins any more: whoever follows what has not begun is let go."""
+        self.stopping = True
+        for execution_id in self._ledger.watched():
+            self._ledger.changed(execution_id)
 
     def entry(self, execution_id: str) -> ExecutionEntry:
         """Raises NotFound."""
@@ -127,6 +134,8 @@ class Following:
     def __iter__(self) -> Iterator[bytes]:
         try:
             while self._stream is None and not self._closed:
+                if self._outputs.stopping:
+                    raise Stopping("Flux is stopping, and this has not begun")
                 held = self._ledger.get(self._execution_id)
                 on_its_way = held is not None and held.sent and not held.asynchronous
                 self._changed.wait(_ARRIVAL if on_its_way else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -100,6 +101,18 @@ class TestWaiting:
         hangs.set()
         plane.service._calls.close(Deadline(5))
         plane.service._dispatcher.close(Deadline(5))
+
+
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_a_follower_of_what_waits_is_let_go(plane: Plane, comes: str) -> None:
+    execution_id = plane.submit("w")
+    if comes == "after":
+        plane.service.stop(Deadline(8))
+    with closing(plane.service.output(execution_id, 0, follow=True)) as stream:
+        following = plane.pool.submit(lambda: b"".join(stream))
+        plane.service.stop(Deadline(8))
+        with pytest.raises(Stopping):
+            following.result(10)
 
 
 class TestCallsInProgress:
