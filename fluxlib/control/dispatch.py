@@ -282,9 +282,9 @@ class Dispatcher:
             if answer.error_kind is ErrorKind.INVALID:
                 raise InvalidInput(answer.error or "the agent cannot take these arguments")
         elif isinstance(answer, FluxError) and not isinstance(answer, AgentUnreachable):
-            # Whatever else a connection says, it may have been started.
-            known = isinstance(answer, (AgentLost, Withdrawn, NotFound))
-            raise answer if known else AgentLost(answer.message)
+            # Whatever else a connection says, it may have been started. An error of its own, which names it: a
+            # stream that breaks says one and the same to all whose answers went down with it.
+            raise answer if isinstance(answer, (Withdrawn, NotFound)) else AgentLost(answer.message)
         check_wanted(execution)
 
     # -- ends ----------------------------------------------------------------------------

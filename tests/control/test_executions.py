@@ -113,6 +113,18 @@ class TestSync:
         assert (record.status, record.error_kind) == (ExecutionStatus.FAILED, ErrorKind.AGENT_LOST)
         assert "agent lost" in plane.service.get(caught.value.execution_id).error
 
+    def test_each_caller_of_a_lost_agent_is_told_its_own_id(self, plane: Plane) -> None:
+        agent = plane.agent()
+        calls = [plane.soon("f", word) for word in ("one", "two", "three")]
+        agent.wait_asked(3)
+        error = AgentLost("agent a1 was lost: reset")  # a broken stream says one of all it took down
+        for asked in agent.asked:
+            asked.answer(error)
+        told = [call.exception(10) for call in calls]
+        assert all(isinstance(one, AgentLost) for one in told)
+        ids = [one.execution_id for one in told if isinstance(one, AgentLost)]
+        assert sorted(ids) == sorted(asked.request.execution_id for asked in agent.asked)
+
     def test_a_client_that_goes_away_cancels_its_run(self, plane: Plane) -> None:
         agent, client = plane.agent(), Client()
         running = plane.soon(client=client)
