@@ -182,7 +182,9 @@ class FakeExecutions:
     def cancel(self, execution_id: str) -> ExecutionRecord:
         record = self.get(execution_id)
         if record.status.ended:
-            raise Conflict(f"{execution_id} has ended: {record.status.value}")
+            error = Conflict(f"{execution_id} has ended already")
+            error.status = record.status.value
+            raise error
         self.records[execution_id] = record.ended(ExecutionStatus.CANCELLED, at=time.time())
         return self.records[execution_id]
 

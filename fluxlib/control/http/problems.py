@@ -10,6 +10,7 @@ from fluxlib.control.http.answers import Answer, Headers, json_answer
 from fluxlib.control.services import AgentAway
 from fluxlib.errors import (
     AtCapacity,
+    Conflict,
     FluxError,
     InvalidInput,
     Refused,
@@ -47,6 +48,8 @@ def _deliberate(error: FluxError) -> Answer:
     data: dict[str, Any] = {"error": error.message}
     if isinstance(error, InvalidInput) and error.faults:
         data["faults"] = list(error.faults)
+    if isinstance(error, Conflict) and error.status:
+        data["status"] = error.status
     execution_id = getattr(error, "execution_id", "")
     if execution_id:
         data["execution_id"] = execution_id

@@ -137,6 +137,7 @@ COMPONENTS: dict[str, Schema] = {
         {
             "faults": _TEXTS,
             "execution_id": _TEXT,
+            "status": {**_STATUS, "description": "of the execution that has ended already and cannot be cancelled"},
             "error_id": {"type": "string", "description": "finds the fault in Flux's log"},
             "record": ref("Record"),
         },
