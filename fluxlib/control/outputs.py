@@ -137,7 +137,8 @@ class Following:
                 if self._outputs.stopping:
                     raise Stopping("Flux is stopping, and this has not begun")
                 held = self._ledger.get(self._execution_id)
-                on_its_way = held is not None and held.sent and not held.asynchronous
+                # Written to be there is enough: when it is asked afterwards, nothing tells of that.
+                on_its_way = held is not None and bool(held.agent_id) and not held.asynchronous
                 self._changed.wait(_ARRIVAL if on_its_way else None)
                 self._changed.clear()
                 if not self._closed:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fluxlib.control.outputs import Following
 from fluxlib.control.services import AgentAway
 from fluxlib.errors import (
     AgentLost,
@@ -492,6 +495,39 @@ class TestReading:
         agent.outputs[execution_id] = b"hello"
         join(plane.registry, "a1", agent)
         assert reading.result(10) == b"hello"
+
+    def test_a_follower_who_looks_before_the_agent_is_asked_looks_again(
+        self, plane: Plane, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plane.functions.add("w", **WAIT)
+        calling = plane.soon("w")
+        plane.queued(1, "w")
+        (entry,) = plane.store.executions(ExecutionFilter(), "", 10).entries
+        stream = plane.service.output(entry.execution_id, 0, follow=True)
+        assert isinstance(stream, Following)
+        send, wait, looked = plane.service._dispatcher._asking._send, stream._changed.wait, threading.Event()
+
+        def sent_late(*arguments: Any) -> None:
+            assert looked.wait(10)
+            send(*arguments)
+
+        def wait_again(timeout: float | None = None) -> bool:
+            written = plane.store.execution(entry.execution_id)
+            if written is not None and written.record.agent_id:
+                looked.set()
+            return wait(timeout)
+
+        monkeypatch.setattr(plane.service._dispatcher._asking, "_send", sent_late)
+        monkeypatch.setattr(stream._changed, "wait", wait_again)
+        reading = plane.pool.submit(lambda: next(iter(stream)))
+        agent = plane.agent()
+        asked = agent.wait_asked()
+        agent.outputs[entry.execution_id] = b"live"
+        try:
+            assert reading.result(5) == b"live"
+        finally:
+            agent.end(asked, b"live")
+            calling.result(10)
 
     def test_a_follower_that_goes_away_waits_no_longer(self, plane: Plane) -> None:
         plane.functions.add("w", **WAIT)
