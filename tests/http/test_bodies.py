@@ -118,7 +118,9 @@ class TestACall:
         headers = {"Idempotency-Key": "order-17"}
         assert client("POST", "/execute/hello/async", headers=headers).status == 202
         assert fakes.executions.calls[-1].idempotency_key == "order-17"
-        assert client("POST", "/execute/hello", headers=headers).status == 400
+        for synchronous in ("hello", "async"):
+            assert client("POST", f"/execute/{synchronous}", headers=headers).status == 400
+        assert client("POST", "/execute/async/async", headers=headers).status == 202
         for bad in ("x" * 256, "\xe4", "", "a b"):
             assert client("POST", "/execute/hello/async", headers={"Idempotency-Key": bad}).status == 400
 

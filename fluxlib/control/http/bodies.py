@@ -207,7 +207,8 @@ def idempotency_key(request: Request) -> str:
     if not request.has_header("IDEMPOTENCY_KEY"):
         return ""
     key = request.header("IDEMPOTENCY_KEY").strip()
-    if not request.path.endswith("/async"):
+    # Not by its end alone: a function may be called async.
+    if request.path != f"/execute/{request.params['name']}/async":
         raise InvalidInput("Idempotency-Key works for asynchronous calls only: POST /execute/NAME/async")
     if not _KEY.fullmatch(key):
         raise InvalidInput("Idempotency-Key must be 1 to 255 visible ASCII characters")
