@@ -79,7 +79,7 @@ class Outputs:
                 raise InvalidInput(f"offset {offset} lies beyond the end: there are {record.output_bytes} bytes")
             if offset == record.output_bytes or not record.agent_id:
                 return Nothing()
-            return self._open(record, offset, follow=False)
+            return self._open(record, offset, follow=follow)
         if follow:
             return Following(self, self._ledger, execution_id, offset)
         if not record.agent_id:
@@ -94,7 +94,7 @@ class Outputs:
         record = self.entry(execution_id).record
         if record.status.ended:
             short = offset >= record.output_bytes or not record.agent_id
-            return Nothing() if short else self._open(record, offset, follow=False)
+            return Nothing() if short else self._open(record, offset, follow=True)
         if not record.agent_id:
             return None
         try:

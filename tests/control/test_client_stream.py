@@ -136,7 +136,8 @@ def test_output_is_followed_as_it_grows(client: Client) -> None:
     assert b"".join(pieces) == b"one\ntwo\nthree\n"
     assert len(pieces) == 3
     answer.record()
-    assert b"".join(client.connection.output("s-drip", 4, follow=False)) == b"two\nthree\n"
+    for follow in (False, True):
+        assert b"".join(client.connection.output("s-drip", 4, follow=follow)) == b"two\nthree\n"
     record = client.connection.record("s-drip", with_output=True)
     assert record is not None
     assert record.output == b"one\ntwo\nthree\n"

@@ -486,6 +486,23 @@ class TestReading:
         with pytest.raises(NotFound):
             plane.service.output("nobody", 0, follow=False)
 
+    def test_a_follower_of_an_ended_one_may_read_as_slowly_as_of_a_running_one(
+        self, plane: Plane, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        agent = plane.agent(script=succeed)
+        record = plane.execute("f", "abc")
+        plane.record(record.execution_id)
+        output, asked = agent.output, []
+
+        def asked_for(execution_id: str, offset: int, *, follow: bool) -> Any:
+            asked.append(follow)
+            return output(execution_id, offset, follow=follow)
+
+        monkeypatch.setattr(agent, "output", asked_for)
+        for follow in (False, True):
+            assert b"".join(plane.service.output(record.execution_id, 0, follow=follow)) == b"abc"
+        assert asked == [False, True]  # only what follows may take its time
+
     def test_a_follower_of_a_queued_one_begins_when_it_begins(self, plane: Plane) -> None:
         plane.functions.add("w", **WAIT)
         execution_id = plane.submit("w")

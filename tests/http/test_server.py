@@ -391,6 +391,31 @@ class TestProtocol:
                 received += len(slow.socket.recv(1_000_000))
         assert received >= len(output)
 
+    def test_a_slow_reader_of_an_output_keeps_no_stream_of_the_agents_open(self, fakes: Fakes, serve: Serve) -> None:
+        stream = FakeOutput()
+        for _ in range(300):
+            stream.feed(b"0123456789" * 10_000)
+        fakes.executions.output = lambda *args, **how: stream  # type: ignore[method-assign]
+        server = serve(fakes)
+        with Wire(server.port, timeout=20) as slow:
+            slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            slow.send("GET", "/executions/execution-1/output")
+            # What is asked of an agent has an end: a client slower than that would lose the rest.
+            assert stream.closed.wait(10)
+            wait_until(lambda: len(server._pool._idle) == server.threads, "the thread to be free")
+            status, headers, body = slow.answer()
+        assert (status, headers["content-length"]) == (200, "30000000")
+        assert body == b"0123456789" * 3_000_000
+
+    def test_output_that_cannot_be_read_is_an_answer(self, fakes: Fakes, serve: Serve) -> None:
+        stream = FakeOutput(b"some")
+        stream.finish(AgentLost("worker-1 was lost"))
+        fakes.executions.output = lambda *args, **how: stream  # type: ignore[method-assign]
+        with Wire(serve(fakes).port) as wire:
+            status, data = wire.send("GET", "/executions/execution-1/output").json()
+            assert (status, data["error"]) == (502, "worker-1 was lost")
+        assert stream.closed.is_set()
+
     @pytest.mark.parametrize(
         ("request_bytes", "status"),
         [

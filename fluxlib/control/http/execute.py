@@ -9,7 +9,7 @@ from typing import Any
 
 from fluxlib.control.http.answers import Answer, json_answer
 from fluxlib.control.http.request import Request
-from fluxlib.control.http.spooled import pieces, spooled_answer
+from fluxlib.control.http.spooled import BYTES, pieces, spooled_answer, spooled_output
 from fluxlib.control.services import WHOLE_OUTPUT, AgentAway, Call, no_such_execution
 from fluxlib.errors import AgentError, Forbidden
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
@@ -118,4 +118,7 @@ def output(request: Request) -> Answer:
     stream = request.services.executions.output(request.params["execution_id"], query["offset"], follow=follow)
     if follow:
         request.caller.on_gone(stream.close)
-    return Answer(200, content_type="application/octet-stream", chunks=stream)
+    elif request.method != "HEAD":
+        with closing(stream):
+            return spooled_output(stream)
+    return Answer(200, content_type=BYTES, chunks=stream)

@@ -117,7 +117,7 @@ def _executions() -> tuple[Route, ...]:
         Route(
             "GET", "/executions/{execution_id}/output", "its output, byte for byte", execute.output, "read",
             {200: Content("the bytes", media_type="application/octet-stream")},
-            errors=(404, 502), query=(OFFSET, FOLLOW), waits=Waits.ASK,
+            errors=(404, 502), query=(OFFSET, FOLLOW), waits=Waits.ASK, hot=True,
         ),
         Route(
             "DELETE", "/executions/{execution_id}", "cancel; answers when it is dead", execute.cancel, "invoke",

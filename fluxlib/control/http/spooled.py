@@ -2,6 +2,7 @@
 
 In a file and not as it is sent: an agent that goes away meanwhile is an answer
 with a status, the length is known, and a slow client holds no thread and no memory.
+Nor does it outlast the time that an agent is given for the whole. So is the bare output.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from fluxlib.control.http.answers import Answer, json_bytes
 
+BYTES = "application/octet-stream"
 _PIECE = 256 * 1024
 
 
@@ -34,6 +36,19 @@ def spooled_answer(status: int, data: Mapping[str, Any], output: Iterable[bytes]
         file.close()
         raise
     return Answer(status, file=file, other_length=length)
+
+
+def spooled_output(output: Iterable[bytes]) -> Answer:
+    """What there is of an output, byte for byte."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115  (whoever sends it closes it)
+    try:
+        file.writelines(output)
+        length = file.tell()
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return Answer(200, content_type=BYTES, file=file, other_length=length)
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
