@@ -206,10 +206,12 @@ class Packages:
         discard(fresh)
 
     def _make_home(self, home: Path) -> None:
-        if not home.is_dir():
-            if any(other.casefold() == home.name.casefold() for other in os.listdir(self._directory)) and _folds_case():
-                raise InvalidInput(f"a function of that name in other letters is here: {home.name}")
-            home.mkdir(mode=0o711)
+        if _folds_case():
+            # Not by asking for the directory: there it is the other one's.
+            here = [other for other in os.listdir(self._directory) if other.casefold() == home.name.casefold()]
+            if here and home.name not in here:
+                raise InvalidInput(f"{home.name} and {here[0]} are one directory on this agent's system: rename one")
+        home.mkdir(mode=0o711, exist_ok=True)
         os.chmod(home, 0o711)
 
     def _save(self, installed: Installed) -> None:

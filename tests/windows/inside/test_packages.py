@@ -1,0 +1,46 @@
+"""Functions on a file system that takes names of other letters for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fluxlib.agent.packages import Packages
+from fluxlib.errors import InvalidInput
+from fluxlib.lifecycle import Deadline
+from fluxlib.model import FunctionSpec
+from tests.support.programs import make_zip, wait_until
+
+pytestmark = pytest.mark.windows
+
+CODE = make_zip({"main.bat": "@exit /b 0\r\n"})
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Iterator[Packages]:
+    made = Packages(tmp_path)
+    yield made
+    made.stop(Deadline(5))
+
+
+def deploy(packages: Packages, name: str) -> Path:
+    code_dir = packages.deploy(FunctionSpec(name, "main.bat"), name, "", CODE).code_dir
+    assert code_dir is not None
+    return code_dir
+
+
+def test_a_name_in_other_letters_takes_nothing_of_the_first_one(packages: Packages, tmp_path: Path) -> None:
+    code = deploy(packages, "Hello")
+    with pytest.raises(InvalidInput, match="hello and Hello"):
+        packages.register(FunctionSpec("hello", "main.bat"), "d")
+    with pytest.raises(InvalidInput, match="hello and Hello"):
+        deploy(packages, "hello")
+    assert deploy(packages, "Hello") == code
+    again = Packages(tmp_path)
+    again.stop(Deadline(5))
+    assert [(state.name, state.code_digest) for state in again.states()] == [("Hello", code.name)]
+    packages.remove("Hello")
+    wait_until(lambda: not list(tmp_path.iterdir()), "the other directory to go")
+    assert deploy(packages, "hello").is_dir()
