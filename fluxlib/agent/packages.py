@@ -27,7 +27,7 @@ from pathlib import Path
 
 from fluxlib import archive as archives
 from fluxlib.agent.removal import discard
-from fluxlib.config.function import env_problem, handler_problem, name_problem
+from fluxlib.config.function import env_problem, handler_problem, is_device, name_problem
 from fluxlib.errors import InvalidInput, NotFound
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import FunctionSpec, FunctionState
@@ -206,6 +206,8 @@ class Packages:
         discard(fresh)
 
     def _make_home(self, home: Path) -> None:
+        if sys.platform == "win32" and is_device(home.name):
+            raise InvalidInput(f"{home.name} is the name of a device on Windows: rename the function")
         if _folds_case():
             # Not by asking for the directory: there it is the other one's.
             here = [other for other in os.listdir(self._directory) if other.casefold() == home.name.casefold()]

@@ -29,6 +29,11 @@ def name_problem(value: Any) -> str | None:
     return None
 
 
+def is_device(name: str) -> bool:
+    """Whether Windows opens a device by this name, in whichever directory it is asked for."""
+    return _DEVICE.fullmatch(name) is not None
+
+
 def handler_problem(value: Any) -> str | None:
     """What is wrong with a path inside a zip, or None. Held to what Windows and Unix both take literally."""
     if not value or len(value) > _MAX_HANDLER:
@@ -41,7 +46,7 @@ def handler_problem(value: Any) -> str | None:
     if value.startswith("/") or any(part in ("", ".", "..") for part in parts):
         return "must be a relative path without empty parts, '.' or '..'"
     # Windows drops what ends a name and opens devices by theirs.
-    if any(part != part.strip() or part.endswith(".") or _DEVICE.fullmatch(part) for part in parts):
+    if any(part != part.strip() or part.endswith(".") or is_device(part) for part in parts):
         return "must not have parts that end with a dot, begin or end with a space, or are names of Windows devices"
     return None
 

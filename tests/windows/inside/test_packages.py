@@ -44,3 +44,12 @@ def test_a_name_in_other_letters_takes_nothing_of_the_first_one(packages: Packag
     packages.remove("Hello")
     wait_until(lambda: not list(tmp_path.iterdir()), "the other directory to go")
     assert deploy(packages, "hello").is_dir()
+
+
+@pytest.mark.parametrize("name", ["nul", "CON", "aux.v2", "com1"])
+def test_a_devices_name_is_the_functions_fault_not_the_disks(packages: Packages, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match="a device on Windows"):
+        deploy(packages, name)
+    with pytest.raises(InvalidInput, match="a device on Windows"):
+        packages.register(FunctionSpec(name, "main.bat"), "d")
+    assert (packages.states(), list(tmp_path.iterdir())) == ((), [])
