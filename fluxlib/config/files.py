@@ -21,10 +21,11 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 def find_config(variable: str, name: str, package: str) -> Path:
     """The file that ``variable`` names, else ``name`` here, else the installed package's; it may not exist."""
     here = config_path(variable, name)
-    if is_named(variable) or here.exists():
+    # Not Path.exists, which raises where this user may not look: `sudo -u flux flux keys list` in root's directory.
+    if is_named(variable) or os.path.exists(here):
         return here
     installed = system_directory(package) / name
-    return installed if installed.exists() else here
+    return installed if os.path.exists(installed) else here
 
 
 def system_directory(package: str) -> Path:

@@ -129,6 +129,26 @@ def test_a_missing_file_that_was_named_is_no_first_start(tmp_path: Path) -> None
     assert not (tmp_path / "flux.yaml").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories are closed by Unix' modes")
+def test_a_working_directory_one_may_not_enter_is_no_traceback(tmp_path: Path) -> None:
+    """`sudo -u flux flux keys list`, as root in its own home."""
+    code = """
+import os
+from fluxlib.cli import main
+os.environ.pop("FLUX_CONFIG", None)
+main(["keys", "list"])  # imports all of it: Python may lie where that user may not look either
+os.chmod(".", 0)
+if os.geteuid() == 0:
+    os.seteuid(65534)
+raise SystemExit(main(["keys", "list"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    tmp_path.chmod(0o700)
+    assert "Traceback" not in done.stderr
+    # An installed Flux's own file is found from anywhere.
+    assert "flux.yaml cannot be read" in done.stderr or Path("/etc/flux/flux.yaml").exists()
+
+
 def test_a_wrong_argument_is_the_arguments_fault(home: Path) -> None:
     done = run(home, "keys", "add", "x y", "--role", "invoke", "--function", "a b")
     assert done.returncode == 1
