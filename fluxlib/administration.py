@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from fluxlib.config.control import ControlConfig
@@ -29,7 +31,7 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
         raise InvalidInput("disable_grpc_tls is set in flux.yaml: agents need no certificates, and are not enrolled")
     check_agent_id(agent_id)
     directory = into / agent_id
-    if directory.exists():
+    if os.path.lexists(directory):
         raise Conflict(f"{directory} is there already: move it away, or name another place with --output")
     from fluxlib.pki.signer import import_all
 
@@ -37,10 +39,7 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
     with as_owner_of(config.certs_dir):
         identity = Authority.open(config.certs_dir).issue_agent(agent_id)
     try:
-        directory.mkdir(mode=0o700, parents=True)
-        for name, content in enrolment_files(identity, agent_id, config.agent_port).items():
-            with open(os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(content)
+        _write_whole(directory, enrolment_files(identity, agent_id, config.agent_port))
     except OSError as error:
         raise CannotWrite(f"{directory} cannot be written: {error.strerror or error}") from error
     print(f"{directory} holds agent.yaml and the certificates of {agent_id}, by the authority of {config.path}.")
@@ -50,6 +49,18 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
         f" http://127.0.0.1:{config.port}/agents/register"
     )
     return 0
+
+
+def _write_whole(directory: Path, files: Mapping[str, bytes]) -> None:
+    """A private directory with these files, or none: half of one would look like an enrolled agent's."""
+    directory.mkdir(mode=0o700, parents=True)
+    try:
+        for name, content in files.items():
+            with open(os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def add_key(path: Path, name: str, role: str, functions: tuple[str, ...]) -> int:

@@ -104,6 +104,37 @@ def test_enrolling_writes_a_directory_an_agent_can_use(home: Path) -> None:
     assert "already" in again.stderr
 
 
+def test_an_enrolment_that_cannot_be_written_leaves_nothing(home: Path) -> None:
+    """As on a full disk: whoever finds the directory takes it for an agent's."""
+    assert run(home, "enroll", "worker-1").returncode == 0
+    code = """
+import resource
+from fluxlib import administration
+from fluxlib.cli import main
+write = administration.enrolment_files
+def then_full(*arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+    return write(*arguments)
+administration.enrolment_files = then_full
+raise SystemExit(main(["enroll", "worker-2"]))
+"""
+    environment = {**os.environ, "FLUX_CONFIG": str(home / "flux.yaml")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "worker-2 cannot be written: File too large" in done.stderr
+    assert not (home / "worker-2").exists()
+    assert run(home, "enroll", "worker-2").returncode == 0
+
+
+def test_a_place_that_cannot_be_looked_at_is_named(home: Path) -> None:
+    done = run(home, "enroll", "worker-1", "--output", "x" * 300)
+    assert done.returncode == 1
+    assert "cannot be written: File name too long" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("agent_id", ["flux", "flux-agent", "../x", "*.x", "UPPER", "a" * 64, ""])
 def test_what_is_no_agents_id_is_not_enrolled(home: Path, agent_id: str) -> None:
     done = run(home, "enroll", agent_id)
