@@ -24,8 +24,7 @@ def command(action: str, directory: Path | None, *, agent: bool) -> int:
     if directory is not None:
         which = replace(which, directory=directory)
     if action == "run":
-        log.set_up(file=which.log_file)
-        return service.run(which, lambda stop: (_serve_agent if agent else _serve_control)(which, stop))
+        return service.run(which, lambda stop: _serve(which, stop, agent))
     if action == "remove":
         lines = service.remove(which)
     else:
@@ -52,6 +51,12 @@ def _check_configuration(which: service.Service, agent: bool) -> None:
     if not path.exists():
         raise ConfigInvalid(f"there is no {path}: make it and its certificates with `flux enroll`, where Flux runs")
     load_agent(path)
+
+
+def _serve(which: service.Service, stop: StopSignal, agent: bool) -> int:
+    # Only the service manager's call gets here; a person's has no directory of the service's to write a log to.
+    log.set_up(file=which.log_file)
+    return (_serve_agent if agent else _serve_control)(which, stop)
 
 
 def _serve_control(which: service.Service, stop: StopSignal) -> int:

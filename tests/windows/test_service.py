@@ -106,3 +106,14 @@ def test_run_is_not_for_people(lab: Lab, program_data: Path) -> None:
     code, words = command(lab, built(lab) / "flux.exe", "service", "run")
     assert code == 1
     assert "service install" in words
+
+
+def test_run_tells_so_where_no_service_was_ever_installed(lab: Lab, program_data: Path) -> None:
+    for name in ("flux", "flux_agent"):
+        ran = lab.run([f"{name}.py", "service", "run"])
+        words = ran.stdout.decode(errors="replace")
+        assert (ran.returncode, words.strip()) == (
+            1,
+            "flux: `service run` is for the service manager: use `service install`",
+        )
+    assert not list(program_data.glob("flux*"))
