@@ -46,7 +46,7 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
     print("Copy it to the machine, for example to /etc/flux-agent, start flux-agent there, and register it:")
     print(
         f"  curl -H 'X-API-Key: KEY' -d '{{\"address\": \"MACHINE:{config.agent_port}\"}}'"
-        f" http://127.0.0.1:{config.port}/agents/register"
+        f" {config.own_url}/agents/register"
     )
     return 0
 

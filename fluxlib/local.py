@@ -269,7 +269,7 @@ def greet(config: ControlConfig) -> None:
 
 def welcome(config: ControlConfig) -> list[str]:
     """What to do next, in plain words."""
-    url = f"http://127.0.0.1:{config.port}"
+    url = config.own_url
     return [
         "",
         f"Flux answers at {url}, with one agent on this machine.",

@@ -207,6 +207,12 @@ class ControlConfig:
     warnings: tuple[str, ...] = ()  # for people, at start and in check-config
     notes: tuple[str, ...] = ()  # worth a line in the log, nothing to mend
 
+    @property
+    def own_url(self) -> str:
+        """Where the API answers somebody on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.listen_host, self.listen_host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
 
 def read_control(data: bytes | str, path: Path) -> ControlConfig:
     """flux.yaml's text. Raises ConfigInvalid with every fault."""

@@ -117,7 +117,7 @@ def greet(config: ControlConfig) -> None:
 
 
 def greeting(config: ControlConfig) -> tuple[str, ...]:
-    url = f"http://127.0.0.1:{config.port}"
+    url = config.own_url
     return (
         "",
         f"Flux answers at {url}, with one agent on this computer.",

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from fluxlib.config.agent import load_agent
-from fluxlib.config.control import read_control
+from fluxlib.config.control import load_control, read_control
 from fluxlib.config.key_file import with_key, without_key
 from fluxlib.config.keys import ApiKey
 from fluxlib.errors import Conflict, NotFound
+from fluxlib.local import welcome
 
 KEY = "a-key-of-more-than-sixteen-characters"
 HASH = "e" * 64
@@ -102,6 +103,17 @@ def test_enrolling_writes_a_directory_an_agent_can_use(home: Path) -> None:
     again = run(home, "enroll", "worker-1")
     assert again.returncode == 1
     assert "already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("listens_on", "answers_at"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("10.0.0.5", "10.0.0.5"), ("fd00::5", "[fd00::5]")],
+)
+def test_what_to_do_next_names_an_address_that_answers(home: Path, listens_on: str, answers_at: str) -> None:
+    path = home / "flux.yaml"
+    path.write_text(f"{path.read_text()}listen_host: '{listens_on}'\n")
+    assert f" http://{answers_at}:7999/agents/register\n" in run(home, "enroll", "worker-1").stdout
+    assert f"Flux answers at http://{answers_at}:7999, with one agent" in "\n".join(welcome(load_control(path)))
 
 
 def test_an_enrolment_that_cannot_be_written_leaves_nothing(home: Path) -> None:
