@@ -103,6 +103,8 @@ def _read(path: Path) -> str:
 def _rewrite(path: Path, text: str) -> None:
     """All of it or nothing, with the mode and the owner it had: the service must still be able to read it."""
     try:
+        # The file itself: a link to it, as configuration managers make, stays one.
+        path = path.resolve(strict=True)
         known = path.stat()
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

@@ -91,6 +91,20 @@ def test_keys_are_made_listed_and_removed(home: Path) -> None:
     assert "ci" not in run(home, "keys", "list").stdout
 
 
+def test_a_link_to_the_configuration_stays_one(home: Path) -> None:
+    real = home / "managed" / "flux.yaml"
+    real.parent.mkdir()
+    (home / "flux.yaml").rename(real)
+    (home / "flux.yaml").symlink_to("managed/flux.yaml")
+    assert run(home, "keys", "add", "ci", "--role", "deploy").returncode == 0
+    assert (home / "flux.yaml").is_symlink()
+    assert "name: ci" in real.read_text()
+    if os.name == "posix":
+        assert stat.S_IMODE(real.stat().st_mode) == 0o600
+    assert run(home, "keys", "remove", "ci").returncode == 0
+    assert "name: ci" not in real.read_text()
+
+
 def test_enrolling_writes_a_directory_an_agent_can_use(home: Path) -> None:
     done = run(home, "enroll", "worker-1")
     assert done.returncode == 0, done.stderr
