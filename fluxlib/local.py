@@ -23,15 +23,16 @@ from typing import IO
 import yaml
 
 from fluxlib.clock import steady_time
-from fluxlib.config.agent import load_agent
+from fluxlib.config.agent import load_agent, read_agent
 from fluxlib.config.control import ControlConfig
 from fluxlib.config.environment import for_child
-from fluxlib.config.files import AGENT_PORT
+from fluxlib.config.files import AGENT_PORT, read_file
 from fluxlib.config.first_start import write_new
 from fluxlib.control.app import Control, say_what_is_odd
 from fluxlib.errors import CannotStart, FluxError
 from fluxlib.lifecycle import Deadline, Loop, StopSignal, pause
 from fluxlib.pki.authority import Authority, enrolment_files
+from fluxlib.pki.reading import normalised, read_leaf
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def prepare_agent(config: ControlConfig, directory: Path) -> Path:
     try:
         if not path.exists():
             _make_agent(config, path)
+        elif not config.disable_grpc_tls:
+            _mend_certificates(config, path)
     except OSError as error:
         where = error.filename or directory
         raise CannotStart(
@@ -74,13 +77,42 @@ def _make_agent(config: ControlConfig, path: Path) -> None:
         "tls": {"enabled": False},
     }
     if not config.disable_grpc_tls:
-        files = enrolment_files(Authority.open(config.certs_dir).issue_agent(LOCAL_ID), LOCAL_ID, AGENT_PORT)
-        settings["tls"] = yaml.safe_load(files.pop("agent.yaml"))["tls"]
-        for name, content in files.items():
-            target = directory / name
-            with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(content)
+        settings["tls"] = yaml.safe_load(_write_certificates(Authority.open(config.certs_dir), directory))["tls"]
     write_new(path, "# The agent of this machine, made by Flux.\n" + yaml.safe_dump(settings, sort_keys=False))
+
+
+def _write_certificates(authority: Authority, directory: Path) -> bytes:
+    """The agent.yaml that goes with them."""
+    files = enrolment_files(authority.issue_agent(LOCAL_ID), LOCAL_ID, AGENT_PORT)
+    config = files.pop("agent.yaml")
+    for name, content in files.items():
+        with open(os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content)
+    return config
+
+
+def _mend_certificates(config: ControlConfig, path: Path) -> None:
+    """New ones where Flux would refuse this agent for ever: they ended while nothing ran, or the authority is new.
+
+    There is nobody to enrol it again. Files that somebody else put into its configuration are left alone.
+    """
+    agent, directory = read_agent(read_file(path), path), path.resolve().parent
+    ours = [directory / name for name in ("ca.pem", "agent.pem", "agent-key.pem")]
+    if [agent.tls_ca_cert, agent.tls_cert_file, agent.tls_key_file] != ours:
+        return
+    authority = Authority.open(config.certs_dir)
+    ca, certificate, key = ours
+    if _is_that_of(authority, ca) and read_leaf(certificate, key, authority.ca_pem) is not None:
+        return
+    log.warning("the certificate of this machine's agent is none that Flux would take: it gets a new one")
+    _write_certificates(authority, directory)
+
+
+def _is_that_of(authority: Authority, ca: Path) -> bool:
+    try:
+        return normalised(ca.read_bytes()) == normalised(authority.ca_pem)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 class LocalAgent:

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +20,10 @@ import pytest
 
 from fluxlib.config.control import read_control
 from fluxlib.config.first_start import make_flux_yaml
-from fluxlib.local import welcome
+from fluxlib.local import prepare_agent, welcome
+from fluxlib.pki.certificates import AGENT_LIFE, cert_pem, load_key, sign
+from fluxlib.pki.identity import AGENT_NAME, agent_server_name, utc_now
+from fluxlib.pki.signer import Signer
 from tests.support.need import need
 from tests.support.programs import Api, Flux, Program, free_port, wait_until
 
@@ -119,6 +124,39 @@ def test_a_taken_agent_port_is_no_obstacle(tmp_path: Path) -> None:
         wait_until(lambda: api.call("GET", "/agents")[1][0]["status"] == "online", "the agent to be back")
         assert api.call("GET", "/agents")[1][0]["address"] != before
         assert api.execute("here")[1]["output"] == "here\n"
+
+
+def _ended(state: Path) -> None:
+    """As after a year in which nothing ran."""
+    signer = Signer.open(state / "certs" / "ca" / "ca.pem", state / "certs" / "ca" / "ca-key.pem")
+    key = load_key((state / "agent" / "agent-key.pem").read_bytes())
+    names, began = [AGENT_NAME, agent_server_name("local")], utc_now() - AGENT_LIFE - timedelta(days=1)
+    made = sign(signer._ca, signer._ca_key, key.public_key(), "local", names, AGENT_LIFE, began)
+    (state / "agent" / "agent.pem").write_bytes(cert_pem(made))
+
+
+def _of_another_authority(state: Path) -> None:
+    shutil.rmtree(state / "certs")
+
+
+def _lost(state: Path) -> None:
+    (state / "agent" / "agent-key.pem").unlink()
+
+
+@pytest.mark.parametrize("fate", [_ended, _of_another_authority, _lost])
+def test_the_local_agent_gets_certificates_that_flux_takes(tmp_path: Path, fate: Callable[[Path], None]) -> None:
+    """There is nobody who would enrol it again."""
+    state = tmp_path / ".state"
+    make_flux_yaml(state / "flux.yaml", data=".", port=(port := free_port()))
+    key = read_control((state / "flux.yaml").read_text(), Path("x")).api_key
+    config = read_control((state / "flux.yaml").read_text(), state / "flux.yaml")
+    first = (prepare_agent(config, state / "agent").parent / "agent.pem").read_bytes()
+    prepare_agent(config, state / "agent")
+    assert (state / "agent" / "agent.pem").read_bytes() == first
+    fate(state)
+    with Run(tmp_path):
+        assert Api(f"http://127.0.0.1:{port}", key).call("GET", "/agents")[1][0]["status"] == "online"
+    assert {file.stat().st_mode & 0o777 for file in (state / "agent").glob("*.pem")} == {0o600}
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="needs another user")
