@@ -250,7 +250,10 @@ class HealthPoller:
             # An original has no name for its life. One that began later than it can have begun by its last report has
             # lost its functions. It tells whole seconds: a restart takes longer than that.
             began = asked_at - report.figures.uptime_seconds - 1
-            restarted = before is not None and began > state.last_heartbeat - before.uptime_seconds
+            restarted = False
+            if before is not None:
+                member.polled.counts |= report.figures.uptime_seconds != before.uptime_seconds
+                restarted = member.polled.counts and began > state.last_heartbeat - before.uptime_seconds
         self._registry.report(member.agent_id, report.figures, at=now, instance_id=report.instance_id)
         if ours == state.record.original:
             self._joiner.want(member, STEP_IN | Wanted.RECONNECT)

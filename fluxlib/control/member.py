@@ -31,6 +31,7 @@ class Polled:
     misses: int = 0
     question: int = 0  # the number of the last one: an answer to an earlier one is ignored
     asked_at: float = 0.0  # 0 = none is open
+    counts: bool = False  # its uptime was seen to change: one that tells the same for ever says nothing of restarts
 
     def ask(self, now: float) -> int:
         """The number of a new question."""

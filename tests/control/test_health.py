@@ -210,6 +210,20 @@ def test_a_restarted_original_is_known_by_its_age_and_gets_everything(fleet: Fle
     assert "hello" in old.functions
 
 
+def test_an_original_that_tells_no_uptime_is_left_in_service(fleet: Fleet) -> None:
+    machine = fleet.wire.add("mute", original=True)
+    machine.counts_uptime = False
+    fleet.membership.register("mute:50052", legacy=False)
+    fleet.functions.put(spec())
+    fleet.executions.calls.clear()
+    pushed = len(machine.calls)
+    for _ in range(4):
+        fleet.round()
+        assert fleet.state("mute").takes_work
+    assert fleet.executions.calls == []
+    assert len(machine.calls) == pushed
+
+
 def test_an_original_that_restarted_while_it_was_away_for_long_is_known_by_its_age(fleet: Fleet, old: Machine) -> None:
     """It has been up for longer than it had been before, and for less than has passed."""
     fleet.time[0] += 50

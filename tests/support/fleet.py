@@ -62,6 +62,7 @@ class Machine:
     slow: bool = False  # takes questions and does not answer
     clock: Callable[[], float] = time.monotonic
     up_since: float = field(init=False)  # by ``clock``
+    counts_uptime: bool = True
     max_tasks: int = 8
     not_after: float = 0.0
     functions: dict[str, FunctionState] = field(default_factory=dict)
@@ -104,7 +105,7 @@ class Machine:
             memory_total_mb=1000,
             memory_used_mb=100,
             max_tasks=0 if self.original else self.max_tasks,
-            uptime_seconds=int(self.clock() - self.up_since),
+            uptime_seconds=int(self.clock() - self.up_since) if self.counts_uptime else 0,
         )
         if self.original:
             return NodeReport(self.agent_id, figures)

@@ -38,6 +38,7 @@ def stamp() -> str:
 
 class OriginalAgent(original_pb2_grpc.AgentServiceServicer):
     def __init__(self, agent_id: str, directory: Path) -> None:
+        self.started = time.monotonic()
         self.agent_id, self.directory = agent_id, directory
         self.lock = threading.Lock()
         self.functions: dict[str, pb.FunctionConfig] = {}
@@ -152,7 +153,7 @@ class OriginalAgent(original_pb2_grpc.AgentServiceServicer):
             memory_total_mb=8192,
             memory_used_mb=1638,
             active_tasks=sum(self.active.values()),
-            uptime_seconds=60,
+            uptime_seconds=int(time.monotonic() - self.started),
         )
 
 
