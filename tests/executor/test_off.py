@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import marshal
 import os
 import shutil
-import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +15,21 @@ from typing import Any
 
 import pytest
 
-# Borrowed: a spawner that is a fork of this process becomes a user who may not be able to read the clone.
-from fluxlib.agent.executor import borrowed, off, spawner  # noqa: F401
+from fluxlib.agent.executor import off
 from fluxlib.agent.executor.spawned import SpawningExecutor
 from fluxlib.config.agent import read_agent
 from tests.support.need import need
 
-_NOBODY = 65534
+# A spawner of a user that is not root, and that may not be able to read this clone: it has read all it needs before.
+_SPAWNER_OF_NOBODY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from fluxlib.agent.executor import borrowed, spawner
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+spawner.main(int(sys.argv[2]), [])
+"""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give functions another user")
 
@@ -54,15 +62,9 @@ def test_no_program_of_a_user_becomes_root_and_keeps_the_others_waiting(director
     shutil.copy(shutil.which("setpriv") or "", directory / "gain")
     (directory / "gain").chmod(0o4755)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(Exception):
-            ours.close()
-            os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-            spawner.main(theirs.detach(), [])
-        os._exit(1)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _SPAWNER_OF_NOBODY, str(root), str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
     theirs.close()
     ours.settimeout(10)
     gaining = "setsid ./gain --reuid=0 sh -c 'echo root > said; exec sleep 15' || echo refused > said"
@@ -78,6 +80,6 @@ def test_no_program_of_a_user_becomes_root_and_keeps_the_others_waiting(director
             ended += [answer for answer in marshal.loads(ours.recv(1 << 16)) if answer[0] == "exit"]
     finally:
         ours.close()
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process.kill()
+        process.wait()
     assert sorted(answer[1:3] for answer in ended) == [(0, 0), (1, 0)]

@@ -95,7 +95,7 @@ def test_a_containers_range_stands_against_it(tmp_path: Path, line: str, overlap
 
 def test_a_running_process_stands_against_it() -> None:
     need_root()
-    number = FAR + 77
+    number = FAR + 1077  # not in a range that a test beside this one takes
     program = f"import os, sys; os.setresuid({number}, {number}, {number}); print('up', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -111,7 +111,7 @@ def test_a_running_process_stands_against_it() -> None:
 def test_a_process_that_only_waits_to_be_reaped_is_nobody(threads: int) -> None:
     """What a former life left where the first process reaps nothing must not keep this one from starting."""
     need_root()
-    number = FAR + 79
+    number = FAR + 1079
     program = f"""
 import ctypes, os, sys, threading
 os.setresuid({number}, {number}, {number})
