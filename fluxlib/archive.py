@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 import struct
+import sys
 import unicodedata
 import zipfile
 import zlib
@@ -28,6 +30,8 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OverflowErr
 # e_machine of ELF (gABI, "ELF Header") and Machine of PE (Microsoft's PE format), in Go's words.
 _ELF_MACHINES = {3: "386", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 22: "s390x", 21: "ppc64le"}
 _PE_MACHINES = {0x14C: "386", 0x8664: "amd64", 0xAA64: "arm64"}
+# Fine elsewhere, so that only Windows refuses it. CONIN$ and CONOUT$ are devices only by the whole name.
+_NOT_ON_WINDOWS = re.compile(r'[<>"|?*]|(?:^|/)(?i:conin\$|conout\$)(?:/|$)')
 _WINDOWS_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
@@ -82,6 +86,8 @@ def unpack(archive: bytes, handler: str, directory: Path, limits: Limits = DEFAU
     with _open(archive, limits.entries) as opened:
         _check(opened, len(archive), limits)
         _head(opened, handler)
+        if sys.platform == "win32":
+            _check_for_windows(opened)
         left = limits.total_bytes
         directories = {directory}
         for info in opened.infolist():
@@ -176,6 +182,15 @@ def _check(opened: zipfile.ZipFile, size: int, limits: Limits) -> int:
         shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
         raise InvalidInput("the zip cannot be taken", shown)
     return total
+
+
+def _check_for_windows(opened: zipfile.ZipFile) -> None:
+    names = [_shown(name) for name in opened.namelist() if _NOT_ON_WINDOWS.search(name)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InvalidInput(
+            f"no file on Windows can have the name of {', '.join(names[:3])}{more}: rename it in the zip"
+        )
 
 
 def _entry_problem(info: zipfile.ZipInfo, limits: Limits) -> str | None:

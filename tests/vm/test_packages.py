@@ -210,6 +210,15 @@ def test_both_together_upgrade_and_come_back(host: Host) -> None:
     assert host.execute("hello", "both")[1]["output"] == "Hello, both, from hello on Linux\n"
 
 
+def test_a_new_authority_is_made_where_the_old_one_was_moved_away(host: Host) -> None:
+    host.run("mv /etc/flux/certs /root/former && systemctl restart flux")
+    host.run(f"curl -sS --retry 30 --retry-delay 1 --retry-connrefused --fail {URL}/health", timeout=90)
+    assert host.run("stat -c '%U:%G %a' /etc/flux/certs /etc/flux/certs/ca").splitlines() == ["flux:flux 700"] * 2
+    assert host.machine.status("cmp -s /etc/flux/certs/ca/ca.pem /root/former/ca/ca.pem") == 1
+    host.run("rm -r /etc/flux/certs && mv /root/former /etc/flux/certs && systemctl restart flux")
+    wait_until(host.agent_is_online, "the agent of the former authority to be back", 120)
+
+
 def test_removing_leaves_what_was_made(host: Host) -> None:
     host.run("dpkg -r flux flux-agent", timeout=300)
     assert not host.active("flux")

@@ -27,8 +27,12 @@ _PROGRAMS_FAULT = {
     winapi.ERROR_ACCESS_DENIED: "may not be executed",
     winapi.ERROR_SHARING_VIOLATION: "is in use by another program",
     winapi.ERROR_BAD_EXE_FORMAT: "is no program of this Windows (wrong processor, or damaged)",
+    winapi.ERROR_EXE_MACHINE_TYPE_MISMATCH: "is no program of this Windows (wrong processor)",
+    winapi.ERROR_SXS_CANT_GEN_ACTCTX: "needs libraries that are not on this machine (its side-by-side configuration)",
     winapi.ERROR_FILENAME_EXCED_RANGE: "has too long a path",
     winapi.ERROR_VIRUS_INFECTED: "was stopped by the virus scanner",
+    winapi.ERROR_VIRUS_DELETED: "was removed by the virus scanner",
+    winapi.ERROR_ACCESS_DISABLED_BY_POLICY: "is forbidden by a policy of this machine",
     winapi.ERROR_ELEVATION_REQUIRED: "asks for administrator's rights, which a function does not get",
 }
 

@@ -53,3 +53,11 @@ def test_a_devices_name_is_the_functions_fault_not_the_disks(packages: Packages,
     with pytest.raises(InvalidInput, match="a device on Windows"):
         packages.register(FunctionSpec(name, "main.bat"), "d")
     assert (packages.states(), list(tmp_path.iterdir())) == ((), [])
+
+
+@pytest.mark.parametrize("name", ["a?b", "data/x|y.txt", 'q"', "a<b/c", "ConIn$", "lib/CONOUT$/x"])
+def test_a_file_that_windows_cannot_hold_is_the_zips_fault_not_the_disks(packages: Packages, name: str) -> None:
+    code = make_zip({"main.bat": "@exit /b 0\r\n", "conin$.txt": "", name: ""})
+    with pytest.raises(InvalidInput) as caught:
+        packages.deploy(FunctionSpec("f", "main.bat"), "f", "", code)
+    assert f"no file on Windows can have the name of {name!a}: rename it" in caught.value.message
