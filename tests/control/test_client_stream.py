@@ -285,7 +285,8 @@ def test_while_away_nothing_is_taken(place: Place) -> None:
         proxy.away()
         client.told.detached()
         assert isinstance(client.start("s-never", "echo").get(0), AgentUnreachable)
-        with pytest.raises(AgentUnreachable):
+        # Lost, where the channel has yet to notice: a unary call on a socket that just closed may have been sent.
+        with pytest.raises((AgentUnreachable, AgentLost)):
             client.connection.cancel("s-never", reason="x", timeout=1)
         proxy.back()
         client.told.attached(times=2)
