@@ -109,9 +109,12 @@ class AgentState:
 
     @property
     def shown_status(self) -> AgentStatus:
-        """The stored status; ``busy`` while every slot is taken, ``offline`` while executions cannot be sent."""
+        """The stored status; ``busy`` while every slot is taken, ``offline`` while executions cannot be sent.
+
+        That is also while it is brought in step: whoever sees it online may call.
+        """
         status = self.record.status
-        if status.takes_work and not self.reachable:
+        if status.takes_work and not self.takes_work:
             return AgentStatus.OFFLINE
         if status.takes_work:
             full = bool(self.max_tasks) and self.expected_active >= self.max_tasks

@@ -145,7 +145,9 @@ def test_a_restart_that_the_stream_tells_is_seen_before_there_is_work_again(flee
     events.greeted(machine.instance)
     events.attached(True)
     assert not fleet.state("w2").takes_work
-    assert "restarted" in fleet.view("w2").problem
+    view = fleet.view("w2")
+    assert (view.record.status, view.in_step) == (AgentStatus.OFFLINE, False), "whoever sees it online may call"
+    assert "restarted" in view.problem
     gate.set()
     fleet.settle()
     assert fleet.executions.calls == [("reconcile", "w2")]
