@@ -181,8 +181,6 @@ def test_a_life_greeted_on_a_connection_that_was_replaced_says_nothing(fleet: Fl
     machine.features = ("attach", "deploy_stream")
     fleet.membership.register("w2:50052", legacy=False)
     former = fleet.connection("w2")
-    machine.features = ("attach", "deploy_stream", "renew")
-    fleet.round()
     member = fleet.roster.get("w2")
     assert member is not None
     fleet.joiner.want(member, Wanted.RECONNECT)
