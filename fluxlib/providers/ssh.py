@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 _WIRE_LOG = f"{__name__}.wire"
 logging.getLogger(_WIRE_LOG).setLevel(logging.CRITICAL)
 
-_RETRY_EVERY = 3.0
+# Every attempt that sshd answers with a refusal counts against this address: OpenSSH 9.8 and later drop connections
+# of a source whose refused logins come faster than its penalties expire (PerSourcePenalties, 5 s each).
+_FIRST_PAUSE, _LONGEST_PAUSE = 3.0, 12.0
 _CONNECT_TIMEOUT = 15.0
 _KEEPALIVE = 15
 _TAIL = 2000
@@ -68,7 +70,9 @@ class Shell:
         expected_host_key: str = "",
         stopped: threading.Event | None = None,
     ) -> Shell:
-        """Keep trying until sshd answers and takes the key: a booting machine refuses both for a while.
+        """Keep trying until sshd accepts the key: a booting machine accepts neither connections nor keys for a while.
+
+        While nothing listens it tries every 3 s; after refusals by sshd it waits 3, 6, then 12 s.
 
         ``private_key`` is OpenSSH text; ``deadline`` is time.monotonic; ``stopped`` ends the trying early.
         Raises HostKeyChanged at once, ProviderError with the last reason at the deadline.
@@ -76,16 +80,23 @@ class Shell:
         key = _load_key(private_key)
         policy = _pinned(expected_host_key)
         stopped = stopped or threading.Event()
+        refusals = 0
         while True:
-            client, reason = _attempt(host, port, user, key, policy, min(_CONNECT_TIMEOUT, deadline - time.monotonic()))
+            client, reason, answered = _attempt(
+                host, port, user, key, policy, min(_CONNECT_TIMEOUT, deadline - time.monotonic())
+            )
             if client is not None:
                 transport = client.get_transport()
                 if transport is not None:
                     transport.set_keepalive(_KEEPALIVE)
                     return cls(client, policy.seen, sudo=user != "root")
-            if time.monotonic() + _RETRY_EVERY > deadline:
+            pause = _FIRST_PAUSE
+            if answered:
+                pause = min(_FIRST_PAUSE * 2**refusals, _LONGEST_PAUSE)
+                refusals += 1
+            if time.monotonic() + pause > deadline:
                 raise ProviderError(f"{user}@{host}:{port} could not be reached over SSH: {reason}")
-            if stopped.wait(_RETRY_EVERY):
+            if stopped.wait(pause):
                 raise ProviderError(f"{user}@{host}:{port} was given up while waiting for SSH ({reason})")
 
     def run(self, words: Sequence[str], timeout: float, *, root: bool = True) -> str:
@@ -193,8 +204,8 @@ def _tail(output: bytearray) -> str:
 
 def _attempt(
     host: str, port: int, user: str, key: paramiko.PKey, policy: Any, timeout: float
-) -> tuple[paramiko.SSHClient | None, str]:
-    """A connected client, or None and the reason. Raises HostKeyChanged."""
+) -> tuple[paramiko.SSHClient | None, str, bool]:
+    """A connected client, or None, the reason, and whether something answered at all. Raises HostKeyChanged."""
     import paramiko
 
     client = paramiko.SSHClient()
@@ -218,8 +229,8 @@ def _attempt(
         raise
     except (OSError, EOFError, paramiko.SSHException) as error:
         client.close()
-        return None, str(error) or type(error).__name__
-    return client, ""
+        return None, str(error) or type(error).__name__, not isinstance(error, OSError)
+    return client, "", True
 
 
 def _load_key(private_key: str) -> paramiko.PKey:

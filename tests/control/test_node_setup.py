@@ -104,7 +104,7 @@ class Node:
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
-    monkeypatch.setattr(ssh_module, "_RETRY_EVERY", 0.05)
+    monkeypatch.setattr(ssh_module, "_FIRST_PAUSE", 0.05)
     made = Node(tmp_path)
     with made.sshd:
         yield made
@@ -195,7 +195,7 @@ def test_interrupting_breaks_off_the_step_under_way(node: Node) -> None:
 
 def test_interrupting_breaks_off_waiting_for_ssh(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing listens there: a firewall that was forgotten.
-    monkeypatch.setattr(ssh_module, "_RETRY_EVERY", 5.0)
+    monkeypatch.setattr(ssh_module, "_FIRST_PAUSE", 5.0)
     node.cloud = Cloud(node.cloud.provider, replace(node.cloud.config, ssh_port=free_port()))
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(node.make)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import stat
 import threading
 import time
@@ -54,7 +55,7 @@ def shared(server: Sshd, key: SshKey) -> Iterator[Shell]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_RETRY_EVERY", 0.05)
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.05)
 
 
 def connect(server: Sshd, key: SshKey, seconds: float = 20, **options: object) -> Shell:
@@ -73,6 +74,40 @@ def test_a_machine_that_still_boots_is_waited_for(tmp_path: Path, key: SshKey) -
             connecting.result(0.3)
         with server, connecting.result(20) as shell:
             assert shell.run(["echo", "in"], 20) == "in\n"
+
+
+@pytest.mark.parametrize(("answers", "expected"), [(True, [0.1, 0.2, 0.4, 0.4]), (False, [0.1, 0.1, 0.1, 0.1])])
+def test_an_sshd_that_refuses_is_asked_less_and_less_often(
+    key: SshKey, monkeypatch: pytest.MonkeyPatch, answers: bool, expected: list[float]
+) -> None:
+    """OpenSSH 9.8 and later drop the connections of an address whose refused logins come too fast."""
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE", 0.4)
+    pauses: list[float] = []
+
+    class Stopped(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            pauses.append(timeout)
+            return len(pauses) == len(expected)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+        if answers:
+            pool.submit(_refuse, listener, len(expected))
+        else:
+            listener.close()
+        with pytest.raises(ProviderError, match="given up while waiting for SSH"):
+            Shell.connect("127.0.0.1", "admin", key.private, time.monotonic() + 60, port=port, stopped=Stopped())
+    assert pauses == expected
+
+
+def _refuse(listener: socket.socket, times: int) -> None:
+    """As sshd refuses an address that it penalizes."""
+    for _ in range(times):
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"Not allowed at this time\r\n")
 
 
 def test_one_that_never_answers_is_named_with_the_reason(key: SshKey) -> None:
