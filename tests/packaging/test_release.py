@@ -74,6 +74,10 @@ def test_the_compose_file_is_whole(top: Path) -> None:
     document = yaml.safe_load((top / "compose.yaml").read_text())
     services = document["services"]
     for service in services.values():
+        # An image in OCI format carries no health check, so what is waited for needs one here.
+        for name, how in service.get("depends_on", {}).items():
+            if how["condition"] == "service_healthy":
+                assert services[name].get("healthcheck", {}).get("test"), name
         assert set(service.get("depends_on", {})) <= set(services)
         assert {volume.partition(":")[0] for volume in service.get("volumes", [])} <= set(document["volumes"])
         assert {config["source"] for config in service.get("configs", [])} <= set(document["configs"])
