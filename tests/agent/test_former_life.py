@@ -101,7 +101,8 @@ def test_a_taken_port_is_told_in_a_sentence(agent: Agent, tmp_path: Path) -> Non
     with pytest.raises(AssertionError, match="ended with 1"):
         # Its own test for being ready would find the first agent: only its end counts here.
         _until_it_ends(other)
-    assert "another program does, perhaps this one started twice" in other.log.read_text()
+    assert agent.process is not None
+    assert f"(process {agent.process.pid})" in other.log.read_text()
 
 
 def _until_it_ends(program: Agent) -> None:

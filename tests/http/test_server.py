@@ -610,7 +610,7 @@ def _refused(port: int) -> bool:
 class TestListening:
     def test_a_taken_port_says_what_to_do(self, fakes: Fakes, serve: Serve) -> None:
         port = serve(fakes).port
-        with pytest.raises(FluxError, match=r"another program does.*set `port` in flux\.yaml"):
+        with pytest.raises(FluxError, match=r"in use by .* \(process \d+\)\..*set another `port` in flux\.yaml"):
             WebServer(lambda environ, start: [], replace(config(), port=port))
 
     def test_an_address_of_another_machine_too(self) -> None:

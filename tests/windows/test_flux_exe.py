@@ -144,7 +144,7 @@ def test_a_taken_port_is_explained_and_the_window_stays(lab: Lab, home: Path) ->
         port = taken.getsockname()[1]
         (home / "flux.yaml").write_text(f"api_key: {'k' * 32}\nlisten_host: 127.0.0.1\nport: {port}\n")
         flux = failing(lab, home)
-        assert f"cannot listen on 127.0.0.1:{port}: another program does" in flux.words
+        assert f"cannot listen on 127.0.0.1:{port}: the port is in use by" in flux.words
         assert windows_path(home / "flux.yaml") in flux.words
 
 

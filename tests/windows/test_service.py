@@ -91,7 +91,7 @@ def test_a_service_that_cannot_start_is_not_left_installed(lab: Lab, program_dat
         code, words = command(lab, built(lab) / "flux.exe", "service", "install")
     assert code == 1
     assert "flux.log" in words
-    assert "another program does" in (home / "flux.log").read_text()
+    assert "the port is in use by" in (home / "flux.log").read_text()
     assert "there is no service flux" in command(lab, built(lab) / "flux.exe", "service", "remove")[1]
 
 
