@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fluxlib.lifecycle import StopSignal
 
 
+# sysexits.h's EX_CONFIG: systemd's units do not start the program again after it (RestartPreventExitStatus).
+CONFIG_INVALID = 78
+
+
 def main(arguments: list[str], default: str = "serve") -> int:
     """Run one command; its exit code. ``default`` is the command of a call that names none."""
     options = _parser(default).parse_args(arguments or [default])
@@ -30,7 +34,7 @@ def main(arguments: list[str], default: str = "serve") -> int:
         lines = [f"  - {fault}" for fault in error.faults]
         head = error.message.removesuffix("; ".join(error.faults)).rstrip()
         print("\n".join([f"flux: {head}", *lines]), file=sys.stderr)
-        return 1
+        return CONFIG_INVALID
     except FluxError as error:
         print(f"flux: {error.message}", file=sys.stderr)
         return 1
@@ -150,9 +154,9 @@ def _agent(options: argparse.Namespace) -> int:
 
     from fluxlib.agent.app import serve
     from fluxlib.config.agent import load_agent
-    from fluxlib.config.files import find_config
+    from fluxlib.config.files import existing_config
 
-    config = load_agent(find_config("AGENT_CONFIG", "agent.yaml", "flux-agent"))
+    config = load_agent(existing_config("AGENT_CONFIG", "agent.yaml", "flux-agent"))
     if options.port:
         config = replace(config, port=options.port)
     _log(config.log_level)
@@ -171,14 +175,14 @@ def _stop_with_stdin(stop: StopSignal) -> None:
 
 def _check_config(options: argparse.Namespace) -> int:
     from fluxlib import checking
-    from fluxlib.config.files import find_config
+    from fluxlib.config.files import existing_config
 
     if options.settings:
         return checking.show_settings(agent=options.agent)
     variable, name, package = (
         ("AGENT_CONFIG", "agent.yaml", "flux-agent") if options.agent else ("FLUX_CONFIG", "flux.yaml", "flux")
     )
-    return checking.check_config(options.file or find_config(variable, name, package), agent=options.agent)
+    return checking.check_config(options.file or existing_config(variable, name, package), agent=options.agent)
 
 
 def _enroll(options: argparse.Namespace) -> int:
@@ -214,9 +218,9 @@ def _service(options: argparse.Namespace) -> int:
 
 
 def _control_path() -> Path:
-    from fluxlib.config.files import find_config
+    from fluxlib.config.files import existing_config
 
-    return find_config("FLUX_CONFIG", "flux.yaml", "flux")
+    return existing_config("FLUX_CONFIG", "flux.yaml", "flux")
 
 
 def _control_config() -> ControlConfig:

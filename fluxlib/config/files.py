@@ -28,6 +28,29 @@ def find_config(variable: str, name: str, package: str) -> Path:
     return installed if os.path.exists(installed) else here
 
 
+# How to get a file that is missing.
+_ADVICE = {
+    "agent.yaml": "Make one with `flux enroll NAME` on the machine where Flux runs",
+    "flux.yaml": "`flux serve` makes one on its first start",
+}
+
+
+def existing_config(variable: str, name: str, package: str) -> Path:
+    """What `find_config` finds. Raises ConfigInvalid with the places it looked in when there is no file."""
+    path = find_config(variable, name, package)
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
+        if is_named(variable):
+            missing = f"there is no {path}, which {variable} names"
+        else:
+            missing = f"{name} was found neither in {Path.cwd()} nor in {system_directory(package)}"
+        raise ConfigInvalid(f"{missing}. {_ADVICE[name]}, or set {variable} to its path") from error
+    except OSError:
+        pass  # reading it says why
+    return path
+
+
 def system_directory(package: str) -> Path:
     """Where the packages of Flux keep their configuration: ``package`` is flux or flux-agent."""
     return program_data() / package if sys.platform == "win32" else Path("/etc") / package

@@ -13,6 +13,7 @@ import pytest
 
 from fluxlib.config.agent import load_agent
 from fluxlib.config.control import load_control, read_control
+from fluxlib.config.files import system_directory
 from fluxlib.config.key_file import with_key, without_key
 from fluxlib.config.keys import ApiKey
 from fluxlib.errors import Conflict, NotFound
@@ -176,14 +177,40 @@ def test_every_fault_of_a_file_is_told(home: Path) -> None:
     for words in ("api_kay", "api_key", "port", "log_level"):
         assert words in done.stdout
     assert "Traceback" not in done.stderr
-    assert run(home, "serve").returncode == 1
+    serve = run(home, "serve")
+    # What systemd's units do not start again after.
+    assert serve.returncode == 78
+    assert "port: " in serve.stderr
 
 
 def test_a_missing_file_that_was_named_is_no_first_start(tmp_path: Path) -> None:
     done = run(tmp_path, "serve")
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert "there is no" in done.stderr
     assert not (tmp_path / "flux.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "advice"),
+    [
+        (["agent"], "agent.yaml", "flux enroll NAME"),
+        (["check-config", "--agent"], "agent.yaml", "flux enroll NAME"),
+        (["enroll", "worker-1"], "flux.yaml", "FLUX_CONFIG"),
+    ],
+)
+def test_a_missing_file_is_told_with_the_places_looked_in(
+    tmp_path: Path, command: list[str], name: str, advice: str
+) -> None:
+    installed = system_directory("flux-agent" if name == "agent.yaml" else "flux")
+    if (installed / name).exists():
+        pytest.skip(f"{installed / name} is there")
+    environment = {key: value for key, value in os.environ.items() if key not in ("FLUX_CONFIG", "AGENT_CONFIG")}
+    done = subprocess.run(
+        [sys.executable, "-m", "flux", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 78
+    assert f"{name} was found neither in {tmp_path} nor in {installed}" in done.stderr
+    assert advice in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="directories are closed by Unix' modes")
