@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -42,13 +43,32 @@ def enroll(config: ControlConfig, agent_id: str, into: Path) -> int:
         _write_whole(directory, enrolment_files(identity, agent_id, config.agent_port))
     except OSError as error:
         raise CannotWrite(f"{directory} cannot be written: {error.strerror or error}") from error
-    print(f"{directory} holds agent.yaml and the certificates of {agent_id}, by the authority of {config.path}.")
-    print("Copy it to the machine, for example to /etc/flux-agent, start flux-agent there, and register it:")
-    print(
-        f"  curl -H 'X-API-Key: KEY' -d '{{\"address\": \"MACHINE:{config.agent_port}\"}}'"
-        f" {config.own_url}/agents/register"
-    )
+    print("\n".join(_next_steps(config, directory)))
     return 0
+
+
+def _next_steps(config: ControlConfig, directory: Path) -> list[str]:
+    register = f"{config.own_url}/agents/register"
+    address = f'{{"address": "MACHINE:{config.agent_port}"}}'
+    if sys.platform == "win32":
+        return [
+            f"{directory} holds agent.yaml and the certificates of an agent, signed by the CA of {config.path}.",
+            r"Copy its files to C:\ProgramData\flux-agent on the agent's machine (Linux: /etc/flux-agent), and there:",
+            "  flux-agent.exe service install",
+            f"Then register it here, with api_key of {config.path} as $key:",
+            f"  irm {register} -Method Post -Headers @{{'X-API-Key' = $key}} -Body '{address}'",
+        ]
+    # By a shell of root's: the user's own may not look into the directory.
+    install = f"install -m 600 {shlex.quote(str(directory))}/* /etc/flux-agent/"
+    return [
+        f"{directory} holds agent.yaml and the certificates of an agent, signed by the CA of {config.path}.",
+        "Copy it to the agent's machine, install flux-agent there, and then:",
+        f"  sudo sh -c {shlex.quote(install)}",
+        "  sudo systemctl start flux-agent",
+        "Register it here (MACHINE is its address; 127.0.0.1 if it is this one):",
+        f"  KEY=$(sudo sed -n 's/^api_key: *//p' {shlex.quote(str(config.path))})",
+        f"  curl -H \"X-API-Key: $KEY\" -d '{address}' {register}",
+    ]
 
 
 def _write_whole(directory: Path, files: Mapping[str, bytes]) -> None:

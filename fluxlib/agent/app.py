@@ -19,7 +19,7 @@ from fluxlib.agent.pulse import Pulse
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.config.agent import AgentConfig
-from fluxlib.config.environment import function_basics, prepare_grpc
+from fluxlib.config.environment import function_basics, prepare_grpc, report_ready
 from fluxlib.descriptors import raise_limit
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
@@ -154,6 +154,7 @@ def serve(config: AgentConfig, stop: StopSignal) -> int:
     # Each run holds a few. The programs get limits of their own.
     raise_limit()
     agent = Agent(config)
+    report_ready()
     stop.wait()
     log.info("stopping")
     agent.stop(stop.seconds(config.shutdown_sec + _KILL_TIME))

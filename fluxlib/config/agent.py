@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fluxlib.config.files import (
     absolute,
     address_problem,
     default_state_dir,
+    open_to_all,
     read_file,
     redis_problem,
 )
@@ -239,4 +240,8 @@ def load_agent(path: Path) -> AgentConfig:
         except OSError as error:
             faults.add(f"tls.{name.removeprefix('tls_')}", f"{getattr(config, name)}: {error.strerror or error}")
     faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
-    return config
+    assert config.tls_key_file is not None
+    if not open_to_all(config.tls_key_file):
+        return config
+    warning = f"tls.key_file: every user of this machine can read the agent's key: chmod 600 {config.tls_key_file}"
+    return replace(config, warnings=(*config.warnings, warning))

@@ -28,6 +28,17 @@ def under_journald() -> bool:
     return "JOURNAL_STREAM" in os.environ
 
 
+def report_ready() -> None:
+    """Tell systemd, when it started this process (Type=notify), that it now serves."""
+    path = os.environ.pop("NOTIFY_SOCKET", "")
+    if sys.platform == "win32" or not path:
+        return
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.sendto(b"READY=1", f"\0{path[1:]}" if path.startswith("@") else path)
+
+
 def for_child(**changes: str) -> dict[str, str]:
     """This process's environment with changes, for a program of ours started beside it."""
     return {**os.environ, **changes}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fluxlib.config.control import ControlConfig
-from fluxlib.config.environment import prepare_grpc
+from fluxlib.config.environment import prepare_grpc, report_ready
 from fluxlib.lifecycle import Deadline, Loop, Parts, StopSignal, Timers
 from fluxlib.pki import Authority
 from fluxlib.store import open_control_store
@@ -233,6 +233,7 @@ def serve(config: ControlConfig, stop: StopSignal) -> int:
     control = Control(config)
     try:
         control.start()
+        report_ready()
         stop.wait()
         log.info("stopping")
     finally:

@@ -155,10 +155,20 @@ class Authority:
         return found
 
 
+# Not every program that unpacks a zip keeps its modes, so the file says itself what to do.
+_INSTRUCTIONS = """\
+# Made by Flux for one agent, with the three PEM files beside it. Nobody else may read agent-key.pem. On that machine:
+#   sudo install -m 600 agent.yaml ca.pem agent.pem agent-key.pem /etc/flux-agent/
+#   sudo systemctl start flux-agent
+# On Windows: copy all four to C:\\ProgramData\\flux-agent, then `flux-agent.exe service install` as administrator.
+# Then register its address with Flux: POST /agents/register.
+"""
+
+
 def enrolment_files(identity: Identity, agent_id: str, port: int) -> dict[str, bytes]:
     """What an agent added by hand is given, by file name."""
     tls = {"enabled": True, "ca_cert": "ca.pem", "cert_file": "agent.pem", "key_file": "agent-key.pem"}
-    config = yaml.safe_dump({"agent_id": agent_id, "port": port, "tls": tls}, sort_keys=False)
+    config = _INSTRUCTIONS + yaml.safe_dump({"agent_id": agent_id, "port": port, "tls": tls}, sort_keys=False)
     return {
         "agent-key.pem": identity.key_pem,
         "agent.pem": identity.cert_pem,

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
+from fluxlib.config.agent import load_agent
 from fluxlib.pki import Authority
 from tests.support.need import need_root
 from tests.support.programs import TOP, Agent, Flux, wait_until
@@ -83,6 +84,18 @@ def test_an_enrolled_agent_joins(flux: Flux, directory: Path, enroll: Callable[[
         # A second key for a living agent's ID is not given away.
         assert flux.api.call("POST", f"/agents/{agent_id}/enroll")[0] == 409
         assert flux.api.call("DELETE", f"/agents/{agent_id}")[0] == 200
+
+
+def test_files_unpacked_without_their_modes_are_told_with_what_to_do(flux: Flux, directory: Path) -> None:
+    """As Python's zipfile and others do; Info-ZIP keeps 0600."""
+    into = directory / "open"
+    enroll_by_api(flux, "open", into)
+    assert "sudo install -m 600" in (into / "agent.yaml").read_text()
+    (into / "agent-key.pem").chmod(0o644)
+    (warning,) = load_agent(into / "agent.yaml").warnings
+    assert f"chmod 600 {into / 'agent-key.pem'}" in warning
+    (into / "agent-key.pem").chmod(0o600)
+    assert load_agent(into / "agent.yaml").warnings == ()
 
 
 @pytest.mark.parametrize("agent_id", ["flux", "flux-agent", "*.x", "../x", "..", "A", "x" * 64, "-x", "a.b", "a\nb"])

@@ -101,11 +101,31 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         yield Host(machine)
 
 
-def test_installing_ends_with_a_running_service(host: Host) -> None:
-    said = host.install("flux", version=OLDER)
+def as_ada(host: Host, *lines: str) -> str:
+    """What a user with sudo pastes into a shell, in the clone where `make deb` was run."""
+    script = "\n".join(["set -eu", "cd ~/flux", *lines])
+    return host.run("runuser -l ada -s /bin/bash -c 'bash -s'", stdin=script.encode(), timeout=400)
+
+
+def install_lines(top: Path) -> list[str]:
+    """README's "Install it", for Debian."""
+    (block,) = re.findall(r"## Install it\n.*?```sh\n(.*?)```", (top / "README.md").read_text(), re.DOTALL)
+    return str(block).splitlines()
+
+
+def test_the_readme_installs_a_running_service(host: Host, top: Path) -> None:
+    host.run("useradd -m ada && echo 'ada ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/ada")
+    for name in ("flux", "flux-agent"):
+        deb = package(name, OLDER)
+        host.machine.put(deb, f"/home/ada/flux/dist/{deb.name}")
+    host.run("chown -R ada: /home/ada")
+    said = as_ada(host, install_lines(top)[0])
     assert "error" not in said.lower(), said
-    # The service comes up in its own time; a person's second `curl` is the one that counts.
-    host.run(f"curl -sS --retry 30 --retry-delay 1 --retry-connrefused --fail {URL}/health", timeout=90)
+    # What is next, said by the packages themselves.
+    assert "sudo sed -n 's/^api_key: *//p' /etc/flux/flux.yaml" in said
+    assert "sudo flux enroll worker-1" in said
+    # No waiting: systemctl start returns when Flux serves.
+    host.run(f"curl -sS --fail {URL}/health")
     assert host.run("stat -c '%U:%G %a' /etc/flux/flux.yaml /etc/flux/certs /var/lib/flux").splitlines() == [
         "flux:flux 600",
         "flux:flux 700",
@@ -117,21 +137,15 @@ def test_installing_ends_with_a_running_service(host: Host) -> None:
 
 
 def test_an_agent_without_configuration_waits(host: Host) -> None:
-    host.install("flux-agent", version=OLDER)
     assert not host.active("flux-agent")
     assert host.run("systemctl --failed --no-legend") == ""
 
 
-def test_an_enrolled_agent_joins(host: Host) -> None:
-    host.run("cd /root && flux enroll worker-1")
-    host.run("install -m 600 /root/worker-1/* /etc/flux-agent/ && systemctl start flux-agent")
-    register = json.dumps({"address": "127.0.0.1:50052"}).encode()
-
-    def registered() -> bool:
-        status, _ = host.call("POST", "/agents/register", register)
-        return status in (200, 201)
-
-    wait_until(registered, "the agent to be taken in", 90)
+def test_the_readme_ends_with_a_registered_agent(host: Host, top: Path) -> None:
+    said = as_ada(host, *install_lines(top)[1:])
+    assert '"registered"' in said, said
+    modes = host.run("stat -c '%U %a' /etc/flux-agent/*").splitlines()
+    assert modes == ["root 600"] * 4
     assert host.agent_is_online()
 
 
@@ -217,6 +231,27 @@ def test_a_new_authority_is_made_where_the_old_one_was_moved_away(host: Host) ->
     assert host.machine.status("cmp -s /etc/flux/certs/ca/ca.pem /root/former/ca/ca.pem") == 1
     host.run("rm -r /etc/flux/certs && mv /root/former /etc/flux/certs && systemctl restart flux")
     wait_until(host.agent_is_online, "the agent of the former authority to be back", 120)
+
+
+def test_a_bad_configuration_is_told_at_the_start_and_not_restarted(host: Host) -> None:
+    for unit, file in (("flux", "/etc/flux/flux.yaml"), ("flux-agent", "/etc/flux-agent/agent.yaml")):
+        host.run(f"cp -p {file} /root/good.yaml && echo 'port: many' >>{file}")
+        assert host.machine.status(f"systemctl restart {unit}") != 0
+        # A unit that is going to be restarted is "activating".
+        assert host.run(f"systemctl show -P ActiveState -P ExecMainStatus {unit}").split() == ["failed", "78"]
+        assert "port: must be an integer" in host.run(f"journalctl -u {unit} -o cat -n 20")
+        host.run(f"cp -p /root/good.yaml {file} && systemctl start {unit}")
+    wait_until(host.agent_is_online, "both to be back", 120)
+
+
+def test_a_taken_port_fails_the_start_and_says_how_to_find_the_program(host: Host) -> None:
+    host.run("systemctl stop flux && systemd-run --unit taker python3 -m http.server 7227 --bind 127.0.0.1")
+    host.run("until curl -sf http://127.0.0.1:7227/ >/dev/null; do sleep 0.2; done", timeout=60)
+    assert host.machine.status("systemctl start flux") != 0
+    (found,) = re.findall(r"`(sudo ss [^`]*)` shows", host.run("journalctl -u flux -o cat -n 20 | tail -n 1"))
+    assert "python3" in host.run(found)
+    host.run("systemctl stop taker")
+    wait_until(host.agent_is_online, "Flux to have tried again", 120)
 
 
 def test_removing_leaves_what_was_made(host: Host) -> None:
