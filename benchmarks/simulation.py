@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fluxlib.config.control import AutoscalingConfig, NodeType
-from fluxlib.control.placement import chooser, need_of
-from fluxlib.control.registry import AgentState, Registry, Reservation
-from fluxlib.control.scaler_state import ScalerState
-from fluxlib.control.scaling import Action, Decision, FleetView, NodeCondition, NodeView, Sample, Wait, decide
+from fluxlib.control.agents.registry import AgentState, Registry, Reservation
+from fluxlib.control.executions.placement import chooser, need_of
+from fluxlib.control.nodes.scaler_state import ScalerState
+from fluxlib.control.nodes.scaling import Action, Decision, FleetView, NodeCondition, NodeView, Sample, Wait, decide
 from fluxlib.model import AgentRecord, AgentStatus, Behavior, Function, FunctionSpec, NodeFigures
 
 SLOTS = 8

@@ -16,7 +16,7 @@ from fluxlib.pki import Authority
 from fluxlib.store import open_control_store
 
 if TYPE_CHECKING:
-    from fluxlib.control.node_parts import NodeParts
+    from fluxlib.control.nodes.parts import NodeParts
 
 log = logging.getLogger(__name__)
 
@@ -48,24 +48,24 @@ class Control:
 
     def _build(self, config: ControlConfig) -> None:
         prepare_grpc()  # before grpc is imported
-        from fluxlib.control.connector import AgentConnector
-        from fluxlib.control.deploy import REFRESH_EVERY, FunctionService
-        from fluxlib.control.enrolment import EnrolmentService
-        from fluxlib.control.executions import ExecutionService
-        from fluxlib.control.health import HealthPoller
+        from fluxlib.control.agents.client.connector import AgentConnector
+        from fluxlib.control.agents.enrolment import EnrolmentService
+        from fluxlib.control.agents.health import HealthPoller
+        from fluxlib.control.agents.leadership import RENEW_EVERY, Leadership
+        from fluxlib.control.agents.membership import Membership
+        from fluxlib.control.agents.pushes import Pusher
+        from fluxlib.control.agents.reconciler import Joiner
+        from fluxlib.control.agents.registry import Registry
+        from fluxlib.control.agents.renewal import CHECK_EVERY, OwnIdentity, Renewal
+        from fluxlib.control.agents.replication import Sharing
+        from fluxlib.control.agents.roster import Roster
+        from fluxlib.control.executions.service import ExecutionService
+        from fluxlib.control.functions.deploy import REFRESH_EVERY, FunctionService
         from fluxlib.control.http import Api
-        from fluxlib.control.joining import Joiner
         from fluxlib.control.key_reload import LOOK_EVERY, KeyReload
-        from fluxlib.control.leadership import RENEW_EVERY, Leadership
-        from fluxlib.control.membership import Membership
-        from fluxlib.control.pushes import Pusher
-        from fluxlib.control.registry import Registry
-        from fluxlib.control.renewal import CHECK_EVERY, OwnIdentity, Renewal
-        from fluxlib.control.roster import Roster
+        from fluxlib.control.server import WebServer
         from fluxlib.control.services import Services
-        from fluxlib.control.sharing import Sharing
         from fluxlib.control.status import SAMPLE_EVERY, StatusService
-        from fluxlib.control.webserver import WebServer
 
         session = secrets.token_hex(8)
         shared = bool(config.redis_addr)
@@ -130,7 +130,7 @@ class Control:
             self._watch(status.watch, Loop("renewal", renewal.tick, CHECK_EVERY))
 
         if config.providers.any():
-            from fluxlib.control.node_parts import build_nodes
+            from fluxlib.control.nodes.parts import build_nodes
 
             self._nodes = build_nodes(
                 config,

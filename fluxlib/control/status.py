@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 
-from fluxlib.control.registry import Registry
+from fluxlib.control.agents.registry import Registry
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Loop, LoopReport
 from fluxlib.model import NodeFigures

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from fluxlib.control.agent_calls import AgentCalls
-from fluxlib.control.registry import Registry
+from fluxlib.control.agents.registry import Registry
+from fluxlib.control.executions.agent_calls import AgentCalls
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import AgentRecord, ExecutionRecord
 

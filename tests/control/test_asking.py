@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fluxlib.control import asking
-from fluxlib.control.execution import new_execution_id
+from fluxlib.control.executions import asking
+from fluxlib.control.executions.execution import new_execution_id
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ExecutionStatus
 from fluxlib.store.base import Commit, ExecutionEntry

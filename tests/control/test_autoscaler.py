@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from fluxlib.control.scaler_state import ScalerState
-from fluxlib.control.scaling import Sample
+from fluxlib.control.nodes.scaler_state import ScalerState
+from fluxlib.control.nodes.scaling import Sample
 from fluxlib.errors import ProviderError, StoreUnavailable, Unavailable
 from fluxlib.model import AgentStatus, Behavior, Platform
 from fluxlib.store.memory import MemoryControlStore

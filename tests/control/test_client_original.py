@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.client_unary import UnaryExecutions
-from fluxlib.control.connection import ConnectionEvents
+from fluxlib.control.agents.client.unary import UnaryExecutions
+from fluxlib.control.agents.connection import ConnectionEvents
 from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, NotFound
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ErrorKind, ExecutionRequest, ExecutionStatus

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.channels import Line, Lines
-from fluxlib.control.client_output import AgentOutput
+from fluxlib.control.agents.client.channels import Line, Lines
+from fluxlib.control.agents.client.output import AgentOutput
 from fluxlib.errors import AgentUnreachable
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ExecutionRecord, ExecutionStatus

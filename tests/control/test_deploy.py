@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fluxlib.control.pushes import Archives
+from fluxlib.control.agents.pushes import Archives
 from fluxlib.control.services import PushResult
 from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
 from fluxlib.lifecycle import Deadline

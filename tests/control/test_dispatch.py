@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.connection import refusal
-from fluxlib.control.registry import Registry
-from fluxlib.control.slots import Slots
+from fluxlib.control.agents.connection import refusal
+from fluxlib.control.agents.registry import Registry
+from fluxlib.control.executions.slots import Slots
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput, NoAgentFits, StoreUnavailable
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import AgentStatus, ErrorKind, ExecutionStatus, NodeFigures
@@ -140,7 +140,7 @@ class TestStore:
     def test_a_queued_one_goes_on_and_runs_once(
         self, plane: Plane, store: TrickyStore, write: str, after: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("fluxlib.control.dispatch._STORE_PAUSE", 0.02)
+        monkeypatch.setattr("fluxlib.control.executions.dispatcher._STORE_PAUSE", 0.02)
         execution_id = plane.submit("w", "x")
         store.fails, store.after = [write], after
         refused = threading.Event()
@@ -299,8 +299,8 @@ class TestLargeFleets:
     @pytest.fixture
     def slots(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Slots, list[str]]]:
         """Slots whose every walk counts as a long one, and the walks."""
-        monkeypatch.setattr("fluxlib.control.slots._LONG_WALK", 0.0)
-        monkeypatch.setattr("fluxlib.control.slots._REST", 1e6)
+        monkeypatch.setattr("fluxlib.control.executions.slots._LONG_WALK", 0.0)
+        monkeypatch.setattr("fluxlib.control.executions.slots._REST", 1e6)
         registry, functions, walks = Registry(), FakeFunctions(), list[str]()
         functions.add("big", memory_mb=1000)
         functions.add("small")
@@ -341,7 +341,7 @@ def test_a_storm_leaves_nothing_open_and_runs_nothing_twice(
     store: TrickyStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Agents that answer at random and late, clients that leave, cancels, a full room: every end is written once."""
-    monkeypatch.setattr("fluxlib.control.slots._SHUN", 0.02)
+    monkeypatch.setattr("fluxlib.control.executions.slots._SHUN", 0.02)
     chance = random.Random(seed)
     plane = Plane(store, max_waiting=40)
     plane.functions.add("f", max_concurrency=2)

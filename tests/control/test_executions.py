@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.outputs import Following
+from fluxlib.control.executions.outputs import Following
 from fluxlib.control.services import AgentAway
 from fluxlib.errors import (
     AgentLost,
@@ -316,7 +316,7 @@ class TestWaiting:
             plane.execute("big")
 
     def test_an_unreachable_agent_is_tried_again_by_itself(self, plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fluxlib.control.slots._SHUN", 0.02)
+        monkeypatch.setattr("fluxlib.control.executions.slots._SHUN", 0.02)
         plane.functions.add("w", **WAIT)
         agent = plane.agent(script=fail(AgentUnreachable("restarting")))
         plane.submit("w", "x")
@@ -328,7 +328,7 @@ class TestWaiting:
         self, plane: Plane, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Others fill it, and it has no way to say that they have finished."""
-        monkeypatch.setattr("fluxlib.control.slots._SHUN", 0.02)
+        monkeypatch.setattr("fluxlib.control.executions.slots._SHUN", 0.02)
         plane.functions.add("w", **WAIT)
         agent = plane.agent(script=refuse(ErrorKind.AT_CAPACITY), original=True)
         plane.submit("w", "x")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxlib.control.member import Wanted
+from fluxlib.control.agents.member import Wanted
 from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluxlib.control.leadership import LEASE_SECONDS, RENEW_EVERY, Leadership
+from fluxlib.control.agents.leadership import LEASE_SECONDS, RENEW_EVERY, Leadership
 from fluxlib.errors import LeaseLost
 from fluxlib.model import AgentRecord
 from fluxlib.store.memory import MemoryControlStore

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.execution import Execution, merged
-from fluxlib.control.ledger import Ledger
+from fluxlib.control.executions.execution import Execution, merged
+from fluxlib.control.executions.tracker import Ledger
 from fluxlib.errors import FluxError, InvalidInput, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import Committed, ExecutionEntry
@@ -176,7 +176,7 @@ class TestTimes:
     )
     def test_of_a_run(self, began: float, queue_ms: int, monkeypatch: Any) -> None:
         accepted = 1000.0
-        monkeypatch.setattr("fluxlib.control.execution.time.time", lambda: accepted + 1.0)
+        monkeypatch.setattr("fluxlib.control.executions.execution.time.time", lambda: accepted + 1.0)
         record = self.record(run_started_at=accepted + began, queue_ms=5, duration_ms=100, cpu_seconds=0.1 + 0.2)
         execution = Execution("f", None, "e1", accepted)
         execution.waited_ms = 40

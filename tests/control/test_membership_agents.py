@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fluxlib.control.connector import AgentConnector
-from fluxlib.control.enrolment import EnrolmentService
-from fluxlib.control.leadership import RENEW_EVERY
-from fluxlib.control.renewal import OwnIdentity, Renewal
+from fluxlib.control.agents.client.connector import AgentConnector
+from fluxlib.control.agents.enrolment import EnrolmentService
+from fluxlib.control.agents.leadership import RENEW_EVERY
+from fluxlib.control.agents.renewal import OwnIdentity, Renewal
 from fluxlib.errors import AgentRefused, AgentUnreachable, Conflict, InvalidInput
 from fluxlib.lifecycle import Deadline, Loop, Timers
 from fluxlib.model import AgentStatus

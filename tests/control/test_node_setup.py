@@ -17,8 +17,8 @@ from cryptography import x509
 
 import fluxlib
 from fluxlib.config.control import AwsConfig, ControlConfig, read_control
-from fluxlib.control.node_notes import NodeNotes
-from fluxlib.control.node_setup import NodeSetup, Progress
+from fluxlib.control.nodes.notes import NodeNotes
+from fluxlib.control.nodes.setup import NodeSetup, Progress
 from fluxlib.errors import AgentUnreachable, ProviderError
 from fluxlib.pki import Authority
 from fluxlib.providers import Cloud

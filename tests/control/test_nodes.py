@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.joining import shown_id_fact
-from fluxlib.control.node_notes import NodePhase
-from fluxlib.control.node_parts import forget_node
-from fluxlib.control.spawn import new_agent_id
+from fluxlib.control.agents.reconciler import shown_id_fact
+from fluxlib.control.nodes.notes import NodePhase
+from fluxlib.control.nodes.parts import forget_node
+from fluxlib.control.nodes.provisioner import new_agent_id
 from fluxlib.errors import Conflict, NotFound, ProviderError, StoreUnavailable, Unavailable
 from fluxlib.model import AGENT_ID, AgentStatus
 from fluxlib.pki import Authority

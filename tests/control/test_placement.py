@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxlib.control.placement import BUSY_CPU_PERCENT, Need, chooser, fits, misfit, need_of, refusal
-from fluxlib.control.registry import AgentState, Registry, free_share
+from fluxlib.control.agents.registry import AgentState, Registry, free_share
+from fluxlib.control.executions.placement import BUSY_CPU_PERCENT, Need, chooser, fits, misfit, need_of, refusal
 from fluxlib.errors import AgentUnreachable, AtCapacity, NoAgentFits
 from fluxlib.model import AgentStatus, Behavior, Function, FunctionSpec, Network, NodeFigures, Platform
 from tests.support.fake_agents import join

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from fluxlib.control.registry import AgentState, Registry, Reservation, free_share
+from fluxlib.control.agents.registry import AgentState, Registry, Reservation, free_share
 from fluxlib.model import AgentRecord, AgentStatus, NodeFigures, Platform
 
 AGENTS = [f"w{number}" for number in range(5)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.control.renewal import OwnIdentity, Renewal
+from fluxlib.control.agents.renewal import OwnIdentity, Renewal
 from fluxlib.errors import AgentRefused
 from fluxlib.pki import Authority
 from fluxlib.pki import certificates as certs

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.connection import refusal
+from fluxlib.control.agents.connection import refusal
 from fluxlib.errors import AgentLost, InvalidInput, StoreUnavailable, Unavailable
 from fluxlib.model import ErrorKind, ExecutionStatus
 from fluxlib.store.base import Committed
@@ -134,7 +134,7 @@ class TestHere:
         assert again.result(10) == own.request.execution_id
 
     def test_it_waits_no_longer_than_for_a_write(self, plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fluxlib.control.executions.COMMIT_PATIENCE", 0.05)
+        monkeypatch.setattr("fluxlib.control.executions.service.COMMIT_PATIENCE", 0.05)
         agent = plane.agent()
         first = soon(plane)
         asked = agent.wait_asked()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxlib.config.control import AutoscalingConfig, NodeType
-from fluxlib.control.scaling import (
+from fluxlib.control.nodes.scaling import (
     Action,
     Decision,
     FleetView,

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from fluxlib.control.registry import Registry
+from fluxlib.control.agents.registry import Registry
 from fluxlib.control.status import StatusService
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop

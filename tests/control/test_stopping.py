@@ -131,7 +131,7 @@ class TestCallsInProgress:
     def test_that_do_not_die_in_time_are_ended_by_the_next_life(
         self, plane: Plane, store: MemoryControlStore, monkeypatch: Any
     ) -> None:
-        monkeypatch.setattr("fluxlib.control.executions._FAREWELL_SECONDS", 0.05)
+        monkeypatch.setattr("fluxlib.control.executions.service._FAREWELL_SECONDS", 0.05)
         agent = plane.agent()
         waiting = plane.soon()
         asked = agent.wait_asked()

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxlib.control.execution import Execution, new_execution_id
-from fluxlib.control.registry import Registry, Reservation
-from fluxlib.control.waiting import WaitingRoom
+from fluxlib.control.agents.registry import Registry, Reservation
+from fluxlib.control.executions.backlog import WaitingRoom
+from fluxlib.control.executions.execution import Execution, new_execution_id
 from fluxlib.errors import AtCapacity
 from fluxlib.model import NodeFigures
 from tests.support.fake_agents import join

@@ -13,8 +13,6 @@ import pytest
 
 import fluxlib
 
-LONGEST_MODULE = 350
-
 
 def _tracked(top: Path, *patterns: str) -> list[Path]:
     listed = subprocess.run(  #
@@ -37,15 +35,6 @@ def test_generated_stubs_are_current(top: Path, tmp_path: Path) -> None:
     for made in (tmp_path / "fluxlib/rpc/gen").iterdir():
         checked_in = top / "fluxlib/rpc/gen" / made.name
         assert checked_in.read_text() == made.read_text(), f"{made.name} is stale: run `make proto`"
-
-
-def test_no_module_has_outgrown_its_room(top: Path) -> None:
-    long = {
-        str(path.relative_to(top)): lines
-        for path in _tracked(top, "fluxlib/*.py", "benchmarks/*.py", "flux.py")
-        if "/gen/" not in str(path) and (lines := len(path.read_text().splitlines())) > LONGEST_MODULE
-    }
-    assert not long, f"split these: {long}"
 
 
 def test_one_version_everywhere(top: Path) -> None:

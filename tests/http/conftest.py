@@ -14,8 +14,8 @@ from werkzeug.test import Client as WsgiClient
 
 from fluxlib.control.http import Api
 from fluxlib.control.http.auth import FailedAttempts
-from fluxlib.control.webserver import WebServer
-from fluxlib.control.webserver.loop import AskingPoller, best_poller
+from fluxlib.control.server import WebServer
+from fluxlib.control.server.loop import AskingPoller, best_poller
 from fluxlib.lifecycle import Deadline
 from tests.http.fakes import ADMIN, Fakes
 

@@ -17,8 +17,8 @@ import pytest
 from waitress.channel import HTTPChannel
 
 from fluxlib.control.http import Api
+from fluxlib.control.server import WebServer
 from fluxlib.control.services import Call, Caller
-from fluxlib.control.webserver import WebServer
 from fluxlib.errors import AgentLost, FluxError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ExecutionRecord, ExecutionStatus

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from fluxlib.control.http.budget import Budget, Waits
-from fluxlib.control.webserver.threads import LazyThreads
+from fluxlib.control.server.threads import LazyThreads
 from fluxlib.errors import Unavailable
 from fluxlib.lifecycle import Deadline
 from tests.support.programs import wait_until

@@ -25,7 +25,7 @@ def test_what_is_configured_is_built_in_the_order_it_is_asked_for_room() -> None
 
 def test_an_sdk_is_imported_only_for_its_cloud(top: Path) -> None:
     script = (
-        "import sys, fluxlib.control.node_parts, fluxlib.providers as p\n"
+        "import sys, fluxlib.control.nodes.parts, fluxlib.providers as p\n"
         "from fluxlib.config.control import AwsConfig, ProvidersConfig\n"
         "loaded = lambda: {'boto3', 'paramiko', 'google.cloud.compute_v1'} & set(sys.modules)\n"
         "assert not loaded(), loaded()\n"

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from fluxlib.archive import digest_of
-from fluxlib.control.leadership import Leadership
+from fluxlib.control.agents.leadership import Leadership
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import AgentRecord, Behavior, ExecutionStatus
 from fluxlib.store import open_control_store, open_record_store

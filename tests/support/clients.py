@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fluxlib.control.client import AgentClient
-from fluxlib.control.connection import ConnectionEvents
-from fluxlib.control.connector import AgentConnector
+from fluxlib.control.agents.client.client import AgentClient
+from fluxlib.control.agents.client.connector import AgentConnector
+from fluxlib.control.agents.connection import ConnectionEvents
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ExecutionRecord, ExecutionRequest, FunctionSpec

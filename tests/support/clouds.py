@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxlib.config.control import AutoscalingConfig, AwsConfig, GcpConfig, NodeType
-from fluxlib.control.autoscaler import Autoscaler
-from fluxlib.control.crew import Crew
-from fluxlib.control.demand import Demand
-from fluxlib.control.node_notes import NodeNotes, notes_of
-from fluxlib.control.node_setup import Progress
-from fluxlib.control.nodes import NodeService
-from fluxlib.control.retire import Retirer
-from fluxlib.control.scaling import NodeCondition
-from fluxlib.control.spawn import Spawner
-from fluxlib.control.strays import Strays
+from fluxlib.control.nodes.autoscaler import Autoscaler
+from fluxlib.control.nodes.crew import Crew
+from fluxlib.control.nodes.demand import Demand
+from fluxlib.control.nodes.notes import NodeNotes, notes_of
+from fluxlib.control.nodes.orphans import Strays
+from fluxlib.control.nodes.provisioner import Spawner
+from fluxlib.control.nodes.scaling import NodeCondition
+from fluxlib.control.nodes.service import NodeService
+from fluxlib.control.nodes.setup import Progress
+from fluxlib.control.nodes.terminator import Retirer
 from fluxlib.errors import ProviderError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import NodeFigures

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from fluxlib.control.connection import OnAnswer, refusal
-from fluxlib.control.registry import AgentState, Registry
+from fluxlib.control.agents.connection import OnAnswer, refusal
+from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.errors import FluxError, NotFound
 from fluxlib.model import (
     AgentRecord,

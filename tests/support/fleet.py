@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fluxlib.control.connection import (
+from fluxlib.control.agents.connection import (
     AgentConnection,
     ConnectionEvents,
     Connector,
@@ -17,16 +17,16 @@ from fluxlib.control.connection import (
     OnAnswer,
     OnReport,
 )
-from fluxlib.control.deploy import FunctionService
-from fluxlib.control.health import HealthPoller
-from fluxlib.control.joining import Joiner
-from fluxlib.control.leadership import Leadership
-from fluxlib.control.membership import Membership
-from fluxlib.control.pushes import Pusher
-from fluxlib.control.registry import AgentState, Registry
-from fluxlib.control.roster import Roster
+from fluxlib.control.agents.health import HealthPoller
+from fluxlib.control.agents.leadership import Leadership
+from fluxlib.control.agents.membership import Membership
+from fluxlib.control.agents.pushes import Pusher
+from fluxlib.control.agents.reconciler import Joiner
+from fluxlib.control.agents.registry import AgentState, Registry
+from fluxlib.control.agents.replication import Sharing
+from fluxlib.control.agents.roster import Roster
+from fluxlib.control.functions.deploy import FunctionService
 from fluxlib.control.services import AgentView
-from fluxlib.control.sharing import Sharing
 from fluxlib.errors import AgentRefused, AgentUnreachable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import (

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from fluxlib.control.executions import ExecutionService
-from fluxlib.control.registry import Registry
+from fluxlib.control.agents.registry import Registry
+from fluxlib.control.executions.service import ExecutionService
 from fluxlib.control.services import Call
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import Behavior, ExecutionRecord

@@ -10,8 +10,8 @@ import pytest
 
 from fluxlib import log
 from fluxlib.control.http import Api
-from fluxlib.control.webserver import WebServer
-from fluxlib.control.webserver.loop import AskingPoller, best_poller
+from fluxlib.control.server import WebServer
+from fluxlib.control.server.loop import AskingPoller, best_poller
 from fluxlib.lifecycle import Deadline
 from tests.http.fakes import Fakes, config
 from tests.http.sockets import Wire, head

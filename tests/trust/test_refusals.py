@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from fluxlib.control.connector import AgentConnector
+from fluxlib.control.agents.client.connector import AgentConnector
 from fluxlib.errors import AgentError
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.pki import Identity

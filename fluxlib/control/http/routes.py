@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fluxlib.config.control import ControlConfig
-from fluxlib.control.http import agents, execute, functions, health, nodes
 from fluxlib.control.http.answers import Answer, json_answer
 from fluxlib.control.http.bodies import CALL_BODY, REGISTER_BODY, archive_body, function_body
 from fluxlib.control.http.budget import Waits
 from fluxlib.control.http.fields import CURSOR, FOLLOW, FORCE, FUNCTION, LIMIT, OFFSET, STATUS, TERMINATE
+from fluxlib.control.http.handlers import agents, execute, functions, health, nodes
 from fluxlib.control.http.openapi import document
 from fluxlib.control.http.request import Request
 from fluxlib.control.http.route import Content, Route

@@ -1,0 +1,43 @@
+"""Certificates for an agent added by hand, as one zip for those who have only the API."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Callable
+
+from fluxlib.control.agents.registry import Registry
+from fluxlib.errors import Conflict
+from fluxlib.pki import Authority
+from fluxlib.pki.authority import enrolment_files
+from fluxlib.pki.identity import check_agent_id
+
+
+class EnrolmentService:
+    """services.Enrolment."""
+
+    def __init__(
+        self, authority: Authority, registry: Registry, agent_port: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._authority = authority
+        self._registry = registry
+        self._agent_port = agent_port
+        self._clock = clock
+
+    def bundle(self, agent_id: str) -> bytes:
+        """agent.yaml and three PEM files, private to whoever unpacks them. Raises InvalidInput, Conflict."""
+        check_agent_id(agent_id)
+        if self._registry.get(agent_id) is not None:
+            # A second key for the ID of a living agent would let its holder play that agent.
+            raise Conflict(f"agent {agent_id} is registered: deregister it first to give its ID to another machine")
+        files = enrolment_files(self._authority.issue_agent(agent_id), agent_id, self._agent_port)
+        written = time.gmtime(self._clock())[:6]
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
+            for name, content in sorted(files.items()):
+                entry = zipfile.ZipInfo(name, written)
+                entry.create_system = 3  # Unix: only then do the mode bits below count
+                entry.external_attr = 0o600 << 16
+                bundle.writestr(entry, content)
+        return buffer.getvalue()

@@ -1,0 +1,244 @@
+"""Functions on their way to agents: what differs by digest, to many agents at a time, one at a time to each.
+
+What an agent holds and what it cannot be given is written to the registry here
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fluxlib.control.agents.connection import AgentConnection
+from fluxlib.control.agents.registry import AgentState, Registry
+from fluxlib.control.services import AgentResult
+from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
+from fluxlib.lifecycle import Deadline
+from fluxlib.model import Function, FunctionState
+from fluxlib.pool import Pool
+
+log = logging.getLogger(__name__)
+
+_CACHED_BYTES = 128 * 1024 * 1024
+
+# Pushes in a row that get no answer: the agent is away, and each further one would take its deadline.
+_GIVE_UP_AFTER = 3
+
+SUCCESS, FAILED, SKIPPED = "success", "failed", "skipped"
+
+
+class Archives:
+    """The zips pushed lately: a thousand agents that join need not read the store a thousand times."""
+
+    def __init__(self, read: Callable[[str], bytes | None], limit: int = _CACHED_BYTES) -> None:
+        self._read = read
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+
+    def get(self, code_digest: str) -> bytes | None:
+        """None when no function refers to it any more."""
+        with self._lock:
+            found = self._kept.get(code_digest)
+            if found is not None:
+                self._kept.move_to_end(code_digest)
+                return found
+            # Under the lock: of many that ask at once, one reads.
+            found = self._read(code_digest)
+            if found is not None:
+                self._kept[code_digest] = found
+                while len(self._kept) > 1 and sum(map(len, self._kept.values())) > self._limit:
+                    self._kept.popitem(last=False)
+            return found
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What became of one change at one agent. ``again``: the agent could not be reached, so it is worth a retry."""
+
+    result: AgentResult
+    warnings: tuple[str, ...] = ()
+    again: bool = False
+
+
+class Pusher:
+    """Brings agents what they should hold. Every method may be called from any thread."""
+
+    def __init__(self, registry: Registry, archive: Callable[[str], bytes | None], *, at_a_time: int = 16) -> None:
+        self._registry = registry
+        self._archives = Archives(archive)
+        self._pool = Pool("push", at_a_time)
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        self._missed: set[str] = set()  # agents that did not answer a push: what they lack is worth a retry
+
+    def differs(self, agent: AgentState, functions: Iterable[Function]) -> bool:
+        """Whether the agent, as far as is known, holds something else than it should and can be given."""
+        if agent.agent_id in self._missed:
+            return True
+        wanted = {function.spec.name: function for function in functions if fits(agent, function)}
+        if agent.record.original:
+            return any(
+                _state(one) != agent.holds.get(name) for name, one in wanted.items() if name not in agent.lacking
+            )
+        return agent.holds.keys() - wanted.keys() != set() or any(
+            _state(one) != agent.holds.get(name) for name, one in wanted.items() if name not in agent.lacking
+        )
+
+    def push_all(self, agents: Sequence[AgentState], function: Function) -> list[Pushed]:
+        """The function to each of the agents, in parallel; answers in the order of the agents."""
+        return self._side_by_side(agents, lambda agent: self.push(agent, function))
+
+    def remove_all(self, agents: Sequence[AgentState], name: str) -> list[Pushed]:
+        """Away with a function, in parallel."""
+        return self._side_by_side(agents, lambda agent: self.remove(agent, name))
+
+    def push(self, agent: AgentState, function: Function) -> Pushed:
+        """What differs of one function to one agent. Never raises a FluxError."""
+        name = function.spec.name
+        if not fits(agent, function):
+            wanted = ", ".join(str(platform) for platform in function.platforms)
+            # What it held may have been for its platform: it must not run on as the old version.
+            if name in agent.holds and not agent.record.original:
+                self.remove(agent, name)
+            return Pushed(AgentResult(agent.agent_id, SKIPPED, f"is {agent.platform}, the function is for {wanted}"))
+        connection = agent.connection
+        if connection is None or not agent.record.status.present:
+            return Pushed(AgentResult(agent.agent_id, SKIPPED, "is offline: gets it when it is back"), again=True)
+        with self._lock_of(agent.agent_id):
+            if agent.record.original and not function.code_digest:
+                # It may still have the code of a deleted function of that name, and would run it.
+                self._note(agent, name, None, "its code is not deployed yet")
+                return Pushed(AgentResult(agent.agent_id, SKIPPED, "an original agent: gets it with its code"))
+            if agent.holds.get(name) == _state(function) and name not in agent.lacking:
+                return Pushed(AgentResult(agent.agent_id, SUCCESS, "has it already"))
+            try:
+                warnings = self._send(agent, connection, function)
+            except FluxError as error:
+                self._note(agent, name, agent.holds.get(name), error.message)
+                log.warning("agent %s did not take %s: %s", agent.agent_id, name, error)
+                return self._failed(agent, error)
+            self._note(agent, name, _state(function), "")
+            return Pushed(AgentResult(agent.agent_id, SUCCESS, "; ".join(warnings)), warnings)
+
+    def remove(self, agent: AgentState, name: str) -> Pushed:
+        """Never raises a FluxError."""
+        connection = agent.connection
+        if connection is None or not agent.record.status.present:
+            return Pushed(AgentResult(agent.agent_id, SKIPPED, "is offline: loses it when it is back"), again=True)
+        with self._lock_of(agent.agent_id):
+            if not agent.record.original and name not in agent.holds and name not in agent.lacking:
+                return Pushed(AgentResult(agent.agent_id, SUCCESS, "did not have it"))
+            try:
+                removed = connection.remove_function(name)
+            except FluxError as error:
+                log.warning("agent %s did not remove %s: %s", agent.agent_id, name, error)
+                failed = self._failed(agent, error)
+                if not failed.again:
+                    # Nothing a retry would change; its next inventory says whether it is still there.
+                    self._note(agent, name, None, "")
+                return failed
+            self._note(agent, name, None, "")
+        if removed:
+            return Pushed(AgentResult(agent.agent_id, SUCCESS))
+        return Pushed(
+            AgentResult(agent.agent_id, SKIPPED, "an original agent: it keeps the code, but is not asked to run it")
+        )
+
+    def bring_in_step(
+        self, agent: AgentState, functions: Iterable[Function], held: Iterable[FunctionState] | None
+    ) -> int:
+        """Push and remove until the agent holds what it should; how many changes are worth a retry.
+
+        ``held`` is what its inventory says; None = unknown, it gets everything. Raises AgentUnreachable
+        when it does not answer any more.
+        """
+        wanted = {function.spec.name: function for function in functions}
+        with self._lock_of(agent.agent_id):
+            holds = {} if held is None else {state.name: state for state in held}
+            # What failed before stays lacking until it is tried again below: the agent or its host may have changed.
+            lacking = {name: reason for name, reason in agent.lacking.items() if name in wanted}
+            self._registry.update(agent.agent_id, holds=holds, lacking=lacking)
+            self._missed.discard(agent.agent_id)
+        failed = in_a_row = 0
+        for pushed in self._steps(agent, sorted(holds.keys() - wanted.keys()), wanted.values()):
+            in_a_row = in_a_row + 1 if pushed.again else 0
+            failed += pushed.again
+            if in_a_row >= _GIVE_UP_AFTER:
+                raise AgentUnreachable(f"agent {agent.agent_id} takes no functions: {pushed.result.message}")
+        return failed
+
+    def forget(self, agent_id: str) -> None:
+        with self._lock:
+            self._locks.pop(agent_id, None)
+            self._missed.discard(agent_id)
+
+    def stop(self, deadline: Deadline) -> None:
+        """What is queued is dropped: agents get it when they are next brought in step."""
+        self._pool.stop(deadline)
+
+    def _side_by_side(self, agents: Sequence[AgentState], act: Callable[[AgentState], Pushed]) -> list[Pushed]:
+        done = self._pool.map(lambda agent: _guarded(agent, lambda: act(agent)), agents)
+        left = "Flux is stopping: it is brought in step later"
+        return [
+            pushed or Pushed(AgentResult(agent.agent_id, SKIPPED, left), again=True)
+            for agent, pushed in zip(agents, done, strict=True)
+        ]
+
+    def _steps(self, agent: AgentState, superfluous: Iterable[str], functions: Iterable[Function]) -> Iterator[Pushed]:
+        for name in superfluous:
+            yield self.remove(agent, name)
+        for function in functions:
+            yield self.push(agent, function)
+
+    def _send(self, agent: AgentState, connection: AgentConnection, function: Function) -> tuple[str, ...]:
+        held = agent.holds.get(function.spec.name)
+        same_code = held is not None and held.code_digest == function.code_digest
+        if not function.code_digest or same_code:
+            return connection.register_function(function.spec, function.spec_digest)
+        archive = self._archives.get(function.code_digest)
+        if archive is None:
+            # Replaced or deleted a moment ago: that change brings the agents its own.
+            raise AgentUnreachable(f"the code of {function.spec.name} was replaced meanwhile")
+        return connection.deploy(function.spec, function.spec_digest, function.code_digest, archive)
+
+    def _failed(self, agent: AgentState, error: FluxError) -> Pushed:
+        away = isinstance(error, AgentUnreachable | AgentLost)
+        if away:
+            self._missed.add(agent.agent_id)
+        return Pushed(AgentResult(agent.agent_id, FAILED, error.message), again=away)
+
+    def _note(self, agent: AgentState, name: str, held: FunctionState | None, problem: str) -> None:
+        """Under the agent's lock: new mappings, because the registry's readers take no lock."""
+        holds = {one: state for one, state in agent.holds.items() if one != name}
+        lacking = {one: reason for one, reason in agent.lacking.items() if one != name}
+        if held is not None:
+            holds[name] = held
+        if problem:
+            lacking[name] = problem
+        self._registry.update(agent.agent_id, holds=holds, lacking=lacking)
+
+    def _lock_of(self, agent_id: str) -> threading.Lock:
+        with self._lock:
+            return self._locks.setdefault(agent_id, threading.Lock())
+
+
+def fits(agent: AgentState, function: Function) -> bool:
+    """Whether the agent's platform can run it; an unknown one can run everything."""
+    return not function.platforms or any(agent.platform.matches(wanted) for wanted in function.platforms)
+
+
+def _guarded(agent: AgentState, act: Callable[[], Pushed]) -> Pushed:
+    """A fault of ours at one agent must not hide what became of it at the others."""
+    try:
+        return act()
+    except Exception as error:
+        log.exception("a push to agent %s failed", agent.agent_id)
+        return Pushed(AgentResult(agent.agent_id, FAILED, f"a fault of Flux: {type(error).__name__}"))
+
+
+def _state(function: Function) -> FunctionState:
+    return FunctionState(function.spec.name, function.spec_digest, function.code_digest)

@@ -1,0 +1,119 @@
+"""Certificates are renewed before they end, without a restart on either side.
+
+Agents make their own new key and are given a certificate for it; Flux's own is
+read again when it changed, and every connection reopened under it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from fluxlib.control.agents.connection import AgentConnection
+from fluxlib.control.agents.leadership import Leadership
+from fluxlib.control.agents.registry import AgentState, Registry
+from fluxlib.errors import FluxError
+from fluxlib.pki import Authority, Identity
+from fluxlib.pki.identity import RENEW_BEFORE
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY = 60.0
+_RETRY_AFTER = 3600.0
+
+
+class OwnIdentity:
+    """Flux's own certificate, as every new connection shows it."""
+
+    def __init__(self, authority: Authority) -> None:
+        self._authority = authority
+        self._identity = authority.flux_identity()
+
+    def current(self) -> Identity:
+        return self._identity
+
+    def reload(self) -> bool:
+        """Take what lies on disk now, renewed when it is about to end; whether it is another one."""
+        identity = self._authority.flux_identity()
+        changed = identity.cert_pem != self._identity.cert_pem
+        self._identity = identity
+        return changed
+
+
+class Renewal:
+    """``tick`` every :data:`CHECK_EVERY` seconds."""
+
+    def __init__(
+        self,
+        authority: Authority,
+        own: OwnIdentity,
+        registry: Registry,
+        leadership: Leadership,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._authority = authority
+        self._own = own
+        self._registry = registry
+        self._leadership = leadership
+        self._clock = clock
+        self._failed: dict[str, tuple[float, str]] = {}  # agent → when, why
+
+    def tick(self, now: float) -> None:
+        """Renew what ends within 30 days of ``now``."""
+        if self._own.reload():
+            log.info("Flux has a new certificate of its own: connections are reopened under it")
+            for state in self._registry.agents():
+                if state.connection is not None:
+                    state.connection.reopen()
+        if not self._leadership.leads:
+            return
+        for state in self._registry.agents():
+            connection = state.connection
+            if connection is None or not _renewable(state) or state.certificate_not_after - now > RENEW_BEFORE:
+                continue
+            if not self._authority.outlives(state.certificate_not_after):
+                continue  # it ends with the CA
+            failed_at, _ = self._failed.get(state.agent_id, (0.0, ""))
+            # Apart, in whichever direction: the wall clock, which certificates need, may have been set back.
+            if abs(now - failed_at) >= _RETRY_AFTER:
+                self._renew(state, connection, now)
+
+    def warnings(self) -> Sequence[str]:
+        """What ends within 30 days, and why it was not renewed."""
+        limit = self._clock() + RENEW_BEFORE
+        ending = [(one.name, one.not_after, "") for one in self._authority.expiries()]
+        for state in self._registry.agents():
+            if state.certificate_not_after:
+                ending.append(
+                    (f"the certificate of agent {state.agent_id}", state.certificate_not_after, state.agent_id)
+                )
+        found = []
+        for name, not_after, agent_id in ending:
+            if not_after <= limit:
+                _, reason = self._failed.get(agent_id, (0.0, ""))
+                day = time.strftime("%Y-%m-%d", time.gmtime(not_after))
+                found.append(f"{name} ends on {day}" + (f" and was not renewed: {reason}" if reason else ""))
+        return found
+
+    def _renew(self, state: AgentState, connection: AgentConnection, now: float) -> None:
+        try:
+            request = connection.create_certificate_request()
+            certificate, not_after = self._authority.sign_agent_csr(request, state.agent_id)
+            connection.install_certificate(certificate, self._authority.ca_pem)
+        except FluxError as error:
+            log.warning("the certificate of agent %s could not be renewed: %s", state.agent_id, error)
+            self._failed[state.agent_id] = (now, error.message)
+            return
+        self._failed.pop(state.agent_id, None)
+        self._registry.update(state.agent_id, certificate_not_after=not_after)
+        log.info(
+            "agent %s has a new certificate, good until %s",
+            state.agent_id,
+            time.strftime("%Y-%m-%d", time.gmtime(not_after)),
+        )
+
+
+def _renewable(state: AgentState) -> bool:
+    """Agents of ours that are there and use TLS."""
+    return state.record.status.present and not state.record.original and state.certificate_not_after > 0

@@ -1,0 +1,206 @@
+"""The desired state: which functions there are and with which code, saved first and pushed then."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from fluxlib import archive as archives
+from fluxlib.control.agents.pushes import Pusher
+from fluxlib.control.agents.registry import AgentState, Registry
+from fluxlib.control.services import PushResult
+from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
+from fluxlib.model import AgentStatus, Function, FunctionSpec
+from fluxlib.store.base import ControlStore
+
+log = logging.getLogger(__name__)
+
+REFRESH_EVERY = 1.0
+# Longer than a save takes; a process that dies within one blocks that function for no longer.
+_LOCK_SECONDS = 10.0
+
+
+class FunctionService:
+    """services.Functions, and ``lookup`` for the path of an execution.
+
+    The functions are kept in memory; ``tick`` (every :data:`REFRESH_EVERY` seconds where several Flux
+    share the store) takes over what another process changed. ``refresh`` must have been called once before
+    agents are joined. ``count_open(name)`` says how many executions of a function run or wait; by default
+    the store is asked.
+    """
+
+    def __init__(
+        self,
+        store: ControlStore,
+        registry: Registry,
+        pusher: Pusher,
+        session: str,
+        *,
+        shared: bool,
+        max_archive_bytes: int,
+        count_open: Callable[[str], int] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._pusher = pusher
+        self._session = session
+        self._shared = shared
+        self._max_archive_bytes = max_archive_bytes
+        self._count_open = count_open if count_open is not None else store.count_open
+        self._clock = clock
+        self._lock = threading.Lock()  # one change at a time in this process
+        self._functions: dict[str, Function] = {}
+        self._stored_revision = -1
+        self._revision = 0
+
+    # -- reading -------------------------------------------------------------------
+
+    @property
+    def revision(self) -> int:
+        """Grows in this process with every change it learns of; see :meth:`all`."""
+        return self._revision
+
+    def all(self) -> tuple[int, Sequence[Function]]:
+        """(revision, every function by name): what agents should hold, as of that revision."""
+        # The revision first: functions newer than it are looked at once more, older ones would be missed.
+        revision = self._revision
+        functions = self._functions
+        return revision, [functions[name] for name in sorted(functions)]
+
+    def lookup(self, name: str) -> Function:
+        """From memory; an unknown name asks the store once. Raises NotFound."""
+        found = self._functions.get(name)
+        if found is None:
+            if self._store.function(name) is None:
+                raise NotFound(f"there is no function {name}: PUT /functions registers one")
+            with self._lock:
+                # Once more: it may have been deleted meanwhile, and would stay here for ever.
+                found = self._store.function(name)
+                if found is None:
+                    raise NotFound(f"there is no function {name}: PUT /functions registers one")
+                self._take(found)
+        return found
+
+    get = lookup
+
+    def list(self) -> Sequence[Function]:
+        return self.all()[1]
+
+    def tick(self, now: float) -> None:
+        """Take over what other processes changed. Raises StoreUnavailable."""
+        del now
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read everything if anything changed in the store; once before anything else starts."""
+        revision = self._store.functions_revision()
+        if revision == self._stored_revision:
+            return
+        with self._lock:
+            self._functions = {function.spec.name: function for function in self._store.functions()}
+            # Read before the functions: at worst they are read once more.
+            self._stored_revision = revision
+            self._revision += 1
+
+    # -- changing ------------------------------------------------------------------
+
+    def put(self, spec: FunctionSpec) -> PushResult:
+        with self._changing(spec.name):
+            known = self._store.function(spec.name)
+            function = Function(spec, spec.digest(), updated_at=self._clock())
+            if known is not None and known.code_digest:
+                function = self._with_code_of(function, known)
+            self._store.save_function(function)
+            self._take(function)
+        self._registry.function_changed(spec.name)
+        return self._push(function)
+
+    def deploy(self, name: str, archive: bytes) -> PushResult:
+        if len(archive) > self._max_archive_bytes:
+            raise TooLarge(f"the zip has {len(archive)} bytes, more than {self._max_archive_bytes} (max_archive_mb)")
+        with self._changing(name):
+            known = self._store.function(name)
+            if known is None:
+                raise NotFound(f"there is no function {name}: PUT /functions first, then deploy its code")
+            info = archives.inspect(archive, known.spec.handler)
+            function = replace(
+                known,
+                code_digest=info.digest,
+                code_bytes=len(archive),
+                detected_platforms=info.platforms,
+                updated_at=self._clock(),
+            )
+            self._store.save_function(function, archive)
+            self._take(function)
+        self._registry.function_changed(name)
+        result = self._push(function)
+        return replace(result, warnings=(*info.warnings, *result.warnings))
+
+    def delete(self, name: str, *, force: bool) -> PushResult:
+        with self._changing(name):
+            known = self._store.function(name)
+            if known is None:
+                raise NotFound(f"there is no function {name}")
+            running = self._count_open(name)
+            if running and not force:
+                raise Conflict(f"{running} executions of {name} run or wait: cancel them, or delete with ?force=1")
+            self._store.delete_function(name)
+            self._functions = {one: function for one, function in self._functions.items() if one != name}
+            self._revision += 1
+        agents = self._agents()
+        results = tuple(one.result for one in self._pusher.remove_all(agents, name))
+        keeping = [agent.agent_id for agent in agents if agent.record.original]
+        shown = ", ".join(keeping[:20]) + (" and others" if len(keeping) > 20 else "")
+        warnings = (f"original agents keep the code, which Flux asks them to run no more: {shown}",) if keeping else ()
+        return PushResult(known, results, len(results), warnings)
+
+    def _agents(self) -> Sequence[AgentState]:
+        return [agent for agent in self._registry.agents() if agent.record.status is not AgentStatus.PROVISIONING]
+
+    def _push(self, function: Function) -> PushResult:
+        pushed = self._pusher.push_all(self._agents(), function)
+        warnings = dict.fromkeys(warning for one in pushed for warning in one.warnings)
+        return PushResult(function, tuple(one.result for one in pushed), len(pushed), tuple(warnings))
+
+    def _with_code_of(self, function: Function, known: Function) -> Function:
+        """The new spec with the code that is deployed. Raises InvalidInput when that lacks the new handler."""
+        platforms = known.detected_platforms
+        if known.spec.handler != function.spec.handler:
+            archive = self._store.archive(known.code_digest)
+            if archive is None:
+                raise NotFound(f"the code of {known.spec.name} is not in the store: deploy it again")
+            try:
+                platforms = archives.inspect(archive, function.spec.handler).platforms
+            except InvalidInput as error:
+                raise InvalidInput(
+                    f"handler: what is deployed does not fit: {error.message}. Deploy a zip with the old and the new"
+                    " handler, then change it"
+                ) from error
+        return replace(
+            function, code_digest=known.code_digest, code_bytes=known.code_bytes, detected_platforms=platforms
+        )
+
+    def _take(self, function: Function) -> None:
+        # A new mapping: readers take no lock.
+        self._functions = {**self._functions, function.spec.name: function}
+        self._revision += 1
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """One change of a function at a time, over all Flux processes: a save is made from what was read before."""
+        with self._lock:
+            if not self._shared:
+                yield
+                return
+            lease = self._store.acquire_lease(f"function/{name}", self._session, _LOCK_SECONDS, self._clock())
+            if lease is None:
+                raise Conflict(f"{name} is being changed through another Flux: try again")
+            try:
+                yield
+            finally:
+                self._store.release_lease(lease)

@@ -1,0 +1,137 @@
+"""The parts that make, keep and end cloud nodes, put together; built only when a provider is configured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fluxlib.clock import steady_time
+from fluxlib.config.control import ControlConfig
+from fluxlib.control.agents.leadership import Leadership
+from fluxlib.control.agents.membership import Membership
+from fluxlib.control.agents.reconciler import shown_id_fact
+from fluxlib.control.agents.registry import Registry
+from fluxlib.control.executions.service import ExecutionService
+from fluxlib.control.functions.deploy import FunctionService
+from fluxlib.control.nodes.autoscaler import Autoscaler
+from fluxlib.control.nodes.crew import Crew
+from fluxlib.control.nodes.demand import Demand
+from fluxlib.control.nodes.orphans import LOOK_EVERY, Strays
+from fluxlib.control.nodes.provisioner import Spawner
+from fluxlib.control.nodes.service import NodeService
+from fluxlib.control.nodes.setup import CARRIED, NodeSetup
+from fluxlib.control.nodes.terminator import Retirer
+from fluxlib.lifecycle import Deadline, Loop
+from fluxlib.pki import Authority
+from fluxlib.providers import build_clouds
+from fluxlib.store.base import ControlStore
+
+log = logging.getLogger(__name__)
+
+_TICK = 1.0
+# A cloud's SDK cannot be interrupted: its answer is not waited for when Flux stops.
+_STOP_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class NodeParts:
+    """``loops`` are the caller's to start and stop; ``stop`` comes before theirs."""
+
+    service: NodeService
+    loops: tuple[Loop, ...]
+    warnings: Callable[[], list[str]]
+    stop: Callable[[Deadline], None]
+
+
+def build_nodes(
+    config: ControlConfig,
+    authority: Authority,
+    store: ControlStore,
+    registry: Registry,
+    functions: FunctionService,
+    executions: ExecutionService,
+    membership: Membership,
+    leadership: Leadership,
+    *,
+    carried: Path = CARRIED,
+) -> NodeParts:
+    """Raises ProviderError when a configured cloud cannot be used, CertificatesUnusable."""
+    installation_id = authority.installation_id()
+    key = authority.ssh_key(for_ec2=config.providers.aws is not None)
+    clouds = build_clouds(config.providers, installation_id)
+    crew = Crew()
+    setup = NodeSetup(config, authority, tls=not config.disable_grpc_tls, private_key=key.private, carried=carried)
+    retirer = Retirer(
+        clouds,
+        membership,
+        registry,
+        crew,
+        leadership,
+        # Another Flux learns in its next round that a node drains.
+        settle=lambda: config.health_interval_sec * 1.5 if leadership.others else 0.0,
+        forget=partial(forget_node, authority, store),
+    )
+    spawner = Spawner(
+        membership,
+        registry,
+        setup,
+        retirer,
+        crew,
+        leadership,
+        ssh_public_key=key.public,
+        agent_port=config.agent_port,
+        start_seconds=config.node_start_sec,
+    )
+    demand = Demand(store, leadership, executions.waiting, functions.lookup)
+    autoscaler = Autoscaler(
+        clouds,
+        store,
+        registry,
+        spawner,
+        retirer,
+        demand,
+        leadership,
+        drain_seconds=config.drain_timeout_sec,
+        lost_after=config.agent_lost_after_sec,
+    )
+    service = NodeService(
+        clouds,
+        registry,
+        spawner,
+        retirer,
+        autoscaler,
+        crew,
+        leadership,
+        drain_seconds=config.drain_timeout_sec,
+        interrupt=setup.interrupt,
+    )
+    strays = Strays(clouds, store, retirer, leadership, installation_id=installation_id, end_strays=config.end_strays)
+    looks = Loop("strays", strays.tick, LOOK_EVERY, steady_time)
+
+    def stop(deadline: Deadline) -> None:
+        brief = Deadline(min(_STOP_SECONDS, deadline.remaining()))
+        service.stop(brief)
+        looks.stop(brief)
+
+    settings = setup.warnings(clouds)
+    for warning in settings:
+        log.warning("%s", warning)
+    return NodeParts(
+        service,
+        (
+            Loop("nodes", service.tick, _TICK, steady_time),
+            Loop("autoscaler", autoscaler.tick, _TICK, steady_time),
+            looks,
+        ),
+        lambda: settings + strays.warnings(),
+        stop,
+    )
+
+
+def forget_node(authority: Authority, store: ControlStore, agent_id: str) -> None:
+    """Its private key, and the note that it has shown its ID. Raises CertificatesUnusable, StoreUnavailable."""
+    authority.forget_agent(agent_id)
+    store.delete_fact(shown_id_fact(agent_id))

@@ -1,0 +1,173 @@
+"""waitress with the settings that make it serve many blocking calls, and a stop that lets them finish."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
+
+from fluxlib.config.control import ControlConfig
+from fluxlib.control.http.budget import RESERVED_THREADS, WINDOWS_CONNECTIONS
+from fluxlib.control.server.channel import QuietChannel
+from fluxlib.control.server.listener import Listener, Wsgi
+from fluxlib.control.server.loop import Poller, best_poller
+from fluxlib.control.server.threads import LazyThreads
+from fluxlib.descriptors import raise_limit
+from fluxlib.errors import FluxError
+from fluxlib.lifecycle import Deadline
+from fluxlib.listening import listen_problem
+
+log = logging.getLogger(__name__)
+
+_CONNECTIONS = 4_000
+# For the store, the agents' channels, temporary files of large bodies: at least. The rest is theirs.
+_OTHER_DESCRIPTORS = 512
+_IDLE_CONNECTION_SECONDS = 75
+_LOOP_SECONDS = 5.0
+
+
+class WebServer:
+    """Listens from the moment it is made, serves from ``start``.
+
+    ``app`` may have an ``early_check`` (http.Api has), asked before a large body is
+    read. Raises FluxError when the address cannot be had.
+    """
+
+    def __init__(
+        self, app: Wsgi, config: ControlConfig, poller: Callable[[dict[int, Any]], Poller] | None = None
+    ) -> None:
+        # The queue's depth is logged per request that waits, and waiting is normal here.
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        adjustments = _adjustments(config)
+        self._pool = LazyThreads(config.max_blocking + RESERVED_THREADS)
+        self._map: dict[int, Any] = {}
+        self._poller = (poller or best_poller)(self._map)
+        self._listeners: list[Listener] = []
+        try:
+            for address in adjustments.listen:
+                self._listeners.append(
+                    Listener(app, self._poller, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address)
+                )
+        except OSError as error:
+            self._close_all()
+            raise FluxError(listen_problem("Flux", config.listen_host, config.port, error, config.path)) from error
+        for listener in self._listeners:
+            listener.early_check = getattr(app, "early_check", None)
+        self.port = int(self._listeners[0].effective_port)
+        self.turns = 0  # of the loop: it must stand still while all there is waits
+        self._deadline: Deadline | None = None
+        self._thread = threading.Thread(target=self._run, name="http-loop", daemon=True)
+
+    @property
+    def threads(self) -> int:
+        """How many threads serve requests now."""
+        return self._pool.count
+
+    def start(self) -> WebServer:
+        self._thread.start()
+        return self
+
+    def stop(self, deadline: Deadline) -> None:
+        """Take nothing new, let what runs finish, then close; at the deadline close whatever is open."""
+        if self._thread.is_alive():
+            self._deadline = deadline
+            self._listeners[0].wake()
+            # The loop ends by itself at the deadline; a little more, to see it end.
+            self._thread.join(deadline.remaining() + 1.0)
+        elif self._deadline is None:  # never started
+            self._close_all()
+        self._pool.stop(deadline)
+
+    # -- the loop's thread -------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._deadline is None:
+                self._poller.turn(min(listener.patience(_LOOP_SECONDS) for listener in self._listeners))
+                self.turns += 1
+                for listener in self._listeners:
+                    listener.refresh()  # room for connections again, or none left
+                    if listener.untidy:
+                        listener.tidy(time.time())
+            self._stop_listening()
+            while self._open_channels() and self._deadline.remaining() > 0:
+                self._poller.turn(min(_LOOP_SECONDS, self._deadline.remaining()))
+        finally:
+            left = self._open_channels()
+            if left:
+                log.warning("closing %d connections with unfinished requests", left)
+            self._close_all()
+
+    def _close_all(self) -> None:
+        for channel in self._channels():
+            channel.handle_close()
+        for listener in self._listeners:
+            listener.close_trigger()
+        # What is left: a socket that could not be bound, listeners of a loop that never ran.
+        wasyncore.close_all(self._map)
+        self._poller.close()
+
+    def _stop_listening(self) -> None:
+        """Closes the sockets and keeps the triggers, by which workers wake the loop."""
+        for listener in self._listeners:
+            listener.draining = True
+            wasyncore.dispatcher.close(listener)
+
+    def _channels(self) -> list[QuietChannel]:
+        return [channel for listener in self._listeners for channel in list(listener.active_channels.values())]
+
+    def _open_channels(self) -> int:
+        """How many still have something to do; the others are closed."""
+        left = 0
+        for channel in self._channels():
+            if channel.requests or channel.total_outbufs_len:
+                left += 1
+            else:
+                channel.handle_close()
+        return left
+
+
+def _adjustments(config: ControlConfig) -> Adjustments:
+    try:
+        # waitress tells a name nobody knows as a ValueError without a reason.
+        socket.getaddrinfo(config.listen_host, config.port)
+    except OSError as error:
+        raise FluxError(listen_problem("Flux", config.listen_host, config.port, error, config.path)) from error
+    host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
+    return Adjustments(
+        listen=f"{host}:{config.port}",
+        ident="Flux",
+        backlog=1024,
+        connection_limit=_connection_limit(config.max_blocking),
+        channel_timeout=_IDLE_CONNECTION_SECONDS,
+        # Reading on while a request is served is how a client's going away is noticed.
+        channel_request_lookahead=1,
+        # waitress refuses what is as large as its limit.
+        max_request_body_size=config.max_archive_mb * 2**20 + 1,
+        max_request_header_size=64 * 1024,
+        # What a client has not read yet: more would be memory and temporary files.
+        outbuf_high_watermark=1024 * 1024,
+        # Resets by clients are their business.
+        log_socket_errors=False,
+        # Nothing here reads X-Forwarded-*.
+        clear_untrusted_proxy_headers=False,
+    )
+
+
+def _connection_limit(max_blocking: int) -> int:
+    if sys.platform == "win32":
+        return WINDOWS_CONNECTIONS
+    wanted = max(_CONNECTIONS, 2 * max_blocking)
+    available = raise_limit() - _OTHER_DESCRIPTORS
+    if available < wanted:
+        log.warning(
+            "the limit of open files leaves room for %d connections of %d; raise it (ulimit -n)", available, wanted
+        )
+    return max(64, min(wanted, available))
