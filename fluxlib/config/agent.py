@@ -16,9 +16,9 @@ from fluxlib.config.files import (
     default_state_dir,
     open_to_all,
     read_file,
-    redis_problem,
 )
 from fluxlib.config.reader import Faults, between, one_of, path_problem, setting, take, user_problem
+from fluxlib.config.redis_address import redis_problem
 from fluxlib.errors import ConfigInvalid
 from fluxlib.model import AGENT_ID, RESERVED_AGENT_IDS
 
@@ -91,7 +91,12 @@ class AgentConfig:
         check=one_of("sqlite", "redis"),
     )
     redis_addr: str = setting(
-        "redis_addr", "string", "", why="host:port or redis:// URL, with store: redis", check=redis_problem, secret=True
+        "redis_addr",
+        "string",
+        "",
+        why="host:port or a redis://, rediss:// or unix:// URL, with store: redis",
+        check=redis_problem,
+        secret=True,
     )
     max_tasks: int = setting(
         "max_tasks", "integer", 256, why="executions at a time, all functions together", check=between(1, 10000)

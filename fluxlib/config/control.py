@@ -18,11 +18,11 @@ from fluxlib.config.files import (
     default_state_dir,
     open_to_all,
     read_file,
-    redis_problem,
 )
 from fluxlib.config.keys import ApiKey, read_api_keys
 from fluxlib.config.providers import AutoscalingConfig, AwsConfig, GcpConfig, NodeType, ProvidersConfig, read_providers
 from fluxlib.config.reader import Faults, between, one_of, path_problem, setting, take, url_problem
+from fluxlib.config.redis_address import redis_problem
 from fluxlib.errors import ConfigInvalid
 
 __all__ = [
@@ -72,7 +72,7 @@ class ControlConfig:
         "redis_addr",
         "string",
         "",
-        why="host:port or redis:// URL of the state that several Flux share; absent = the embedded store",
+        why="host:port or a redis://, rediss:// or unix:// URL: state that several Flux share; absent = embedded store",
         check=redis_problem,
         secret=True,
     )

@@ -8,7 +8,6 @@ import stat
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fluxlib.config.document import MAX_BYTES
 from fluxlib.config.environment import config_path, is_named, program_data, state_directory
@@ -105,20 +104,3 @@ def address_problem(value: Any) -> str | None:
     except ValueError:
         return "must be an IP address of this machine (0.0.0.0 = all of them)"
     return None
-
-
-def redis_problem(value: Any) -> str | None:
-    """What is wrong with ``host:port`` or a Redis URL, or None. Does not repeat the value: it may hold a password."""
-    if " " in value:
-        return "must not contain spaces"
-    try:
-        if "://" in value:
-            url = urlsplit(value)
-            target = {"redis": url.hostname, "rediss": url.hostname, "unix": url.path}.get(url.scheme)
-            fits = bool(target) and url.port != 0
-        else:
-            url = urlsplit(f"//{value}")
-            fits = bool(url.hostname and url.port) and not (url.username or url.path or url.query)
-    except ValueError:  # a port that is no number, half an IPv6 address
-        fits = False
-    return None if fits else "must be host:port, or a redis:// or rediss:// URL"

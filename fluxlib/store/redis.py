@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from typing import Any
+from typing import Any, cast
 
 from redis import Redis
-from redis.exceptions import ResponseError
 
 from fluxlib.archive import digest_of
 from fluxlib.errors import StoreUnavailable
@@ -166,7 +165,9 @@ class RedisControlStore(RedisExecutions):
         self._link.write(scripts.PING).wait(5)
 
     def persistence(self) -> tuple[str, ...]:
-        info: dict[str, Any] = self._link.read(lambda client: {**client.info("persistence"), **client.info("memory")})
+        info = self._info()
+        if info is None:
+            return ("could not ask whether Redis keeps what it is given: it does not let Flux run INFO",)
         warnings = []
         if not info.get("aof_enabled"):
             warnings.append(
@@ -175,7 +176,12 @@ class RedisControlStore(RedisExecutions):
             )
         else:
             fsync = self._setting("appendfsync")
-            if fsync in ("everysec", "no"):
+            if fsync is None:
+                warnings.append(
+                    "could not ask whether Redis keeps what it is given: it does not let Flux run CONFIG GET, which"
+                    " tells when its append-only file is synced (appendfsync always)"
+                )
+            elif fsync != "always":
                 lost = "the last second of" if fsync == "everysec" else "some of"
                 warnings.append(
                     f"Redis syncs its append-only file late (appendfsync {fsync}): {lost} what was accepted is lost"
@@ -190,17 +196,23 @@ class RedisControlStore(RedisExecutions):
             )
         return tuple(warnings)
 
-    def _setting(self, name: str) -> str:
-        """A setting of the server's; "" where asking is not allowed."""
+    def _info(self) -> dict[str, Any] | None:
+        """What the server says of itself; None where asking is not allowed."""
+
+        def ask(client: Redis) -> dict[str, Any]:
+            sections: list[Any] = [client.info(section) for section in ("persistence", "memory")]
+            return {name: value for section in sections for name, value in section.items()}
+
+        return cast("dict[str, Any] | None", self._link.read_if_allowed(ask))
+
+    def _setting(self, name: str) -> str | None:
+        """A setting of the server's; None where asking is not allowed."""
 
         def ask(client: Redis) -> str:
-            try:
-                answer: Any = client.config_get(name)
-            except ResponseError:
-                return ""
+            answer: Any = client.config_get(name)
             return str(answer.get(name, ""))
 
-        return str(self._link.read(ask))
+        return cast("str | None", self._link.read_if_allowed(ask))
 
     def close(self, timeout: float = 30.0) -> None:
         self._link.close(timeout)

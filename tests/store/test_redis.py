@@ -232,7 +232,7 @@ def test_an_agents_records_wait_for_a_redis_that_is_away(tmp_path: Path) -> None
 
 
 def test_nobody_there_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(StoreUnavailable, match=r"Redis at 127\.0\.0\.1:1 cannot be used"):
+    with pytest.raises(StoreUnavailable, match=r"Redis at 127\.0\.0\.1:1 cannot be reached: Connection refused"):
         open_control_store("127.0.0.1:1", tmp_path)
 
 

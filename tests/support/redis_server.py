@@ -35,6 +35,8 @@ class RedisServer:
         try:
             with self.client() as client:
                 return bool(client.ping())
+        except (redis.AuthenticationError, redis.ResponseError):
+            return True  # it does, and wants a password
         except redis.RedisError:
             return False
 
