@@ -28,6 +28,13 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def ca_key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """SEC1: the original control plane reads its CA's key in no other form, so that it can go on with ours."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+
+
 def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     """PKCS#8, or SEC1 as the original writes it. Raises ValueError."""
     key = serialization.load_pem_private_key(pem, password=None)
@@ -71,9 +78,26 @@ def sign(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
         )
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in dns_names]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier(_key_identifier(ca), None, None), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
+
+
+def names_key_of(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Whether its authority key identifier, where it has one, is the CA's: OpenSSL and gRPC refuse any other."""
+    try:
+        named = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        return True
+    return named is None or named == _key_identifier(ca)
+
+
+def _key_identifier(ca: x509.Certificate) -> bytes:
+    """As the CA itself gives it: newer Go derives it from the key in another way than RFC 5280's SHA-1."""
+    try:
+        return ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    except x509.ExtensionNotFound:
+        return x509.SubjectKeyIdentifier.from_public_key(ca.public_key()).digest
 
 
 def make_csr(key: ec.EllipticCurvePrivateKey, common_name: str) -> bytes:

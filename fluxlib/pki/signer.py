@@ -45,7 +45,7 @@ class Signer:
             key = certs.new_key()
             ca = certs.make_ca(key, utc_now())
             # The key first: a crash in between leaves no CA without its key.
-            write_secret(key_path, certs.key_pem(key))
+            write_secret(key_path, certs.ca_key_pem(key))
         write_secret(ca_path, certs.cert_pem(ca))
         if key_bytes is None:
             log.info("made a new certificate authority in %s", certs_dir)
@@ -85,6 +85,8 @@ class Signer:
             return "is for another key, as after a crash between writing the two"
         if not certs.is_signed_by(certificate, self._ca):
             return "is of another CA"
+        if not certs.names_key_of(certificate, self._ca):
+            return "gives the CA another key identifier than the CA itself, which agents refuse"
         if FLUX_NAME not in certs.dns_names(certificate):
             return f"lacks the name {FLUX_NAME}, by which agents know Flux"
         return ""

@@ -26,6 +26,7 @@ from fluxlib.pki import authority as its_module
 from fluxlib.pki import certificates as certs
 from fluxlib.pki.files import CertificatesUnusable, as_owner_of, locked
 from tests.support.need import need, need_root
+from tests.support.original_authority import original_directory
 
 NOW = datetime.now(UTC)
 
@@ -195,50 +196,6 @@ def test_enrolment_makes_a_directory_an_agent_starts_from(tmp_path: Path) -> Non
 # -- an original's directory -------------------------------------------------------------
 
 
-def sec1(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-    )
-
-
-def original_directory(directory: Path) -> x509.Certificate:
-    """As Go's crypto/x509 writes it: SEC1 keys, a CA of its own name, an ECDSA SSH key."""
-    key = certs.new_key()
-    name = x509.Name([x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "Flux"), *_cn("Flux Root CA")])
-    ca = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(NOW - timedelta(days=100))
-        .not_valid_after(NOW + timedelta(days=3000))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    flux_key = certs.new_key()
-    flux = certs.sign(ca, key, flux_key.public_key(), "flux", ["flux"], timedelta(days=365), NOW)
-    ssh = ec.generate_private_key(ec.SECP256R1())
-    files = {
-        "ca/ca.pem": certs.cert_pem(ca),
-        "ca/ca-key.pem": sec1(key),
-        "flux/flux.pem": certs.cert_pem(flux),
-        "flux/flux-key.pem": sec1(flux_key),
-        "ssh/flux-agent.pem": sec1(ssh),
-        "ssh/flux-agent.pub": ssh.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        ),
-    }
-    for path, content in files.items():
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        (directory / path).write_bytes(content)
-    return ca
-
-
-def _cn(name: str) -> list[x509.NameAttribute[str]]:
-    return [x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]
-
-
 def test_an_originals_directory_is_taken_over_unchanged(tmp_path: Path) -> None:
     ca = original_directory(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.p*")}
@@ -249,6 +206,45 @@ def test_an_originals_directory_is_taken_over_unchanged(tmp_path: Path) -> None:
     ssh = authority.ssh_key()
     assert ssh.public.startswith("ecdsa-sha2-nistp256 ")
     assert {path: path.read_bytes() for path in before} == before
+
+
+def _verified(ca: Path, certificate: bytes) -> bool:
+    """Whether OpenSSL, as gRPC's own TLS, finds the CA of a certificate."""
+    need("openssl")
+    done = subprocess.run(
+        ["openssl", "verify", "-CAfile", str(ca), "/dev/stdin"], input=certificate, capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def test_what_an_originals_ca_issues_repeats_its_key_identifier(tmp_path: Path) -> None:
+    original_directory(tmp_path)
+    ca = tmp_path / "ca" / "ca.pem"
+    authority = Authority.open(tmp_path)
+    assert _verified(ca, authority.issue_agent("worker-1").cert_pem)
+    (tmp_path / "flux" / "flux.pem").unlink()
+    assert _verified(ca, authority.flux_identity().cert_pem)
+
+
+def test_a_certificate_of_flux_with_another_key_identifier_is_replaced(tmp_path: Path) -> None:
+    """As Flux made them of an original's CA before: agents refuse it."""
+    ca = original_directory(tmp_path)
+    ca_key = certs.load_key((tmp_path / "ca" / "ca-key.pem").read_bytes())
+    # The key identifier is then the SHA-1 of the key.
+    without = x509.CertificateBuilder(
+        ca.issuer, ca.subject, ca_key.public_key(), 1, ca.not_valid_before_utc, ca.not_valid_after_utc
+    ).sign(ca_key, hashes.SHA256())
+    key = certs.new_key()
+    bad = certs.cert_pem(certs.sign(without, ca_key, key.public_key(), "flux", ["flux"], timedelta(days=365), NOW))
+    assert not _verified(tmp_path / "ca" / "ca.pem", bad)
+    (tmp_path / "flux" / "flux.pem").write_bytes(bad)
+    (tmp_path / "flux" / "flux-key.pem").write_bytes(certs.key_pem(key))
+    assert _verified(tmp_path / "ca" / "ca.pem", Authority.open(tmp_path).flux_identity().cert_pem)
+
+
+def test_a_new_cas_key_has_the_form_an_original_reads(tmp_path: Path) -> None:
+    Authority.open(tmp_path)
+    assert b"BEGIN EC PRIVATE KEY" in (tmp_path / "ca" / "ca-key.pem").read_bytes()
 
 
 def test_ec2_gets_a_key_it_takes_and_the_old_one_is_kept(tmp_path: Path) -> None:

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.support.programs import Flux, wait_until
+from tests.support.original_authority import original_certificate, original_directory
+from tests.support.programs import Agent, Flux, wait_until
 
 SCRIPT = """#!/bin/sh
 case "$1" in
@@ -28,36 +26,6 @@ case "$1" in
 esac
 """
 SPEC = {"name": "wired", "handler": "main.sh", "timeout": 20, "max_concurrency": 2}
-
-
-def original_certificate(certs: Path, into: Path) -> tuple[str, str, str]:
-    """As the original makes them: SAN ``flux-agent`` and no ID, the key in SEC1 form."""
-    from fluxlib.pki import Authority
-
-    ca_pem = Authority.open(certs).flux_identity().ca_pem
-    ca = x509.load_pem_x509_certificate(ca_pem)
-    ca_key = serialization.load_pem_private_key((certs / "ca" / "ca-key.pem").read_bytes(), None)
-    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "flux-agent")])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(ca.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(ca.not_valid_before_utc)
-        .not_valid_after(ca.not_valid_before_utc.replace(year=ca.not_valid_before_utc.year + 1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("flux-agent")]), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    sec1 = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-    )
-    files = {"ca": ca_pem, "cert": certificate.public_bytes(serialization.Encoding.PEM), "key": sec1}
-    for file, pem in files.items():
-        (into / f"original-{file}.pem").write_bytes(pem)
-    return tuple(str(into / f"original-{file}.pem") for file in ("ca", "cert", "key"))  # type: ignore[return-value]
 
 
 class Rig:
@@ -71,23 +39,34 @@ def rig(
 ) -> Iterator[Rig]:
     directory = tmp_path_factory.mktemp("rig")
     with_tls = request.param == "tls"
-    with Flux(directory, tls=with_tls, health_interval_sec=1, max_archive_mb=60) as flux:
-        tls = original_certificate(flux.certs, directory) if with_tls else None
-        with original_agent("old-1", tls=tls) as (process, address):
-            if with_tls:
-                # Without an ID in its certificate it is only taken when said to be legacy.
-                status, answer = flux.api.call("POST", "/agents/register", {"address": address})
-                assert status == 502, answer
-                assert "legacy" in answer["error"]
-            flux_answer = flux.api.call("POST", "/agents/register", {"address": address, "legacy": True, "tls": True})
-            assert flux_answer[0] == 201, flux_answer
-            flux.api.deploy(SPEC, {"main.sh": SCRIPT})
-            yield Rig(flux, process, address)
+    certs, tls = directory / "certs", None
+    if with_tls:
+        original_directory(certs)
+        tls = original_certificate(certs, directory / "tls")
+    with (
+        Flux(directory, tls=with_tls, certs_dir=str(certs), health_interval_sec=1, max_archive_mb=60) as flux,
+        original_agent("old-1", tls=tls) as (process, address),
+    ):
+        if with_tls:
+            # Without an ID in its certificate it is only taken when said to be legacy.
+            status, answer = flux.api.call("POST", "/agents/register", {"address": address})
+            assert status == 502, answer
+            assert "legacy" in answer["error"]
+        flux_answer = flux.api.call("POST", "/agents/register", {"address": address, "legacy": True, "tls": True})
+        assert flux_answer[0] == 201, flux_answer
+        flux.api.deploy(SPEC, {"main.sh": SCRIPT})
+        yield Rig(flux, process, address)
 
 
 def test_it_is_listed_as_it_is(rig: Rig) -> None:
     _, agents = rig.api.call("GET", "/agents")
     assert [(agent["id"], agent["address"], agent["status"]) for agent in agents] == [("old-1", rig.address, "online")]
+
+
+def test_an_agent_of_ours_enrolled_from_the_originals_ca_is_taken(rig: Rig, tmp_path: Path) -> None:
+    with Agent(tmp_path, rig.flux, "new-1") as agent:
+        rig.flux.register(agent)
+        assert rig.api.call("DELETE", "/agents/new-1")[0] == 200
 
 
 def test_sync_answers(rig: Rig) -> None:
