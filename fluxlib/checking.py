@@ -6,6 +6,7 @@ A module of its own because flux-agent has the command too, which carries nothin
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from fluxlib.config.document import load_mapping
@@ -49,7 +50,21 @@ def _of_flux(path: Path) -> list[str]:
     from fluxlib.config.control import load_control
 
     config = load_control(path)
+    if not config.disable_grpc_tls:
+        _check_authority(config.certs_dir)
     return [f"warning: {warning}" for warning in config.warnings] + [f"note: {note}" for note in config.notes]
+
+
+def _check_authority(certs_dir: Path) -> None:
+    """Raises ConfigInvalid for a CA that Flux cannot use; one that this user may not read is not looked at."""
+    from fluxlib.pki.authority import Authority
+
+    if not os.access(certs_dir, os.R_OK | os.X_OK):
+        return
+    try:
+        Authority.check(certs_dir)
+    except FluxError as error:
+        raise ConfigInvalid(error.message) from error
 
 
 def _looks_like_an_agents(path: Path) -> bool:

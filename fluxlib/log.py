@@ -9,6 +9,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fluxlib.errors import FluxError, Internal
+
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Libraries whose INFO lines repeat what ours say, or say it per request.
 _QUIET = ("waitress", "waitress.queue", "werkzeug", "botocore", "boto3", "urllib3", "paramiko", "google")
@@ -40,9 +42,13 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         message = super().formatMessage(record)
+        if (reason := _deliberate(record.exc_info)) is not None:
+            message = f"{message}: {reason}"
         return message if message.isprintable() else _escaped(message)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
+        if _deliberate(ei) is not None:
+            return ""
         return "\n".join("    " + (line if line.isprintable() else _escaped(line)) for line in _traceback(ei))
 
 
@@ -50,6 +56,12 @@ def one_line(text: str, limit: int = 500) -> str:
     """Text from outside made safe for a log line: no control characters, bounded."""
     cleaned = _escaped(text[: limit + 1])
     return cleaned if len(cleaned) <= limit else cleaned[:limit] + "…"
+
+
+def _deliberate(exc_info: Any) -> str | None:
+    """What an error of ours says; where it was raised says no more. None for any other, which needs a traceback."""
+    error = exc_info[1] if exc_info else None
+    return error.message if isinstance(error, FluxError) and not isinstance(error, Internal) else None
 
 
 def _traceback(exc_info: Any) -> list[str]:

@@ -21,7 +21,15 @@ import yaml
 
 from fluxlib.errors import Conflict
 from fluxlib.pki.files import locked, make_directory, read_file, remove_directory, write_secret
-from fluxlib.pki.identity import FLUX_NAME, Identity, check_agent_id, is_due, outlives, utc_now
+from fluxlib.pki.identity import (
+    FLUX_NAME,
+    Identity,
+    check_agent_id,
+    check_authority_time,
+    is_due,
+    outlives,
+    utc_now,
+)
 from fluxlib.pki.reading import Read, normalised, read_authority, read_leaf
 
 if TYPE_CHECKING:
@@ -60,11 +68,24 @@ class Authority:
             signer = None if found is not None else _signer_class().open(ca_path, key_path)
             for name in ("flux", "ssh", "agents"):
                 make_directory(certs_dir / name)
+        now = utc_now().timestamp()
         if signer is not None:
+            check_authority_time(ca_path, signer.not_before, signer.not_after, now)
             return cls(certs_dir, signer.ca_pem, signer.not_after, lambda: signer)
         assert found is not None
+        check_authority_time(ca_path, found.not_before, found.not_after, now)
         ca, key = found.cert_pem, found.key_pem
         return cls(certs_dir, normalised(ca), found.not_after, lambda: _signer_class().load(ca_path, ca, key_path, key))
+
+    @staticmethod
+    def check(certs_dir: Path) -> None:
+        """Look at the authority in ``certs_dir``, if there is one, and change nothing. Raises CertificatesUnusable."""
+        ca_path, key_path = certs_dir / "ca" / "ca.pem", certs_dir / "ca" / "ca-key.pem"
+        ca, key = read_file(ca_path), read_file(key_path)
+        if ca is None or key is None:
+            return
+        found: Read | Signer = read_authority(ca_path, key_path) or _signer_class().load(ca_path, ca, key_path, key)
+        check_authority_time(ca_path, found.not_before, found.not_after, utc_now().timestamp())
 
     @cached_property
     def _signer(self) -> Signer:

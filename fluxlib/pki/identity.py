@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fluxlib.errors import InvalidInput
 from fluxlib.model import AGENT_ID, RESERVED_AGENT_IDS
+from fluxlib.pki.files import CertificatesUnusable
 
 FLUX_NAME = "flux"
 AGENT_NAME = "flux-agent"  # what the original checks; in every agent's certificate
@@ -61,6 +62,28 @@ def outlives(ca_end: float, end: float) -> bool:
 def is_due(end: float, ca_end: float, now: float) -> bool:
     """Whether to renew what ends at ``end``. One that ends with its CA cannot be had with a later end."""
     return end - now <= RENEW_BEFORE and outlives(ca_end, end)
+
+
+def check_authority_time(ca: Path, not_before: float, not_after: float, now: float) -> None:
+    """Raises CertificatesUnusable for a CA under which nothing can be signed now; times are epoch seconds.
+
+    Its first start was perhaps made while the clock was wrong, as on a small board before it has heard the time.
+    """
+    where, today = ca.parent, _day(now)
+    if now > not_after:
+        raise CertificatesUnusable(
+            f"the certificate authority in {where} ended on {_day(not_after)}, and it is {today} by this machine's"
+            f" clock: move {where} away for a new one, and enrol the agents again"
+        )
+    if now < not_before:
+        raise CertificatesUnusable(
+            f"the certificate authority in {where} begins on {_day(not_before)}, and it is {today} by this machine's"
+            " clock: set the clock"
+        )
+
+
+def _day(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).date().isoformat()
 
 
 def utc_now() -> datetime:

@@ -6,16 +6,27 @@ Whoever writes holds the directory's lock.
 from __future__ import annotations
 
 import logging
-from datetime import datetime
+import re
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fluxlib.errors import InvalidInput
 from fluxlib.pki import certificates as certs
 from fluxlib.pki.files import CertificatesUnusable, read_file, write_secret
-from fluxlib.pki.identity import AGENT_NAME, FLUX_NAME, Identity, agent_server_name, is_due, utc_now
+from fluxlib.pki.identity import (
+    AGENT_NAME,
+    FLUX_NAME,
+    Identity,
+    agent_server_name,
+    check_authority_time,
+    is_due,
+    utc_now,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +34,12 @@ log = logging.getLogger(__name__)
 class Signer:
     """Signs. Safe to use from several threads."""
 
-    def __init__(self, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey) -> None:
+    def __init__(self, ca_path: Path, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey) -> None:
+        self._ca_path = ca_path
         self._ca = ca
         self._ca_key = ca_key
         self.ca_pem = certs.cert_pem(ca)
+        self.not_before = ca.not_valid_before_utc.timestamp()
         self.not_after = ca.not_valid_after_utc.timestamp()
 
     @classmethod
@@ -49,7 +62,7 @@ class Signer:
         write_secret(ca_path, certs.cert_pem(ca))
         if key_bytes is None:
             log.info("made a new certificate authority in %s", certs_dir)
-        return cls(ca, key)
+        return cls(ca_path, ca, key)
 
     @classmethod
     def load(cls, ca_path: Path, ca_bytes: bytes, key_path: Path, key_bytes: bytes) -> Signer:
@@ -57,7 +70,7 @@ class Signer:
         ca, key = load_certificate(ca_path, ca_bytes), _load_key(key_path, key_bytes)
         if ca.public_key() != key.public_key():
             raise CertificatesUnusable(f"{key_path} is not the key of {ca_path}")
-        return cls(ca, key)
+        return cls(ca_path, ca, key)
 
     def flux_identity(self, certificate_path: Path, key_path: Path, now: datetime) -> Identity:
         """What these files hold when Flux can go on with it, otherwise a new one. Raises CertificatesUnusable."""
@@ -69,7 +82,7 @@ class Signer:
                 return self._identity(certificate, key)
             log.info("renewing Flux's own certificate: it %s", unfit)
         key = certs.new_key()
-        certificate = certs.sign(self._ca, self._ca_key, key.public_key(), FLUX_NAME, [FLUX_NAME], certs.FLUX_LIFE, now)
+        certificate = self._sign(key.public_key(), FLUX_NAME, [FLUX_NAME], certs.FLUX_LIFE, now)
         identity = self._identity(certificate, key)
         write_secret(key_path, identity.key_pem)
         write_secret(certificate_path, identity.cert_pem)
@@ -108,7 +121,19 @@ class Signer:
     def _sign_agent(self, public_key: ec.EllipticCurvePublicKey, agent_id: str) -> x509.Certificate:
         names = [AGENT_NAME, agent_server_name(agent_id)]
         # A common name holds 64 characters; IDs fit.
-        return certs.sign(self._ca, self._ca_key, public_key, agent_id, names, certs.AGENT_LIFE, utc_now())
+        return self._sign(public_key, agent_id, names, certs.AGENT_LIFE, utc_now())
+
+    def _sign(
+        self,
+        public_key: ec.EllipticCurvePublicKey,
+        common_name: str,
+        dns_names: Sequence[str],
+        life: timedelta,
+        now: datetime,
+    ) -> x509.Certificate:
+        """Raises CertificatesUnusable when the CA has ended meanwhile, or the clock was set to before its beginning."""
+        check_authority_time(self._ca_path, self.not_before, self.not_after, now.timestamp())
+        return certs.sign(self._ca, self._ca_key, public_key, common_name, dns_names, life, now)
 
     def _identity(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Identity:
         not_after = certificate.not_valid_after_utc.timestamp()
@@ -123,13 +148,20 @@ def import_all() -> None:
 def load_certificate(path: Path, pem: bytes) -> x509.Certificate:
     """Raises CertificatesUnusable."""
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
-        raise CertificatesUnusable(f"{path} is no certificate: {error}") from error
+        certificate = x509.load_pem_x509_certificate(pem)
+        certificate.public_key()
+        return certificate
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CertificatesUnusable(f"{path} is no certificate: {_in_words(error)}") from error
 
 
 def _load_key(path: Path, pem: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         return certs.load_key(pem)
-    except (ValueError, TypeError) as error:
-        raise CertificatesUnusable(f"{path} is no usable private key: {error}") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CertificatesUnusable(f"{path} is no usable private key: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception) -> str:
+    """What `cryptography` says, without the page of its own that it names."""
+    return re.split(r"\.? See https?:|, details:| \(0x", str(error) or type(error).__name__)[0].rstrip(".")

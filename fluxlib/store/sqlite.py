@@ -11,7 +11,7 @@ from fluxlib.model import AgentRecord, Function
 from fluxlib.store import rows
 from fluxlib.store.base import LEASE_MEMORY, Lease
 from fluxlib.store.sqlite_executions import SqliteExecutions, check_lease, find_lease
-from fluxlib.store.sqlite_file import SqliteFile
+from fluxlib.store.sqlite_file import SqliteFile, reason_of
 
 _ADVICE = (
     "stop that Flux, or give this one a `state_dir` of its own;"
@@ -65,7 +65,7 @@ class SqliteControlStore(SqliteExecutions):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = ExclusiveLock(path.with_name("flux.lock"), _ADVICE)
         except OSError as error:
-            raise StoreUnavailable(f"the store {path} cannot be opened: {error}") from error
+            raise StoreUnavailable(f"the store {path} cannot be opened: {reason_of(error)}") from error
         try:
             super().__init__(SqliteFile(path, [_SCHEMA], "flux-store"))
         except BaseException:

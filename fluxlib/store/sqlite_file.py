@@ -50,7 +50,7 @@ class SqliteFile:
             connection = self._connect()
             _migrate(connection, migrations)
         except (sqlite3.Error, OSError) as error:
-            raise StoreUnavailable(f"the store {path} cannot be opened: {error}") from error
+            raise StoreUnavailable(f"the store {path} cannot be opened: {reason_of(error)}") from error
         self._thread = threading.Thread(target=self._run, args=(connection,), name=f"{name}-writer", daemon=True)
         self._thread.start()
 
@@ -73,7 +73,7 @@ class SqliteFile:
             finally:
                 self._give_back(connection)
         except sqlite3.Error as error:
-            raise StoreUnavailable(f"the store {self._path} cannot be read: {error}") from error
+            raise StoreUnavailable(f"the store {self._path} cannot be read: {reason_of(error)}") from error
 
     def close(self, timeout: float = 30.0) -> bool:
         """Commits what is queued, then lets the file go; False when it was closed before."""
@@ -198,3 +198,12 @@ def _migrate(connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
                     connection.execute(statement)
             connection.execute(f"PRAGMA user_version={number}")
         connection.execute("COMMIT")
+
+
+def reason_of(error: Exception) -> str:
+    """Why the file cannot be used, in words; for a damaged one what to do."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if "malformed" in str(error) or "not a database" in str(error):
+        return f"{error}: bring it back from a backup, or move it away to begin with an empty one"
+    return str(error)
