@@ -25,6 +25,8 @@ from fluxlib.model import Platform
 _COPY = 256 * 1024
 _ENCRYPTED = 0x1
 _PART_BYTES = 255
+# On Windows a directory's mode only keeps it from being removed.
+_DIRECTORY = 0o755 if sys.platform == "win32" else 0o555
 # What reading a broken entry raises; OverflowError when it is said to lie further off than a position can be.
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OverflowError, NotImplementedError, RuntimeError)
 # e_machine of ELF (gABI, "ELF Header") and Machine of PE (Microsoft's PE format), in Go's words.
@@ -102,7 +104,9 @@ def unpack(archive: bytes, handler: str, directory: Path, limits: Limits = DEFAU
             if not info.is_dir():
                 left = _write(opened, info, target, left)
         for made in directories:
-            os.chmod(made, 0o755)
+            # Also without root, where functions run as the agent's own user: a file that one of them leaves beside
+            # its code would make the version look damaged at the agent's next start.
+            os.chmod(made, _DIRECTORY)
 
 
 class _Zip(zipfile.ZipFile):

@@ -47,7 +47,7 @@ def test_a_deploy_and_what_others_may_do_with_it(packages: Packages, tmp_path: P
     code = deploy(packages, ONE)
     assert (code / "main.sh").read_text() == "#!/bin/sh\necho one\n"
     assert (code / "main.sh").stat().st_mode & 0o777 == 0o555
-    assert (code / "data").stat().st_mode & 0o777 == 0o755
+    assert (code / "data").stat().st_mode & 0o777 == 0o555
     # Walked through, not listed: other functions' names are nobody's business.
     assert tmp_path.stat().st_mode & 0o777 == 0o711
     state = packages.states()[0]

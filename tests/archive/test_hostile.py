@@ -223,7 +223,7 @@ def test_what_is_good_is_unpacked_as_it_is(tmp_path: Path) -> None:
             assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
             assert path.stat().st_mode & 0o7777 == 0o555
     assert (tmp_path / "empty").is_dir()
-    assert {path.stat().st_mode & 0o7777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o755}
+    assert {path.stat().st_mode & 0o7777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o555}
 
 
 def test_a_deep_and_wide_one_costs_what_it_has_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_a_deep_and_wide_one_costs_what_it_has_entries(tmp_path: Path, monkeypat
     at, depth = tmp_path, 0
     while (at := at / "a").is_dir():
         depth += 1
-        assert at.stat().st_mode & 0o7777 == 0o755
+        assert at.stat().st_mode & 0o7777 == 0o555
     assert depth == 200
     assert len(os.listdir(at.parent)) == 1000
 
@@ -255,7 +255,7 @@ def test_every_directory_can_be_walked_through_whatever_the_umask(tmp_path: Path
     finally:
         os.umask(before)
     for directory in (tmp_path, tmp_path / "a", tmp_path / "a/b", tmp_path / "a/b/c"):
-        assert directory.stat().st_mode & 0o777 == 0o755, directory
+        assert directory.stat().st_mode & 0o777 == 0o555, directory
 
 
 def test_set_user_bits_do_not_come_out(tmp_path: Path) -> None:
