@@ -98,11 +98,7 @@ def _context(identity: Identity) -> ssl.SSLContext:
 def _tls(plain: socket.socket, address: str, identity: Identity, server_name: str) -> str:
     context = _context(identity)
     try:
-        with context.wrap_socket(plain, server_hostname=server_name) as secured:
-            secured.sendall(_HTTP2_PREFACE)
-            if secured.recv(1):
-                return ""
-            return _refused(address, identity)
+        secured = context.wrap_socket(plain, server_hostname=server_name)
     except ssl.SSLCertVerificationError as error:
         return _verification(error, address, server_name)
     except ssl.SSLError as error:
@@ -111,6 +107,25 @@ def _tls(plain: socket.socket, address: str, identity: Identity, server_name: st
         return f"{address} does not answer the TLS handshake: {_plaintext_hint()}"
     except (ConnectionError, OSError) as error:
         return f"the agent at {address} broke the TLS handshake off ({error}): {_plaintext_hint()}"
+    with secured:
+        return _after_handshake(secured, address, identity)
+
+
+def _after_handshake(secured: ssl.SSLSocket, address: str, identity: Identity) -> str:
+    """The agent has shown its certificate, so it speaks TLS; under TLS 1.3 it may refuse Flux's only now."""
+    # A server that has closed already breaks the pipe of whoever writes first; its alert can still be read.
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        secured.sendall(_HTTP2_PREFACE)
+    try:
+        if secured.recv(1):
+            return ""
+    except TimeoutError:
+        return f"the agent at {address} finished the TLS handshake and does not answer gRPC: it may be overloaded"
+    except (ssl.SSLEOFError, ConnectionError):
+        pass
+    except ssl.SSLError as error:
+        return _alert(error, address, identity)
+    return _refused(address, identity)
 
 
 def _refused(address: str, identity: Identity) -> str:

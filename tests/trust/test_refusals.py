@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -117,6 +119,22 @@ class TestAnAgentRefuses:
         said = told(agent, identity, timers)
         assert "refuses Flux's own certificate, which" in said
         assert ("has expired" if start < timedelta(0) else "is not yet valid") in said
+
+    @pytest.mark.parametrize(
+        "error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred")]
+    )
+    def test_a_flux_whose_first_write_meets_a_closed_connection(
+        self, agent: Agent, forge: Forge, timers: Timers, monkeypatch: pytest.MonkeyPatch, error: OSError
+    ) -> None:
+        """The refusal is older than the write, as OpenSSL 3.5 usually has it: TLS is not what is wrong."""
+
+        def refused_write(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ssl.SSLSocket, "sendall", refused_write)
+        said = told(agent, forge.identity("flux", start=-40 * DAY), timers)
+        assert "refuses Flux's own certificate, which has expired" in said
+        assert "disable_grpc_tls" not in said
 
     def test_a_flux_of_another_ca(self, agent: Agent, forge: Forge, stranger: Forge, timers: Timers) -> None:
         identity = trusting(stranger.identity("flux"), forge.authority.ca_pem)
