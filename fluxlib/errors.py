@@ -10,7 +10,8 @@
     ├── Forbidden                 403   PERMISSION_DENIED
     ├── NotFound                  404   NOT_FOUND
     ├── Conflict                  409   FAILED_PRECONDITION
-    │   └── LeaseLost             409                        another process leads now: stop at once
+    │   ├── LeaseLost             409                        another process leads now: stop at once
+    │   └── InUse                 409                        another process of this machine has the directory
     ├── UnsupportedMedia          415   INVALID_ARGUMENT
     ├── Refused                   429   RESOURCE_EXHAUSTED   asked too often
     │   └── NoAgentFits           429                        no agent present can take the function
@@ -100,6 +101,14 @@ class Conflict(FluxError):
 
 class LeaseLost(Conflict):
     """A leader's write came too late: another process holds the lease now."""
+
+
+class InUse(Conflict):
+    """A directory is one process's at a time. ``holder`` says whose it is now, as far as that is known."""
+
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
 class Refused(FluxError):

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from fluxlib.errors import Conflict
+from fluxlib.errors import InUse
 
 if sys.platform == "win32":
     import msvcrt
@@ -55,7 +55,7 @@ else:
 class ExclusiveLock:
     """Held from the moment it is made until ``release`` or this process's end; the file stays.
 
-    Raises Conflict when another process has it: the message names that process and ends with ``advice``. Raises OSError
+    Raises InUse when another process has it: the message names that process and ends with ``advice``. Raises OSError
     when the file cannot be had. Its directory must be there.
     """
 
@@ -67,7 +67,7 @@ class ExclusiveLock:
                 os.lseek(self._descriptor, 0, os.SEEK_SET)
                 holder = os.read(self._descriptor, 20).decode("ascii", "replace").strip()
                 who = f"process {holder}" if holder.isdigit() else "another process"
-                raise Conflict(f"{path.parent} is in use by {who}: {advice}")
+                raise InUse(f"{path.parent} is in use by {who}: {advice}", who)
             os.ftruncate(self._descriptor, 0)
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             os.write(self._descriptor, f"{os.getpid()}\n".encode())

@@ -12,6 +12,7 @@ import contextlib
 import locale
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -29,7 +30,8 @@ from fluxlib.config.environment import for_child
 from fluxlib.config.files import AGENT_PORT, read_file
 from fluxlib.config.first_start import write_new
 from fluxlib.control.app import Control, say_what_is_odd
-from fluxlib.errors import CannotStart, FluxError
+from fluxlib.errors import CannotStart, FluxError, InUse
+from fluxlib.filelock import ExclusiveLock
 from fluxlib.lifecycle import Deadline, Loop, StopSignal, pause
 from fluxlib.pki.authority import Authority, enrolment_files
 from fluxlib.pki.reading import normalised, read_leaf
@@ -37,6 +39,8 @@ from fluxlib.pki.reading import normalised, read_leaf
 log = logging.getLogger(__name__)
 
 LOCAL_ID = "local"
+# Held in the state directory while `flux run` has it.
+LOCK = "run.lock"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 # Its own shutdown_sec, and the time it gives itself to kill what is left.
 _AGENT_STOPS_WITHIN = 7.0
@@ -55,11 +59,13 @@ def prepare_agent(config: ControlConfig, directory: Path) -> Path:
         elif not config.disable_grpc_tls:
             _mend_certificates(config, path)
     except OSError as error:
-        where = error.filename or directory
-        raise CannotStart(
-            f"{where} cannot be written: {error.strerror}. Name a directory of your own with --state"
-        ) from error
+        raise _cannot_write(error, directory) from error
     return path
+
+
+def _cannot_write(error: OSError, directory: Path) -> CannotStart:
+    where = error.filename or directory
+    return CannotStart(f"{where} cannot be written: {error.strerror}. Name a directory of your own with --state")
 
 
 def _make_agent(config: ControlConfig, path: Path) -> None:
@@ -272,6 +278,25 @@ def serve_local(
 
     ``greet`` is called once Flux answers, for the person in front of it.
     """
+    lock = _hold(config, directory)
+    try:
+        return _serve(config, directory, stop, greet)
+    finally:
+        lock.release()
+
+
+def _hold(config: ControlConfig, directory: Path) -> ExclusiveLock:
+    """Before anything is started: a second one would fail at the agent's directory or the port, and say only that."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return ExclusiveLock(directory / LOCK, "stop it first")
+    except InUse as error:
+        raise CannotStart(f"already running here ({error.holder}), it answers at {config.own_url}") from error
+    except OSError as error:
+        raise _cannot_write(error, directory) from error
+
+
+def _serve(config: ControlConfig, directory: Path, stop: StopSignal, greet: Callable[[ControlConfig], None]) -> int:
     say_what_is_odd(config)
     # First, because it comes up while Flux is built, and would be missed by it otherwise.
     agent = LocalAgent(prepare_agent(config, directory / "agent")).start()
@@ -301,13 +326,13 @@ def greet(config: ControlConfig) -> None:
 
 def welcome(config: ControlConfig) -> list[str]:
     """What to do next, in plain words."""
-    url = config.own_url
+    url, path = config.own_url, shlex.quote(str(config.path))
     return [
         "",
         f"Flux answers at {url}, with one agent on this machine.",
         f"The key is in {config.path} (api_key).",
         "Next, in a second terminal here (the README goes on from there):",
-        f"  export KEY=$(sed -n 's/^api_key: *//p' {config.path}) FLUX={url}",
+        f"  export KEY=$(sed -n 's/^api_key: *//p' {path}) FLUX={url}",
         '  curl -H "X-API-Key: $KEY" -X PUT --data-binary @examples/hello-shell/function.yaml $FLUX/functions',
         "Ctrl-C stops both.",
         "",

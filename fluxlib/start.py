@@ -26,4 +26,8 @@ def start(arguments: list[str], default: str = "serve") -> int:
         if console.in_own_window():
             words = ["run", "--window"] if default == "serve" else []
             return console.keep_open(lambda: main(words, default))
-    return main(arguments, default)
+    try:
+        return main(arguments, default)
+    except KeyboardInterrupt:
+        # Before the command has taken the signal over: nothing has been started yet.
+        return 130

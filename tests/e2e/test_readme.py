@@ -19,13 +19,14 @@ import psutil
 import pytest
 
 from fluxlib.config.control import read_control
+from fluxlib.config.files import AGENT_PORT
 from fluxlib.config.first_start import make_flux_yaml
 from fluxlib.local import prepare_agent, welcome
 from fluxlib.pki.certificates import AGENT_LIFE, cert_pem, load_key, sign
 from fluxlib.pki.identity import AGENT_NAME, agent_server_name, utc_now
 from fluxlib.pki.signer import Signer
 from tests.support.need import need
-from tests.support.programs import Api, Flux, Program, free_port, wait_until
+from tests.support.programs import Api, Flux, Program, free_port, is_alive, wait_until
 
 
 def _blocks(text: str) -> list[str]:
@@ -108,14 +109,41 @@ def test_stopping_leaves_no_agent(tmp_path: Path) -> None:
         children = psutil.Process(run.process.pid).children(recursive=True)
         assert children
         run.kill()
-        wait_until(lambda: not any(child.is_running() for child in children), "the agent to stop with it")
+        wait_until(lambda: not any(is_alive(child.pid) for child in children), "the agent to stop with it")
+
+
+def test_a_second_start_says_that_it_runs_already_and_where(tmp_path: Path) -> None:
+    make_flux_yaml(tmp_path / ".state" / "flux.yaml", data=".", port=(port := free_port()))
+    with Run(tmp_path) as run:
+        assert run.process is not None
+        command = [sys.executable, "-m", "flux", "run", "--state", ".state"]
+        again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert again.returncode == 1
+        assert again.stderr == (
+            f"flux: already running here (process {run.process.pid}), it answers at http://127.0.0.1:{port}\n"
+        )
+        assert Api(f"http://127.0.0.1:{port}", None).request("GET", "/health")[0] == 200
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a Unix shell's lines")
+def test_the_greeting_can_be_pasted_whatever_the_state_directory_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "it's $HOME here" / "flux.yaml"
+    make_flux_yaml(path)
+    config = read_control(path.read_text(), path)
+    (line,) = [line for line in welcome(config) if "export KEY=" in line]
+    done = subprocess.run(["sh", "-c", f'{line}\necho "$KEY"'], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{config.api_key}\n"
 
 
 def test_a_taken_agent_port_is_no_obstacle(tmp_path: Path) -> None:
     """The agent moves to another port, its record moves with it, and what it has stays."""
-    make_flux_yaml(tmp_path / ".state" / "flux.yaml", data=".", port=(port := free_port()))
-    key = read_control((tmp_path / ".state" / "flux.yaml").read_text(), Path("x")).api_key
-    api = Api(f"http://127.0.0.1:{port}", key)
+    path = tmp_path / ".state" / "flux.yaml"
+    make_flux_yaml(path, data=".", port=(port := free_port()))
+    config = read_control(path.read_text(), path)
+    # Its usual port may be any other test's just now.
+    agent = prepare_agent(config, path.parent / "agent")
+    agent.write_text(agent.read_text().replace(str(AGENT_PORT), str(free_port())))
+    api = Api(f"http://127.0.0.1:{port}", config.api_key)
     run = Run(tmp_path)
     with run:
         api.deploy({"name": "here", "handler": "run.sh"}, {"run.sh": "#!/bin/sh\necho here\n"})
