@@ -18,7 +18,7 @@ from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.rpc.gen import flux_pb2_grpc
 from tests.agent.running import CODE
-from tests.support.programs import Agent, Flux, wait_until
+from tests.support.programs import Agent, Flux, is_alive, wait_until
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_kill_and_return(agent: Agent, spawner_too: bool) -> None:
         for spawner in spawners:
             os.kill(spawner.pid, signal.SIGKILL)
     agent.start()
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not is_alive(pid)
     after = ask(agent, "GetInventory", pb.InventoryRequest())
     assert list(after.functions) == list(before.functions)
     assert after.instance_id != before.instance_id

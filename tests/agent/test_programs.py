@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from fluxlib.agent.outcomes import sendable
@@ -17,7 +16,7 @@ from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.rpc import codec, tls
 from tests.agent.running import Running, running
 from tests.support.need import need_root
-from tests.support.programs import make_zip, wait_until
+from tests.support.programs import is_alive, make_zip, wait_until
 
 # One agent for the whole module: its pool of threads grows while a test runs.
 pytestmark = pytest.mark.leaks("threads of the module's agent")
@@ -191,11 +190,11 @@ def test_a_daemonised_grandchild_dies_with_it(agent: Running, how: str) -> None:
     agent.run("daemon", "0" if how == "end" else "60", name=name, execution_id=execution_id, asynchronous=True)
     pid = int(wait_until(lambda: agent.record(execution_id).output, "the grandchild's number"))
     if how == "cancel":
-        assert psutil.pid_exists(pid)
+        assert is_alive(pid)
         assert agent.cancel(execution_id).success
     wait_until(lambda: agent.record(execution_id).status.ended, "its end")
     # Told ended means that nothing of it is alive.
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not is_alive(pid)
 
 
 def test_a_caller_that_hangs_up_cancels(agent: Running) -> None:

@@ -30,6 +30,7 @@ from fluxlib.agent.executor.reactor import OutputPipe
 from fluxlib.agent.executor.spawner_link import SpawnerLink
 from fluxlib.config.agent import read_agent
 from fluxlib.errors import CannotStart, Stopping
+from tests.support.programs import is_alive
 
 
 class Run:
@@ -102,7 +103,7 @@ def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: O
     assert run.end() == Exit(lost=True)
     assert run.output == b"up\n"
     assert len(run.ends) == 1
-    assert not psutil.pid_exists(run.pid) or psutil.Process(run.pid).status() == psutil.STATUS_ZOMBIE
+    assert not is_alive(run.pid)
     assert Run(executor, directory, "echo again", "e-2").end().exit_code == 0
 
 
@@ -310,7 +311,7 @@ def test_the_machine_is_searched_once_for_what_a_dead_spawner_left(
     for run in runs:
         assert run.end().lost
         pid = int(run.output)
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        assert not is_alive(pid)
     assert searches == [{"e-0", "e-1", "e-2"}]
 
 

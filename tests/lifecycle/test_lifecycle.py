@@ -186,8 +186,10 @@ print("all")
     assert done.stdout == "all\n", done.stderr
 
 
+# SIGHUP as a terminal has it: where nohup started the tests, their children would ignore it.
 PROGRAM = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGHUP, HANGUP)
 from fluxlib.lifecycle import StopSignal
 stop = StopSignal().install()
 print("up", flush=True)
@@ -199,9 +201,13 @@ threading.Event().wait()
 """
 
 
+def _program(hangup: str) -> str:
+    return PROGRAM.replace("HANGUP", f"signal.{hangup}")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_one_signal_stops_in_order(number: signal.Signals) -> None:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "quick"], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", _program("SIG_DFL"), "quick"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == b"up\n"
@@ -211,8 +217,7 @@ def test_one_signal_stops_in_order(number: signal.Signals) -> None:
 
 
 def test_a_closed_terminal_stops_nothing_that_nohup_started() -> None:
-    program = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}"
-    process = subprocess.Popen([sys.executable, "-c", program, "quick"], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", _program("SIG_IGN"), "quick"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == b"up\n"
@@ -225,7 +230,7 @@ def test_a_closed_terminal_stops_nothing_that_nohup_started() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
 def test_a_second_signal_ends_at_once(first: signal.Signals, second: signal.Signals) -> None:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "slow"], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", _program("SIG_DFL"), "slow"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == b"up\n"

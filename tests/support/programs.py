@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+import psutil
 import yaml
 
 TOP = Path(__file__).resolve().parents[2]
@@ -56,6 +57,14 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 40) -> 
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what}")
         pause.wait(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process still runs. A zombie does not: where process 1 never reaps, an orphan stays one for ever."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def make_zip(files: Mapping[str, bytes | str]) -> bytes:
