@@ -1,8 +1,10 @@
 # `make run` and `make test` do their own set-up; see README.md.
 VENV ?= .venv
-PY = $(VENV)/bin/python
-export FLUX_VENV = $(abspath $(VENV))
-STATE ?= .state
+BIN = "$(VENV)/bin"
+PY = $(BIN)/python
+export FLUX_VENV = $(VENV)
+# Exported, because the shell then takes any name as it is, also one with spaces.
+export STATE ?= .state
 # program=Debian package, for the tests; what is missing is installed when root.
 TEST_PACKAGES = redis-server=redis-server cc=build-essential sshd=openssh-server ip=iproute2 openssl=openssl curl=curl zip=zip
 # Tests wait for programs of their own as often as they compute: three at a time keep two cores busy. Each
@@ -12,11 +14,15 @@ GEN = fluxlib/rpc/gen
 # Modules mypy sees nothing of elsewhere.
 ONLY_ON_WINDOWS = fluxlib/windows $(wildcard fluxlib/agent/executor/win*.py) fluxlib/agent/executor/jobobject.py
 
-.PHONY: run test check format proto docs lock bench test-vm test-packages test-windows test-faults test-soak fuzz deb clean
+.PHONY: run uninstall test check format proto docs lock bench test-vm test-packages test-windows test-faults test-soak fuzz deb clean
 
 run:
 	@scripts/setup run
-	@exec $(PY) flux.py run --state $(STATE)
+	@exec $(PY) flux.py run --state "$$STATE"
+
+# What `make run` made, also where that is not in this directory.
+uninstall:
+	@$${PYTHON:-python3} scripts/uninstall "$$STATE" "$$FLUX_VENV"
 
 test:
 	@scripts/setup dev $(TEST_PACKAGES)
@@ -24,16 +30,16 @@ test:
 
 check:
 	@scripts/setup dev
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy --platform win32 --follow-imports=silent $(ONLY_ON_WINDOWS)
-	$(VENV)/bin/lint-imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --follow-imports=silent $(ONLY_ON_WINDOWS)
+	$(BIN)/lint-imports
 
 format:
 	@scripts/setup dev
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 proto:
 	@scripts/setup dev

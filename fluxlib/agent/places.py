@@ -57,6 +57,18 @@ def programs_dir(state_dir: Path, outside: Path = OUTSIDE) -> Path:
     return directory
 
 
+def outside_programs(state_dir: Path, outside: Path = OUTSIDE) -> Path | None:
+    """The directory outside that this state directory has, if it has one. For who removes both."""
+    note = state_dir / "programs"
+    name = note.read_text().strip() if note.is_file() else ""
+    owner = outside / name / "owner"
+    if not _NAME.fullmatch(name) or not owner.is_file():
+        return None
+    # A copy of the state directory has the same note, and the original is still there.
+    theirs = Path(os.fsdecode(owner.read_bytes()))
+    return outside / name if theirs == state_dir.resolve() or not theirs.exists() else None
+
+
 def hold(directory: Path) -> ExclusiveLock:
     """Keep a directory for this agent alone. Raises Conflict when another process has it, FluxError."""
     try:
