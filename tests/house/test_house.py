@@ -73,5 +73,5 @@ def test_shell_scripts_parse(top: Path) -> None:
     shell = shutil.which("bash")
     if shell is None:
         pytest.skip("no bash")
-    for script in [".ci/run", "scripts/setup", "windows/build-wine.sh"]:
+    for script in [".ci/run", ".ci/debian", "scripts/setup", "windows/build-wine.sh"]:
         subprocess.run([shell, "-n", top / script], check=True)
