@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fluxlib.agent.executor.base import Job, Limits
@@ -31,7 +32,7 @@ def job_of(request: ExecutionRequest, installed: Installed, settings: Settings) 
         execution_id=request.execution_id,
         argv=(f"{code_dir}/{spec.handler}", *request.args),
         env={
-            **settings.environment,
+            **_without_overruled(settings.environment, spec.env),
             **spec.env,
             "FLUX_EXECUTION_ID": request.execution_id,
             "FLUX_FUNCTION_NAME": spec.name,
@@ -42,6 +43,12 @@ def job_of(request: ExecutionRequest, installed: Installed, settings: Settings) 
         network=spec.network,
         working_directory=spec.working_directory,
     )
+
+
+def _without_overruled(environment: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The node's variables. LC_ALL would outweigh a locale that the function names by LANG or one of LC_*."""
+    chosen = any(name == "LANG" or name.startswith("LC_") for name in own)
+    return {name: value for name, value in environment.items() if not (chosen and name == "LC_ALL")}
 
 
 def timeout_of(request: ExecutionRequest, spec: FunctionSpec) -> float:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import platform
 import secrets
-import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
 
+from fluxlib.agent.diagnosis import this_platform
 from fluxlib.lifecycle import Deadline, Loop
-from fluxlib.model import NodeFigures, Platform
+from fluxlib.model import NodeFigures
 
-_ARCHITECTURES = {
-    "x86_64": "amd64",
-    "amd64": "amd64",
-    "aarch64": "arm64",
-    "arm64": "arm64",
-    "i686": "386",
-    "x86": "386",
-}
 _SAMPLE_EVERY = 2.0
 _MB = 1024 * 1024
-
-
-def this_platform() -> Platform:
-    """This machine in Go's words, as the original and its users spell them."""
-    systems = {"win32": "windows", "darwin": "darwin", "linux": "linux"}
-    machine = platform.machine().lower()
-    return Platform(systems.get(sys.platform, sys.platform), _ARCHITECTURES.get(machine, machine))
 
 
 class Monitor:

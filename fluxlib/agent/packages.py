@@ -26,9 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxlib import archive as archives
+from fluxlib.agent.diagnosis import head_of, this_platform
 from fluxlib.agent.removal import discard
 from fluxlib.config.function import env_problem, handler_problem, is_device, name_problem
 from fluxlib.errors import InvalidInput, NotFound
+from fluxlib.handlers import check_runs_on
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import FunctionSpec, FunctionState
 
@@ -83,13 +85,17 @@ class Packages:
         )
 
     def register(self, spec: FunctionSpec, spec_digest: str) -> Installed:
-        """A new or changed spec. Raises InvalidInput when the code that is here lacks its handler."""
+        """A new or changed spec. Raises InvalidInput when the code that is here lacks its handler, or has one that
+        is for another system.
+        """
         check_names(spec)
         with self._lock:
             known = self._installed.get(spec.name)
             code_dir = known.code_dir if known else None
             if code_dir is not None and not _is_file(code_dir, spec.handler):
                 raise InvalidInput(f"the deployed code of {spec.name} has no {spec.handler}: deploy a zip that has it")
+            if code_dir is not None:
+                _check_handler(spec, code_dir)
             installed = replace(known, spec=spec, spec_digest=spec_digest) if known else Installed(spec, spec_digest)
             self._save(installed)
             return installed
@@ -108,9 +114,11 @@ class Packages:
             self._in_use[target] += 1
         try:
             if not target.is_dir():
-                self._unpack(spec.handler, archive, target)
+                self._unpack(spec, archive, target)
             elif not _is_file(target, spec.handler):
                 raise InvalidInput(f"the handler {spec.handler} is not in the zip")
+            else:
+                _check_handler(spec, target)
             files, size = _measure(target)
             with self._lock:
                 before = self._installed.get(spec.name)
@@ -192,10 +200,11 @@ class Packages:
             with self._lock:
                 self._remove_home(doomed.parent)
 
-    def _unpack(self, handler: str, archive: bytes, target: Path) -> None:
+    def _unpack(self, spec: FunctionSpec, archive: bytes, target: Path) -> None:
         fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=_FRESH))
         try:
-            archives.unpack(archive, handler, fresh)
+            archives.unpack(archive, spec.handler, fresh)
+            _check_handler(spec, fresh)
             with self._lock:
                 if not target.is_dir():  # else the same code came twice at once
                     os.rename(fresh, target)
@@ -281,6 +290,11 @@ def _read(home: Path) -> Installed | None:
         return Installed(spec, data["spec_digest"], data["code_digest"], code_dir, *found)
     except (OSError, ValueError, KeyError, TypeError, InvalidInput):
         return None
+
+
+def _check_handler(spec: FunctionSpec, code_dir: Path) -> None:
+    """Raises InvalidInput, OSError."""
+    check_runs_on(spec, head_of(code_dir.joinpath(*spec.handler.split("/")), spec.handler), this_platform())
 
 
 def _is_file(directory: Path, handler: str) -> bool:

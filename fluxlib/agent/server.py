@@ -14,10 +14,11 @@ import grpc
 
 import fluxlib
 from fluxlib.agent.certificates import Certificates
+from fluxlib.agent.diagnosis import start_problem
 from fluxlib.agent.executor.base import Executor
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.outcomes import sendable
-from fluxlib.agent.packages import Packages
+from fluxlib.agent.packages import Installed, Packages
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.agent.server_stream import Sessions, cancel_response
@@ -58,6 +59,14 @@ class Agency:
     certificates: Certificates | None
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What is to be said of a change that was made."""
+
+    warnings: tuple[str, ...] = ()
+    cannot_start: str = ""
+
+
 class AgentService(flux_pb2_grpc.AgentServiceServicer):
     """Every call of flux.proto's AgentService."""
 
@@ -77,12 +86,12 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
     # -- functions -----------------------------------------------------------------
 
     def RegisterFunction(self, request: pb.FunctionConfig, context: grpc.ServicerContext) -> pb.FunctionAck:
-        def register() -> tuple[str, ...]:
+        def register() -> Done:
             spec, digest = codec.spec_from_message(request)
             warnings = self._executor.check(spec)
-            self._packages.register(spec, digest)
+            installed = self._packages.register(spec, digest)
             self._sessions.look_again(spec.name)
-            return warnings
+            return Done(warnings, _start_problem(installed))
 
         return _acknowledge(pb.FunctionAck, "registered", register)
 
@@ -108,7 +117,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             return self._deploy(first.header, spool.read())
 
     def _deploy(self, package: pb.DeploymentPackage, archive: bytes) -> pb.DeploymentAck:
-        def deploy() -> tuple[str, ...]:
+        def deploy() -> Done:
             if package.HasField("config") and package.config.name:
                 spec, digest = codec.spec_from_message(package.config)
                 if spec.name != package.function_name:
@@ -119,16 +128,16 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
                     raise NotFound(f"function {package.function_name} is not registered")
                 spec, digest = installed.spec, installed.spec_digest
             warnings = self._executor.check(spec)
-            self._packages.deploy(spec, digest, package.code_digest, archive)
+            installed = self._packages.deploy(spec, digest, package.code_digest, archive)
             self._sessions.look_again(spec.name)
-            return warnings
+            return Done(warnings, _start_problem(installed))
 
         return _acknowledge(pb.DeploymentAck, "deployed", deploy)
 
     def RemoveFunction(self, request: pb.RemoveFunctionRequest, context: grpc.ServicerContext) -> pb.FunctionAck:
-        def remove() -> tuple[str, ...]:
+        def remove() -> Done:
             self._packages.remove(request.function_name)
-            return ()
+            return Done()
 
         return _acknowledge(pb.FunctionAck, "removed", remove)
 
@@ -250,12 +259,12 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
     def InstallCertificate(
         self, request: pb.InstallCertificateRequest, context: grpc.ServicerContext
     ) -> pb.FunctionAck:
-        def install() -> tuple[str, ...]:
+        def install() -> Done:
             if self._certificates is None:
                 raise InvalidInput("this agent runs without TLS")
             not_after = self._certificates.install(request.certificate_pem, request.ca_pem)
             log.info("took a new certificate, good until %s", time.strftime("%Y-%m-%d", time.gmtime(not_after)))
-            return ()
+            return Done()
 
         return _acknowledge(pb.FunctionAck, "installed", install)
 
@@ -267,16 +276,23 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             abort(context, error)
 
 
-def _acknowledge(kind: type[Ack], done: str, act: Callable[[], tuple[str, ...]]) -> Ack:
+def _start_problem(installed: Installed) -> str:
+    return start_problem(installed.code_dir, installed.spec.handler) if installed.code_dir is not None else ""
+
+
+def _acknowledge(kind: type[Ack], done: str, act: Callable[[], Done]) -> Ack:
     """An Ack of ``kind`` for what ``act`` did, or for why it did not."""
     try:
-        warnings = act()
+        result = act()
     except FluxError as error:
         return _failed(kind, error)
     except OSError as error:
         log.error("a change of the functions failed: %s", error)
         return kind(success=False, message=f"the agent's disk: {error}", error_kind=pb.ERROR_KIND_INTERNAL)
-    return kind(success=True, message=done, warnings=warnings)
+    ack = kind(success=True, message=done, warnings=result.warnings, cannot_start=result.cannot_start)
+    if result.cannot_start:
+        ack.warnings.append(result.cannot_start)  # for a Flux that does not know the field
+    return ack
 
 
 def _failed(kind: type[Ack], error: FluxError) -> Ack:

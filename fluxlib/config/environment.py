@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def windows_basics() -> dict[str, str]:
         *("PROCESSOR_ARCHITECTURE", "ProgramData", "ProgramFiles", "ProgramFiles(x86)", "ProgramW6432"),
     )
     basics = {name: os.environ[name] for name in names if name in os.environ}
+    # What programs ask for the user, the machine and the common directory; a service may have none of them.
+    basics["USERNAME"] = os.environ.get("USERNAME") or "flux"
+    basics["COMPUTERNAME"] = os.environ.get("COMPUTERNAME") or socket.gethostname().partition(".")[0].upper()
+    basics["PUBLIC"] = os.environ.get("PUBLIC") or basics.get("SystemDrive", "C:") + r"\Users\Public"
     root = basics.setdefault("SystemRoot", r"C:\Windows")
     path = (r"\system32", "", r"\System32\Wbem", r"\System32\WindowsPowerShell\v1.0")
     return basics | {"PATH": ";".join(root + part for part in path)}
@@ -74,6 +79,10 @@ def windows_basics() -> dict[str, str]:
 
 def function_basics() -> dict[str, str]:
     """What every function's environment begins with."""
+    # Unbuffered: what Python prints is there in order, at once, and not lost when the program is stopped.
+    unbuffered = {"PYTHONUNBUFFERED": "1"}
     if sys.platform == "win32":
-        return windows_basics()
-    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+        # What comes in is UTF-8 and what goes out is read as UTF-8, whatever the machine's code page.
+        return windows_basics() | unbuffered | {"PYTHONIOENCODING": "utf-8"}
+    path = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+    return path | {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"} | unbuffered

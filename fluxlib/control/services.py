@@ -46,12 +46,16 @@ class AgentResult:
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """A change of the desired state and how far it has got. Saved, whatever the agents said."""
+    """A change of the desired state and how far it has got. Saved, whatever the agents said.
+
+    ``problem``: why no agent there is can run the function, for people; empty when one can, or may.
+    """
 
     function: Function
     agents: tuple[AgentResult, ...]
     total_agents: int
     warnings: tuple[str, ...] = ()
+    problem: str = ""
 
     @property
     def done(self) -> int:

@@ -52,7 +52,8 @@ class Platform:
         """Whether a node of this platform can run what asks for ``wanted``; unknown fits all."""
         same_os = not self.os or not wanted.os or self.os == wanted.os or (wanted.os == "unix" and self.os != "windows")
         same_arch = not self.architecture or not wanted.architecture or self.architecture == wanted.architecture
-        return same_os and same_arch
+        # 64-bit x86 runs 32-bit programs, on Windows and on Linux as distributions build it.
+        return same_os and (same_arch or (self.architecture, wanted.architecture) == ("amd64", "386"))
 
 
 ANYWHERE = Platform()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +60,82 @@ def test_its_environment_is_clean(agent: Running, monkeypatch: pytest.MonkeyPatc
         "HOME",
         "TMPDIR",
         "PWD",
+        "USER",
+        "LOGNAME",
+        "LC_ALL",
+        "PYTHONUNBUFFERED",
         "_",
         "SHLVL",
         "OLDPWD",
     }
+
+
+def test_it_knows_who_it_is_and_writes_utf8_unbuffered(agent: Running) -> None:
+    variables = dict(line.split("=", 1) for line in agent.run("env").output.decode().splitlines())
+    assert variables["USER"] == variables["LOGNAME"] != ""
+    assert (variables["LANG"], variables["LC_ALL"], variables["PYTHONUNBUFFERED"]) == ("C.UTF-8", "C.UTF-8", "1")
+    if os.geteuid() == 0:
+        assert int(agent.run("id").output.split()[0]) == pwd.getpwnam(variables["USER"]).pw_uid
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({"PYTHONUNBUFFERED": ""}, {"PYTHONUNBUFFERED": "", "LC_ALL": "C.UTF-8"}),
+        ({"LANG": "de_DE.UTF-8"}, {"LANG": "de_DE.UTF-8", "LC_ALL": None}),
+        ({"LC_TIME": "de_DE.UTF-8"}, {"LANG": "C.UTF-8", "LC_TIME": "de_DE.UTF-8", "LC_ALL": None}),
+        ({"LC_ALL": "C"}, {"LC_ALL": "C"}),
+        ({"USER": "me", "HOME": "/nowhere"}, {"USER": "me", "HOME": "/nowhere"}),
+    ],
+)
+def test_what_the_function_says_of_its_environment_counts(
+    agent: Running, own: dict[str, str], expected: dict[str, str | None]
+) -> None:
+    agent.deploy("own", env=own)
+    variables = dict(line.split("=", 1) for line in agent.run("env", name="own").output.decode().splitlines())
+    assert {name: variables.get(name) for name in expected} == expected
+
+
+# One that functions' users can reach, as the environment of the tests may not be.
+SYSTEM_PYTHON = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or ""
+PYTHON = f"#!{SYSTEM_PYTHON}\n"
+needs_python = pytest.mark.skipif(not SYSTEM_PYTHON, reason="no python3 outside of home directories")
+
+
+@needs_python
+def test_what_python_prints_is_in_order_and_not_lost_at_a_timeout(agent: Running) -> None:
+    order = 'import sys\nprint("1")\nprint("2", file=sys.stderr)\nprint("3 \\u20ac")\n'
+    agent.deploy("order", make_zip({"main.sh": PYTHON + order}))
+    assert agent.run(name="order").output.decode() == "1\n2\n3 \u20ac\n"
+    agent.deploy("slow", make_zip({"main.sh": PYTHON + 'import time\nprint("step")\ntime.sleep(60)\n'}))
+    agent.run(name="slow", execution_id="slow-1", asynchronous=True)
+    wait_until(lambda: agent.record("slow-1").output == b"step\n", "its output while it runs")
+    agent.cancel("slow-1")
+    assert agent.record("slow-1").output == b"step\n"
+
+
+@needs_python
+def test_byte_code_that_came_in_the_zip_is_used(agent: Running, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("X = 1\n")
+    main = PYTHON + "import helper, importlib._bootstrap_external as b, os\n"
+    main += "path = b.cache_from_source(helper.__file__)\n"
+    main += "data = open(path, 'rb').read()\n"
+    main += "b._validate_timestamp_pyc(data, int(os.stat(helper.__file__).st_mtime), 6, 'helper', {})\nprint('valid')\n"
+    (tmp_path / "main.sh").write_text(main)
+    subprocess.run([SYSTEM_PYTHON, "-m", "compileall", "-q", "."], cwd=tmp_path, check=True)
+    command = [SYSTEM_PYTHON, "-m", "zipfile", "-c", "code.zip", "main.sh", "helper.py", "__pycache__"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert agent.deploy("compiled", (tmp_path / "code.zip").read_bytes()).success
+    answer = agent.run(name="compiled")
+    assert answer.output == b"valid\n", answer
+
+
+def test_what_will_not_start_is_said_when_it_is_deployed(agent: Running) -> None:
+    answer = agent.deploy("broken", make_zip({"main.sh": "#!/gone/python3\n"}))
+    assert answer.success
+    assert answer.cannot_start == "main.sh asks for /gone/python3, which is not on this machine"
+    assert answer.cannot_start in answer.warnings
+    assert agent.deploy("broken").cannot_start == ""
 
 
 def test_standard_input_and_none(agent: Running) -> None:
@@ -130,7 +205,7 @@ def test_the_output_cap(agent: Running) -> None:
     [
         ("#!/no/such/interpreter\n", "interpreter"),
         ("plain text\n", "neither a program"),
-        ("\x7fELF garbage", "neither a program"),
+        ("\x7fELF garbage", "cut off or damaged"),
     ],
 )
 def test_what_cannot_be_started_says_why(agent: Running, handler: str, words: str) -> None:

@@ -22,6 +22,7 @@ from fluxlib.pki.files import CertificatesUnusable
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from tests.agent.running import CODE, Running, running
+from tests.support.programs import make_zip
 
 # One agent for the whole module: its pool of threads grows while a test runs.
 pytestmark = pytest.mark.leaks("threads of the module's agent")
@@ -122,8 +123,27 @@ def test_what_an_original_would_send_unchecked_is_refused(agent: Running, fields
 
 
 def test_a_windows_program_is_refused_on_unix(agent: Running) -> None:
-    answer = agent.stub.RegisterFunction(pb.FunctionConfig(name="win", handler="main.exe"), timeout=5)
-    assert (answer.success, "Windows" in answer.message) == (False, True)
+    program = make_zip({"main.exe": b"MZ" + bytes(100), "main.bat": "@echo off\r\n", "run.cmd": "#!/bin/sh\necho ok\n"})
+
+    def deploy(handler: str, **more: Any) -> Any:
+        config = pb.FunctionConfig(name="win", handler=handler, max_concurrency=1, **more)
+        return agent.stub.DeployFunction(
+            pb.DeploymentPackage(function_name="win", code_archive=program, config=config), timeout=5
+        )
+
+    for handler, words in {"main.exe": "is a Windows program", "main.bat": "is a script for Windows"}.items():
+        answer = deploy(handler)
+        assert (answer.success, words in answer.message) == (False, True), answer.message
+    # What it is counts before what it is called, and what its owner says before both.
+    assert deploy("run.cmd").success
+    assert agent.run(name="win").output == b"ok\n"
+    answer = agent.stub.RegisterFunction(
+        pb.FunctionConfig(name="win", handler="main.bat", max_concurrency=1), timeout=5
+    )
+    assert (answer.success, "is a script for Windows" in answer.message) == (False, True)
+    assert "is for windows/any" in deploy("run.cmd", platforms=["windows"]).message
+    assert deploy("main.bat", platforms=["unix"]).success
+    assert "is a script for Windows, which this machine" in agent.run(name="win").error
 
 
 def test_a_call_with_an_endless_timeout_takes_nobody_elses_away(agent: Running) -> None:

@@ -78,6 +78,31 @@ def test_each_agent_has_an_answer_of_its_own(fleet: Fleet) -> None:
     assert "good" in seen
 
 
+def test_a_function_that_no_agent_can_run_is_said_to_be_one(fleet: Fleet) -> None:
+    assert fleet.functions.put(spec()).problem == ""  # there is no agent yet
+    first = joined(fleet, "w1", cannot_start={"hello": "run.sh asks for /gone/python3"})
+    second = joined(fleet, "w2", refuses={"hello": "cannot enforce network: none"})
+    windows = joined(fleet, "w3", platform=Platform("windows", "amd64"))
+    result = fleet.functions.deploy("hello", CODE)
+    assert statuses(result) == {"w1": "success", "w2": "failed", "w3": "skipped"}
+    assert result.problem == (
+        "no agent can run hello: run.sh asks for /gone/python3 (w1); cannot enforce network: none (w2);"
+        " the agent is windows/amd64, the function is for unix/any (w3)"
+    )
+    # Also where the agents have it already, and until one of them can.
+    assert fleet.functions.deploy("hello", CODE).problem == result.problem
+    assert fleet.functions.put(spec()).problem == result.problem
+    first.cannot_start.clear()
+    assert fleet.functions.deploy("hello", CODE).problem == ""
+    # One that is away may be able to.
+    first.cannot_start["hello"] = "gone again"
+    assert fleet.functions.deploy("hello", NEWER).problem
+    second.up = windows.up = False
+    for _ in range(3):
+        fleet.round()
+    assert fleet.functions.deploy("hello", CODE).problem == ""
+
+
 def test_what_is_refused_is_not_pushed_again_until_something_changes(fleet: Fleet) -> None:
     machine = joined(fleet, "strict", refuses={"hello": "no"})
     fleet.functions.put(spec())

@@ -65,6 +65,7 @@ class FakeFunctions:
     def __init__(self) -> None:
         self.kept: dict[str, Function] = {}
         self.archives: dict[str, bytes] = {}
+        self.problem = ""
 
     def get(self, name: str) -> Function:
         if name not in self.kept:
@@ -91,7 +92,7 @@ class FakeFunctions:
         return result
 
     def _pushed(self, name: str) -> PushResult:
-        return PushResult(self.get(name), (AgentResult("worker-1", "success"),), 1)
+        return PushResult(self.get(name), (AgentResult("worker-1", "success"),), 1, problem=self.problem)
 
 
 class FakeOutput:

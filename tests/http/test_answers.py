@@ -192,7 +192,7 @@ class TestExecutions:
 
 
 class TestFunctions:
-    def test_put_tells_how_far_it_got(self, client: Client) -> None:
+    def test_put_tells_how_far_it_got(self, client: Client, fakes: Fakes) -> None:
         reply = client("PUT", "/functions", b"name: greet\nhandler: x")
         assert reply.status == 201
         assert reply.json == {
@@ -204,6 +204,12 @@ class TestFunctions:
         }
         reply = client("PUT", "/deploy/greet", b"zip")
         assert (reply.status, reply.json["deployed_count"], reply.json["total_agents"]) == (201, 1, 1)
+        assert "problem" not in reply.json
+        fakes.functions.problem = "no agent can run greet: it is empty"
+        for path, body in (("/deploy/greet", b"zip"), ("/functions", b"name: greet\nhandler: run.sh\n")):
+            reply = client("PUT", path, body)
+            assert reply.status == 201
+            assert next(iter(reply.json.items())) == ("problem", "no agent can run greet: it is empty")
         assert client("PUT", "/deploy/absent", b"zip").status == 404
 
     def test_pages_by_name(self, client: Client) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fluxlib.control.agents.client.client import AgentClient
 from fluxlib.control.agents.client.connector import AgentConnector
-from fluxlib.control.agents.connection import ConnectionEvents
+from fluxlib.control.agents.connection import ConnectionEvents, Taken
 from fluxlib.errors import FluxError
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ExecutionRecord, ExecutionRequest, FunctionSpec
@@ -123,7 +123,7 @@ class Client:
     def run(self, execution_id: str, *args: str, **fields: Any) -> ExecutionRecord:
         return self.start(execution_id, *args, **fields).record()
 
-    def deploy(self, archive: bytes = make_zip({"main.sh": SCRIPT}), **fields: Any) -> tuple[str, ...]:
+    def deploy(self, archive: bytes = make_zip({"main.sh": SCRIPT}), **fields: Any) -> Taken:
         spec = FunctionSpec(**{"name": "f", "handler": "main.sh", "max_concurrency": 100, **fields})
         return self.connection.deploy(spec, spec.digest(), hashlib.sha256(archive).hexdigest(), archive)
 

@@ -16,6 +16,7 @@ from fluxlib.control.agents.connection import (
     Introduction,
     OnAnswer,
     OnReport,
+    Taken,
 )
 from fluxlib.control.agents.health import HealthPoller
 from fluxlib.control.agents.leadership import Leadership
@@ -67,6 +68,7 @@ class Machine:
     not_after: float = 0.0
     functions: dict[str, FunctionState] = field(default_factory=dict)
     refuses: dict[str, str] = field(default_factory=dict)  # function → the reason
+    cannot_start: dict[str, str] = field(default_factory=dict)  # function → the reason
     revision: int = 0
     runs: set[str] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
@@ -144,11 +146,11 @@ class Connection:
     def output(self, execution_id: str, offset: int, *, follow: bool) -> Any:
         raise NotImplementedError
 
-    def register_function(self, spec: FunctionSpec, digest: str) -> tuple[str, ...]:
+    def register_function(self, spec: FunctionSpec, digest: str) -> Taken:
         held = self.machine.functions.get(spec.name)
         return self._take(f"register {spec.name}", FunctionState(spec.name, digest, held.code_digest if held else ""))
 
-    def deploy(self, spec: FunctionSpec, digest: str, code_digest: str, archive: bytes) -> tuple[str, ...]:
+    def deploy(self, spec: FunctionSpec, digest: str, code_digest: str, archive: bytes) -> Taken:
         assert hashlib.sha256(archive).hexdigest() == code_digest
         if self.machine.gate is not None:
             self.machine.waiting += 1
@@ -157,14 +159,14 @@ class Connection:
             raise AgentRefused("the archive is larger than an original agent takes (50 MiB)")
         return self._take(f"deploy {spec.name}", FunctionState(spec.name, digest, code_digest))
 
-    def _take(self, call: str, state: FunctionState) -> tuple[str, ...]:
+    def _take(self, call: str, state: FunctionState) -> Taken:
         self.machine.check_up()
         self.machine.calls.append(call)
         if state.name in self.machine.refuses:
             raise AgentRefused(self.machine.refuses[state.name])
         self.machine.functions[state.name] = state
         self.machine.revision += 1
-        return ()
+        return Taken(cannot_start=self.machine.cannot_start.get(state.name, ""))
 
     def remove_function(self, name: str) -> bool:
         self.machine.check_up()

@@ -98,7 +98,7 @@ class Executor(Protocol):
         """Warnings about limits that are accepted but not held (profile ``off`` only).
 
         Raises Unenforceable when the function asks for a limit this host cannot hold it to,
-        InvalidInput when its handler cannot be run on this platform at all.
+        InvalidInput when this platform cannot be asked to run a file of its handler's name.
         """
 
     def check_args(self, handler: str, args: tuple[str, ...]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
+from pathlib import Path
 
+from fluxlib.agent.diagnosis import exec_problem
 from fluxlib.agent.executor.base import Exit
 
 
@@ -15,17 +16,6 @@ def exit_of(status: int, cpu_seconds: float | None) -> Exit:
     return Exit(exit_code=os.WEXITSTATUS(status), cpu_seconds=cpu_seconds)
 
 
-def explain(step: str, number: int, program: str) -> str:
+def explain(step: str, number: int, program: str, code_dir: Path) -> str:
     """Why a program could not be started, in words."""
-    name = os.path.basename(program)
-    if step == "exec":
-        reasons = {
-            errno.ENOENT: f"{name} is not there, or the interpreter its first line names is not on this machine",
-            errno.EACCES: f"{name} may not be executed",
-            errno.ENOEXEC: f"{name} is neither a program of this machine nor a script with a #! line",
-            errno.E2BIG: "its arguments and environment are too large",
-            errno.ETXTBSY: f"{name} is still being written",
-        }
-        if number in reasons:
-            return f"{step}: {reasons[number]}"
-    return f"{step}: {os.strerror(number)}"
+    return f"{step}: {exec_problem(program, number, code_dir) if step == 'exec' else os.strerror(number)}"

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
+
+# Who a function without an account is to the programs that ask by USER and LOGNAME.
+_NO_ACCOUNT = "function"
+
+
+@functools.lru_cache(1024)
+def user_name(uid: int) -> str:
+    """The account's name of a numeric user, -1 for the agent's own."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid if uid >= 0 else os.geteuid()).pw_name
+    except KeyError:
+        return _NO_ACCOUNT
 
 
 @dataclass

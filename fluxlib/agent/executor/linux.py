@@ -65,7 +65,6 @@ class LinuxExecutor(SpawningExecutor):
     # -- what is asked -------------------------------------------------------------------
 
     def check(self, spec: FunctionSpec) -> tuple[str, ...]:
-        self.check_handler(spec.handler)
         held = self._isolation.enforces
         wanted = {
             f"resources.cpu {spec.cpu_millicores}: the smallest share is {MIN_MILLICORES} millicores": (

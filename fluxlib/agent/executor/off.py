@@ -38,7 +38,6 @@ class OffExecutor(SpawningExecutor):
         super().__init__(state_dir, Isolation("off", enforces, tuple(notes)))
 
     def check(self, spec: FunctionSpec) -> tuple[str, ...]:
-        self.check_handler(spec.handler)
         asked = {
             "resources.memory": spec.memory_mb,
             "resources.cpu": spec.cpu_millicores,

@@ -18,7 +18,7 @@ from pathlib import Path
 from fluxlib.agent.executor.base import Exit, Isolation, Job
 from fluxlib.agent.executor.directories import WorkDirectories
 from fluxlib.agent.executor.endings import exit_of, explain
-from fluxlib.agent.executor.launch import Launch, as_file
+from fluxlib.agent.executor.launch import Launch, as_file, user_name
 from fluxlib.agent.executor.reactor import OutputPipe, Reactor
 from fluxlib.agent.executor.spawner_link import SpawnerLink
 from fluxlib.errors import CannotStart, InvalidInput, Stopping
@@ -116,11 +116,6 @@ class SpawningExecutor(ABC):
     def greet(self, link: SpawnerLink) -> None:
         """Called with every new spawner before it gets work. Raises what keeps it from being used."""
         return
-
-    def check_handler(self, handler: str) -> None:
-        """Raises InvalidInput for programs of another system."""
-        if handler.lower().endswith((".exe", ".bat", ".cmd", ".ps1")):
-            raise InvalidInput(f"handler {handler} is a Windows program, and this agent runs on Unix")
 
     def check_args(self, handler: str, args: tuple[str, ...]) -> None:
         if any("\0" in arg for arg in args):
@@ -224,7 +219,9 @@ class SpawningExecutor(ABC):
 
     def _environment(self, spawned: Spawned) -> dict[str, str]:
         launch = spawned.launch
-        return {"HOME": launch.home, "TMPDIR": launch.tmp, "PWD": launch.cwd, **spawned.job.env}
+        user = user_name(launch.uid)
+        own = {"HOME": launch.home, "USER": user, "LOGNAME": user, "TMPDIR": launch.tmp, "PWD": launch.cwd}
+        return {**own, **spawned.job.env}
 
     def _claim(self, spawned: Spawned) -> bool:
         """Whether the caller is the one who ends it."""
@@ -279,7 +276,9 @@ class SpawningExecutor(ABC):
                     # Told late on purpose, by a clock that is the same for both processes.
                     spawned.on_started(answer[2], time.monotonic() - answer[3])
             elif answer[0] == "failed":
-                self._end(spawned, Exit(start_error=explain(answer[2], answer[3], spawned.job.argv[0])))
+                self._end(
+                    spawned, Exit(start_error=explain(answer[2], answer[3], spawned.job.argv[0], spawned.job.code_dir))
+                )
             else:
                 self._end(spawned, exit_of(answer[2], answer[3]))
 

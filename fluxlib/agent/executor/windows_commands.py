@@ -17,7 +17,6 @@ from fluxlib.errors import InvalidInput
 
 BATCH = (".bat", ".cmd")
 POWERSHELL = (".ps1",)
-PROGRAMS = (".exe", ".com")
 
 # CreateProcessW takes 32 767 characters with the NUL at the end, cmd.exe 8 191.
 _LONGEST = 32_766
@@ -30,11 +29,8 @@ _NEEDS_QUOTES = re.compile(r'[ \t\n\v"]')
 
 
 def check_handler(handler: str) -> None:
-    """Raises InvalidInput for a handler Windows cannot run at all."""
-    suffix = ntpath.splitext(handler)[1].lower()
-    if suffix not in BATCH + POWERSHELL + PROGRAMS:
-        raise InvalidInput(f"Windows cannot run {handler}: a handler there ends in .exe, .com, .bat, .cmd or .ps1")
-    if suffix in BATCH and any(char in handler for char in _CMD_SYNTAX):
+    """Raises InvalidInput for a name that Windows cannot be asked to run."""
+    if is_batch(handler) and any(char in handler for char in _CMD_SYNTAX):
         raise InvalidInput(f"Windows cannot run {handler}: cmd.exe reads % ! ^ & in its name as syntax")
 
 

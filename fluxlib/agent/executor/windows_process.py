@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 assert sys.platform == "win32"
 
+from fluxlib.agent.diagnosis import head_of
 from fluxlib.agent.executor import winapi
 
 _READ_SIZE = 64 * 1024
@@ -35,6 +36,15 @@ _PROGRAMS_FAULT = {
     winapi.ERROR_ACCESS_DISABLED_BY_POLICY: "is forbidden by a policy of this machine",
     winapi.ERROR_ELEVATION_REQUIRED: "asks for administrator's rights, which a function does not get",
 }
+
+
+def _what_else(program: str) -> str:
+    """What a file is that Windows cannot run, where that says more than the error; empty for a Windows program."""
+    try:
+        head = head_of(program)
+    except OSError:
+        return ""
+    return "" if head.data[:2] == b"MZ" else f"is {head.what}, which Windows cannot run"
 
 
 class NotStarted(Exception):
@@ -92,7 +102,7 @@ def create_suspended(program: str, line: str, block: str, cwd: str, stdin: int, 
         reason = _PROGRAMS_FAULT.get(error.winerror)
         if reason is None:
             raise
-        raise NotStarted(f"create process: {ntpath.basename(program)} {reason}") from error
+        raise NotStarted(f"create process: {ntpath.basename(program)} {_what_else(program) or reason}") from error
     finally:
         winapi.DeleteProcThreadAttributeList(attributes)
     return Process(made.hProcess, made.hThread, made.dwProcessId)

@@ -41,6 +41,14 @@ class ConnectionEvents:
     stopping: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A function that an agent took. ``cannot_start``: why its machine will not start the handler all the same."""
+
+    warnings: tuple[str, ...] = ()
+    cannot_start: str = ""
+
+
 class AgentConnection(Protocol):
     """One agent. Every method may be called from any thread.
 
@@ -80,11 +88,11 @@ class AgentConnection(Protocol):
     def output(self, execution_id: str, offset: int, *, follow: bool) -> OutputStream:
         """Raises NotFound at once when the agent knows no such execution."""
 
-    def register_function(self, spec: FunctionSpec, digest: str) -> tuple[str, ...]:
-        """Warnings for people. AgentRefused carries the agent's own words."""
+    def register_function(self, spec: FunctionSpec, digest: str) -> Taken:
+        """What the agent says of it. AgentRefused carries the agent's own words."""
 
-    def deploy(self, spec: FunctionSpec, digest: str, code_digest: str, archive: bytes) -> tuple[str, ...]:
-        """Spec and code in one step; warnings. AgentRefused, also for more than an original agent can take."""
+    def deploy(self, spec: FunctionSpec, digest: str, code_digest: str, archive: bytes) -> Taken:
+        """Spec and code in one step. AgentRefused, also for more than an original agent can take."""
 
     def remove_function(self, name: str) -> bool:
         """False: an original agent, which keeps its code for ever."""

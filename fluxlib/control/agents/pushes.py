@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fluxlib.control.agents.connection import AgentConnection
+from fluxlib.control.agents.connection import AgentConnection, Taken
 from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.services import AgentResult
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
@@ -57,11 +57,15 @@ class Archives:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What became of one change at one agent. ``again``: the agent could not be reached, so it is worth a retry."""
+    """What became of one change at one agent.
+
+    ``again``: the agent could not be reached, so it is worth a retry. ``unfit``: why it will never run the function.
+    """
 
     result: AgentResult
     warnings: tuple[str, ...] = ()
     again: bool = False
+    unfit: str = ""
 
 
 class Pusher:
@@ -73,6 +77,7 @@ class Pusher:
         self._pool = Pool("push", at_a_time)
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
+        self._cannot_start: set[tuple[str, str]] = set()  # (agent ID, function name) it took and will not start
         self._missed: set[str] = set()  # agents that did not answer a push: what they lack is worth a retry
 
     def differs(self, agent: AgentState, functions: Iterable[Function]) -> bool:
@@ -104,7 +109,8 @@ class Pusher:
             # What it held may have been for its platform: it must not run on as the old version.
             if name in agent.holds and not agent.record.original:
                 self.remove(agent, name)
-            return Pushed(AgentResult(agent.agent_id, SKIPPED, f"is {agent.platform}, the function is for {wanted}"))
+            reason = f"is {agent.platform}, the function is for {wanted}"
+            return Pushed(AgentResult(agent.agent_id, SKIPPED, reason), unfit=f"the agent {reason}")
         connection = agent.connection
         if connection is None or not agent.record.status.present:
             return Pushed(AgentResult(agent.agent_id, SKIPPED, "is offline: gets it when it is back"), again=True)
@@ -113,16 +119,24 @@ class Pusher:
                 # It may still have the code of a deleted function of that name, and would run it.
                 self._note(agent, name, None, "its code is not deployed yet")
                 return Pushed(AgentResult(agent.agent_id, SKIPPED, "an original agent: gets it with its code"))
-            if agent.holds.get(name) == _state(function) and name not in agent.lacking:
+            # What could not start there is sent again: its answer says whether that has changed.
+            unfit = (agent.agent_id, name) in self._cannot_start
+            if agent.holds.get(name) == _state(function) and name not in agent.lacking and not unfit:
                 return Pushed(AgentResult(agent.agent_id, SUCCESS, "has it already"))
             try:
-                warnings = self._send(agent, connection, function)
+                taken = self._send(agent, connection, function)
             except FluxError as error:
                 self._note(agent, name, agent.holds.get(name), error.message)
                 log.warning("agent %s did not take %s: %s", agent.agent_id, name, error)
                 return self._failed(agent, error)
             self._note(agent, name, _state(function), "")
-            return Pushed(AgentResult(agent.agent_id, SUCCESS, "; ".join(warnings)), warnings)
+            with self._lock:
+                if taken.cannot_start:
+                    self._cannot_start.add((agent.agent_id, name))
+                else:
+                    self._cannot_start.discard((agent.agent_id, name))
+            result = AgentResult(agent.agent_id, SUCCESS, "; ".join(taken.warnings))
+            return Pushed(result, taken.warnings, unfit=taken.cannot_start)
 
     def remove(self, agent: AgentState, name: str) -> Pushed:
         """Never raises a FluxError."""
@@ -175,6 +189,7 @@ class Pusher:
         with self._lock:
             self._locks.pop(agent_id, None)
             self._missed.discard(agent_id)
+            self._cannot_start = {one for one in self._cannot_start if one[0] != agent_id}
 
     def stop(self, deadline: Deadline) -> None:
         """What is queued is dropped: agents get it when they are next brought in step."""
@@ -194,7 +209,7 @@ class Pusher:
         for function in functions:
             yield self.push(agent, function)
 
-    def _send(self, agent: AgentState, connection: AgentConnection, function: Function) -> tuple[str, ...]:
+    def _send(self, agent: AgentState, connection: AgentConnection, function: Function) -> Taken:
         held = agent.holds.get(function.spec.name)
         same_code = held is not None and held.code_digest == function.code_digest
         if not function.code_digest or same_code:
@@ -209,7 +224,9 @@ class Pusher:
         away = isinstance(error, AgentUnreachable | AgentLost)
         if away:
             self._missed.add(agent.agent_id)
-        return Pushed(AgentResult(agent.agent_id, FAILED, error.message), again=away)
+        return Pushed(
+            AgentResult(agent.agent_id, FAILED, error.message), again=away, unfit="" if away else error.message
+        )
 
     def _note(self, agent: AgentState, name: str, held: FunctionState | None, problem: str) -> None:
         """Under the agent's lock: new mappings, because the registry's readers take no lock."""

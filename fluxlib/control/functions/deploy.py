@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from fluxlib import archive as archives
-from fluxlib.control.agents.pushes import Pusher
+from fluxlib.control.agents.pushes import Pushed, Pusher
 from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.services import PushResult
 from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
@@ -139,7 +139,8 @@ class FunctionService:
             self._take(function)
         self._registry.function_changed(name)
         result = self._push(function)
-        return replace(result, warnings=(*info.warnings, *result.warnings))
+        # What Flux saw in the zip, the agents saw as well.
+        return replace(result, warnings=tuple(dict.fromkeys((*info.warnings, *result.warnings))))
 
     def delete(self, name: str, *, force: bool) -> PushResult:
         with self._changing(name):
@@ -165,7 +166,8 @@ class FunctionService:
     def _push(self, function: Function) -> PushResult:
         pushed = self._pusher.push_all(self._agents(), function)
         warnings = dict.fromkeys(warning for one in pushed for warning in one.warnings)
-        return PushResult(function, tuple(one.result for one in pushed), len(pushed), tuple(warnings))
+        results = tuple(one.result for one in pushed)
+        return PushResult(function, results, len(pushed), tuple(warnings), _problem(function.spec.name, pushed))
 
     def _with_code_of(self, function: Function, known: Function) -> Function:
         """The new spec with the code that is deployed. Raises InvalidInput when that lacks the new handler."""
@@ -204,3 +206,17 @@ class FunctionService:
                 yield
             finally:
                 self._store.release_lease(lease)
+
+
+def _problem(name: str, pushed: Sequence[Pushed]) -> str:
+    """Why none of the agents can run a function, however long one waits; empty where one can or may."""
+    if not pushed or not all(one.unfit for one in pushed):
+        return ""
+    agents: dict[str, list[str]] = {}
+    for one in pushed:
+        agents.setdefault(one.unfit, []).append(one.result.agent_id)
+    reasons = [
+        f"{reason} ({', '.join(ids[:3])}{f' and {len(ids) - 3} more' if len(ids) > 3 else ''})"
+        for reason, ids in agents.items()
+    ]
+    return f"no agent can run {name}: {'; '.join(reasons[:5])}{'; and others' if len(reasons) > 5 else ''}"

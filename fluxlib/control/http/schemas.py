@@ -129,7 +129,11 @@ _RESULT = _object(
 )
 _AGENT_RESULT = _object({"agent_id": _TEXT, "status": _TEXT, "message": _TEXT})
 _PUSHED: Schema = {"status": _TEXT, "name": _TEXT, "total_agents": _COUNT, "agents": list_of(ref("AgentResult"))}
-_PUSH_EXTRA: Schema = {"warnings": _TEXTS, "message": _TEXT}
+_PUSH_EXTRA: Schema = {
+    "problem": {"type": "string", "description": "why none of the agents can run the function"},
+    "warnings": _TEXTS,
+    "message": _TEXT,
+}
 
 COMPONENTS: dict[str, Schema] = {
     "Error": _object(

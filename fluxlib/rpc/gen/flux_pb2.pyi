@@ -86,16 +86,18 @@ class FunctionConfig(_message.Message):
     def __init__(self, name: _Optional[str] = ..., handler: _Optional[str] = ..., cpu_millicores: _Optional[int] = ..., memory_mb: _Optional[int] = ..., timeout_seconds: _Optional[int] = ..., env: _Optional[_Mapping[str, str]] = ..., max_concurrency: _Optional[int] = ..., max_concurrency_behavior: _Optional[str] = ..., spec_digest: _Optional[str] = ..., network: _Optional[str] = ..., max_processes: _Optional[int] = ..., max_open_files: _Optional[int] = ..., max_file_size_mb: _Optional[int] = ..., tmp_size_mb: _Optional[int] = ..., working_directory: _Optional[str] = ..., platforms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FunctionAck(_message.Message):
-    __slots__ = ("success", "message", "warnings", "error_kind")
+    __slots__ = ("success", "message", "warnings", "error_kind", "cannot_start")
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     ERROR_KIND_FIELD_NUMBER: _ClassVar[int]
+    CANNOT_START_FIELD_NUMBER: _ClassVar[int]
     success: bool
     message: str
     warnings: _containers.RepeatedScalarFieldContainer[str]
     error_kind: ErrorKind
-    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., error_kind: _Optional[_Union[ErrorKind, str]] = ...) -> None: ...
+    cannot_start: str
+    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., error_kind: _Optional[_Union[ErrorKind, str]] = ..., cannot_start: _Optional[str] = ...) -> None: ...
 
 class DeploymentPackage(_message.Message):
     __slots__ = ("function_name", "code_archive", "config", "code_digest")
@@ -110,16 +112,18 @@ class DeploymentPackage(_message.Message):
     def __init__(self, function_name: _Optional[str] = ..., code_archive: _Optional[bytes] = ..., config: _Optional[_Union[FunctionConfig, _Mapping]] = ..., code_digest: _Optional[str] = ...) -> None: ...
 
 class DeploymentAck(_message.Message):
-    __slots__ = ("success", "message", "warnings", "error_kind")
+    __slots__ = ("success", "message", "warnings", "error_kind", "cannot_start")
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     ERROR_KIND_FIELD_NUMBER: _ClassVar[int]
+    CANNOT_START_FIELD_NUMBER: _ClassVar[int]
     success: bool
     message: str
     warnings: _containers.RepeatedScalarFieldContainer[str]
     error_kind: ErrorKind
-    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., error_kind: _Optional[_Union[ErrorKind, str]] = ...) -> None: ...
+    cannot_start: str
+    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., error_kind: _Optional[_Union[ErrorKind, str]] = ..., cannot_start: _Optional[str] = ...) -> None: ...
 
 class DeployChunk(_message.Message):
     __slots__ = ("header", "total_bytes", "data")

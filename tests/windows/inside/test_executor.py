@@ -174,7 +174,10 @@ def test_a_program_that_is_not_there_is_told_not_raised(programs: Programs) -> N
 def test_a_file_that_is_no_program(programs: Programs) -> None:
     path = programs.code / "text.exe"
     path.write_text("this is no program")
-    assert "text.exe is no program of this Windows" in programs.run(str(path)).end().start_error
+    assert "text.exe is no Windows program" in programs.run(str(path)).end().start_error
+    path = programs.code / "elf.exe"
+    path.write_bytes(b"\x7fELF" + bytes(100))
+    assert "elf.exe is a Linux program, which Windows cannot run" in programs.run(str(path)).end().start_error
 
 
 def test_kill_ends_the_whole_tree(programs: Programs) -> None:
@@ -291,8 +294,8 @@ def test_limits_this_host_cannot_hold_are_refused(programs: Programs) -> None:
         programs.executor.check(FunctionSpec("f", "f.exe", network=Network.NONE))
     with pytest.raises(Unenforceable, match=r"limits\.file_size"):
         programs.executor.check(FunctionSpec("f", "f.exe", max_file_size_mb=1))
-    with pytest.raises(InvalidInput, match=r"main\.py"):
-        programs.executor.check(FunctionSpec("f", "main.py"))
+    with pytest.raises(InvalidInput, match=r"a&b\.bat"):
+        programs.executor.check(FunctionSpec("f", "a&b.bat"))
     assert programs.executor.check(FunctionSpec("f", "f.exe")) == ()
 
 

@@ -14,7 +14,7 @@ from fluxlib.control.agents.client.channels import Line, Lines
 from fluxlib.control.agents.client.output import AgentOutput, PolledOutput
 from fluxlib.control.agents.client.stream import AgentStream
 from fluxlib.control.agents.client.unary import UnaryExecutions
-from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer, OnReport, refusal
+from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer, OnReport, Taken, refusal
 from fluxlib.control.services import WHOLE_OUTPUT, OutputStream
 from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, FluxError, NotFound
 from fluxlib.lifecycle import Deadline, pause
@@ -129,10 +129,10 @@ class AgentClient:
 
     # -- functions ---------------------------------------------------------------------
 
-    def register_function(self, spec: FunctionSpec, digest: str) -> tuple[str, ...]:
+    def register_function(self, spec: FunctionSpec, digest: str) -> Taken:
         return self._accepted(self._ask("RegisterFunction", codec.spec_to_message(spec, digest), _REGISTER))
 
-    def deploy(self, spec: FunctionSpec, digest: str, code_digest: str, archive: bytes) -> tuple[str, ...]:
+    def deploy(self, spec: FunctionSpec, digest: str, code_digest: str, archive: bytes) -> Taken:
         timeout = _DEPLOY + _DEPLOY_PER_MB * len(archive) / _MB
         if "deploy_stream" in self._features:
             chunks: Iterable[pb.DeployChunk] = codec.deployment_chunks(spec, digest, code_digest, archive)
@@ -198,10 +198,10 @@ class AgentClient:
         except NotImplementedByPeer as error:
             raise AgentRefused(f"agent {self._agent_id} has no call {method}: it is older than this Flux") from error
 
-    def _accepted(self, answer: Any) -> tuple[str, ...]:
+    def _accepted(self, answer: Any) -> Taken:
         if not answer.success:
             raise AgentRefused(answer.message or f"agent {self._agent_id} refused without a reason")
-        return tuple(answer.warnings)
+        return Taken(tuple(answer.warnings), answer.cannot_start)
 
     def _record_of(self, answer: Any) -> ExecutionRecord | None:
         if not answer.found:

@@ -34,6 +34,8 @@ def delete(request: Request) -> Answer:
 
 def _pushed(status: str, result: PushResult) -> dict[str, Any]:
     data: dict[str, Any] = {
+        # First, so that nobody overlooks it behind a long list of agents.
+        **({"problem": result.problem} if result.problem else {}),
         "status": status,
         "name": result.function.spec.name,
         "total_agents": result.total_agents,

@@ -1,0 +1,116 @@
+"""Why this machine cannot start a handler: looked for when it is deployed, and again when it did not start."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+from pathlib import Path
+
+from fluxlib import handlers
+from fluxlib.handlers import Head
+from fluxlib.model import Platform
+
+_ARCHITECTURES = {
+    "x86_64": "amd64",
+    "amd64": "amd64",
+    "aarch64": "arm64",
+    "arm64": "arm64",
+    "i686": "386",
+    "x86": "386",
+}
+# Where the profiles with a mount namespace show a function its code.
+_SHOWN_CODE = "/run/flux/code/"
+
+
+def this_platform() -> Platform:
+    """This machine in Go's words, as the original and its users spell them."""
+    systems = {"win32": "windows", "darwin": "darwin", "linux": "linux"}
+    machine = platform.machine().lower()
+    return Platform(systems.get(sys.platform, sys.platform), _ARCHITECTURES.get(machine, machine))
+
+
+def head_of(path: str | Path, name: str = "") -> Head:
+    """The beginning of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return Head(name or os.path.basename(path), file.read(handlers.HEAD))
+
+
+def start_problem(code_dir: Path, handler: str) -> str:
+    """Why the handler will not start on this machine, as far as can be told beforehand; empty when it should."""
+    if sys.platform == "win32":
+        return ""
+    path = code_dir.joinpath(*handler.split("/"))
+    try:
+        head = head_of(path, handler)
+    except OSError as error:
+        return f"{handler} cannot be read: {error.strerror}"
+    return _problem(path, head, code_dir)
+
+
+def exec_problem(program: str, number: int, code_dir: Path) -> str:
+    """Why execve of ``program`` failed with errno ``number``, in words."""
+    name = os.path.basename(program)
+    if number == errno.E2BIG:
+        return "its arguments and environment are too large"
+    if number == errno.ETXTBSY:
+        return f"{name} is still being written"
+    try:
+        head = head_of(program)
+    except FileNotFoundError:
+        return f"{name} is not there"
+    except OSError:
+        return f"{name} may not be executed" if number == errno.EACCES else os.strerror(number)
+    here = this_platform()
+    foreign = number == errno.ENOEXEC and bool(head.platform.os) and not here.matches(head.platform)
+    problem = "" if foreign else _problem(Path(program), head, code_dir)
+    if problem:
+        return problem
+    needs = handlers.interpreter_of(head) or handlers.loader_of(head, _loader(program, head))
+    if number in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and needs:
+        return (
+            f"{name} needs {needs}, which functions on this machine cannot see: isolation hides /home, /root, /srv,"
+            " /mnt and /media"
+        )
+    if number == errno.EACCES:
+        also = f", or {needs} may not," if needs else ""
+        return f"{name} may not be executed{also} by the function's user"
+    if number == errno.ENOEXEC and head.is_script:
+        return f"{name} asks for {needs}, which this machine ({here}) cannot run"
+    if number == errno.ENOEXEC:
+        return f"{name} is {head.what}, which this machine ({here}) cannot run"
+    return f"{name}: {os.strerror(number)}"
+
+
+def _problem(path: Path, head: Head, code_dir: Path) -> str:
+    def on_host(interpreter: str) -> str:
+        if interpreter.startswith(_SHOWN_CODE):
+            return os.path.join(code_dir, interpreter.removeprefix(_SHOWN_CODE))
+        # Relative to the working directory, which is the code's unless the function says otherwise.
+        return os.path.join(code_dir, interpreter)
+
+    def read(interpreter: str) -> bytes:
+        try:
+            return head_of(on_host(interpreter)).data
+        except OSError:
+            return b""
+
+    problem = handlers.unix_problem(head)
+    if problem:
+        return problem
+    exists = lambda interpreter: os.path.exists(on_host(interpreter))  # noqa: E731
+    return handlers.machine_problem(head, exists, read, _loader(path, head))
+
+
+def _loader(path: str | Path, head: Head) -> bytes:
+    """The path of an ELF file's loader where it lies beyond its head (patchelf moves it there)."""
+    position = handlers.loader_position(head)
+    if position is None or position[0] + position[1] <= len(head.data):
+        return b""
+    try:
+        with open(path, "rb") as file:
+            file.seek(position[0])
+            return file.read(position[1])
+    except OSError:
+        return b""
