@@ -78,6 +78,7 @@ def _parser(default: str) -> argparse.ArgumentParser:
         service = commands.add_parser("service", help="install or remove this program as a Windows service")
         service.add_argument("action", choices=ACTIONS)
         service.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+        service.add_argument("--local-agent", action="store_true", help=argparse.SUPPRESS)
         service.set_defaults(run=_service, agent=alone)
     return parser
 
@@ -132,9 +133,10 @@ def _run(options: argparse.Namespace) -> int:
 
         config, state = console.beside_program()
         greet = console.greet
+        _log(config.log_level, console.log_file(state))
     else:
         config, state = first_local_config(options.state), options.state
-    _log(config.log_level)
+        _log(config.log_level)
     return serve_local(config, state, _stop_signal(), greet)
 
 
@@ -213,7 +215,8 @@ def _service(options: argparse.Namespace) -> int:
     if sys.platform == "win32":
         from fluxlib.windows import services
 
-        return services.command(options.action, options.directory, agent=options.agent)
+        which = services.which(agent=options.agent, local_agent=options.local_agent, directory=options.directory)
+        return services.command(options.action, which)
     raise AssertionError("a command of Windows")
 
 
@@ -240,8 +243,8 @@ def _stop_signal() -> StopSignal:
     return stop
 
 
-def _log(level: str) -> None:
+def _log(level: str, file: Path | None = None) -> None:
     from fluxlib import log
     from fluxlib.config.environment import under_journald
 
-    log.set_up(level, timestamps=not under_journald())
+    log.set_up(level, timestamps=not under_journald(), file=file)

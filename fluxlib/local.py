@@ -33,6 +33,7 @@ from fluxlib.control.app import Control, say_what_is_odd
 from fluxlib.errors import CannotStart, FluxError, InUse
 from fluxlib.filelock import ExclusiveLock
 from fluxlib.lifecycle import Deadline, Loop, StopSignal, pause
+from fluxlib.log import relay
 from fluxlib.pki.authority import Authority, enrolment_files
 from fluxlib.pki.reading import normalised, read_leaf
 
@@ -50,12 +51,12 @@ _COMES_UP_WITHIN, _LOOK_EVERY = 5.0, 0.02
 _STABLE = 60.0
 
 
-def prepare_agent(config: ControlConfig, directory: Path) -> Path:
+def prepare_agent(config: ControlConfig, directory: Path, port: int = AGENT_PORT) -> Path:
     """The local agent's configuration in ``directory``, made on the first start; its path. Raises CannotStart."""
     path = directory / "agent.yaml"
     try:
         if not path.exists():
-            _make_agent(config, path)
+            _make_agent(config, path, port)
         elif not config.disable_grpc_tls:
             _mend_certificates(config, path)
     except OSError as error:
@@ -68,12 +69,12 @@ def _cannot_write(error: OSError, directory: Path) -> CannotStart:
     return CannotStart(f"{where} cannot be written: {error.strerror}. Name a directory of your own with --state")
 
 
-def _make_agent(config: ControlConfig, path: Path) -> None:
+def _make_agent(config: ControlConfig, path: Path, port: int) -> None:
     directory = path.parent
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     settings = {
         "agent_id": LOCAL_ID,
-        "port": AGENT_PORT,
+        "port": port,
         "listen_host": "127.0.0.1",
         "state_dir": "state",
         # A development machine is neither set up nor meant to hold strangers' programs apart; Windows' jobs need
@@ -209,7 +210,7 @@ class LocalAgent:
             process.wait()
 
     def _launch(self, now: float) -> None:
-        port = _usable_port(self._wanted_port)
+        port = usable_port(self._wanted_port)
         if port != self._port:
             self._port, self._joined = port, False
         self._launched_at = now
@@ -257,10 +258,10 @@ def _copy_log(source: IO[bytes]) -> None:
     """What the agent says goes where this process says it, until the agent has ended."""
     with source:
         for line in source:
-            sys.stderr.write(line.decode(locale.getencoding(), "replace").replace("\r\n", "\n"))
+            relay(line.decode(locale.getencoding(), "replace").rstrip("\r\n"))
 
 
-def _usable_port(wanted: int) -> int:
+def usable_port(wanted: int) -> int:
     """The wanted port, or another one while that is taken (by an agent that is installed here, say)."""
     for port in (wanted, 0):
         with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):

@@ -18,6 +18,10 @@ def start(arguments: list[str], default: str = "serve") -> int:
 
         spawner.main(int(arguments[1]), arguments[2:])
         return 0
+    if sys.platform == "win32":
+        from fluxlib.windows import unpacked
+
+        unpacked.keep_tidy()
     from fluxlib.cli import main
 
     if sys.platform == "win32" and not arguments:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import re
 import sys
 import threading
 import traceback
@@ -30,6 +31,7 @@ _SYSTEM_WAITS = 10.0  # longer than it does: the handler must not return before 
 _STD_INPUT_HANDLE = -10
 _ENABLE_QUICK_EDIT_MODE, _ENABLE_EXTENDED_FLAGS = 0x40, 0x80
 _DATA = "flux-data"
+_PIECE = 30  # of a path: even if every character of it is a quote, its line fits
 
 _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
 _kernel32.GetStdHandle.restype = HANDLE
@@ -77,7 +79,7 @@ def keep_open(run: Callable[[], int]) -> int:
         print("\nThis is a fault of Flux itself. Please report it with the lines above.", file=sys.stderr)
         code = 1
     if code:
-        print("\nFlux has stopped. Put right what is said above, then start it again.", file=sys.stderr)
+        print("\nFlux has stopped. Fix the problem above and start it again.", file=sys.stderr)
         print("Press Enter to close this window.", file=sys.stderr, flush=True)
         if sys.stdin is not None:
             sys.stdin.readline()
@@ -89,8 +91,13 @@ def program_directory() -> Path:
     return Path(sys.executable if getattr(sys, "frozen", False) else sys.argv[0]).resolve().parent
 
 
+def log_file(data: Path) -> Path:
+    """Where what the window shows is kept, in the directory of state and certificates."""
+    return data / "flux.log"
+
+
 def beside_program() -> tuple[ControlConfig, Path]:
-    """(flux.yaml beside the program, where its agent is kept); made on the first start.
+    """(flux.yaml beside the program, the directory for its data); made on the first start.
 
     Raises ConfigInvalid with what to do.
     """
@@ -106,7 +113,7 @@ def beside_program() -> tuple[ControlConfig, Path]:
     try:
         return load_control(path), path.parent / _DATA
     except ConfigInvalid as error:
-        advice = f"Put {path} right; or rename it, and the next start makes a new one, with a new key"
+        advice = f"Fix {path}, or rename it and start again to get a fresh one with a new key"
         faults = error.faults or (error.message,)
         raise ConfigInvalid(f"{path} cannot be used", [*faults, advice]) from error
 
@@ -121,16 +128,44 @@ def greeting(config: ControlConfig) -> tuple[str, ...]:
     return (
         "",
         f"Flux answers at {url}, with one agent on this computer.",
-        f"The key is in {config.path}, behind api_key. Whoever has it may do everything.",
-        f"Functions and results are kept in {config.state_dir.parent}.",
+        f"Your API key is in {config.path} (api_key). Keep it secret: it gives full control.",
+        f"Functions, results and the log (flux.log) are kept in {config.state_dir.parent}.",
         "",
-        "Next, in a second window (PowerShell):",
-        f"  $key = (Select-String '^api_key: *(\\S+)' '{config.path}').Matches[0].Groups[1].Value",
-        f'  curl.exe -H "X-API-Key: $key" {url}/functions',
+        "Your first function: open a second window (PowerShell) and paste these lines.",
+        "",
+        *first_function(config.path, url),
         "",
         "To stop Flux, press Ctrl-C here or close this window.",
         "",
     )
+
+
+def first_function(flux_yaml: Path, url: str) -> list[str]:
+    """Lines for PowerShell that make, deploy and call a function.
+
+    None is wider than a console's 80 columns: a line that the console has wrapped is copied as two.
+    """
+    path = str(flux_yaml)
+    pieces = [path[at : at + _PIECE] for at in range(0, len(path), _PIECE)]
+    return [
+        # The window of an administrator opens in Windows' own directory.
+        "cd ~",
+        *(f"$f {'+=' if number else '='} {quoted(piece)}" for number, piece in enumerate(pieces)),
+        # By its literal path: elsewhere brackets are wildcards.
+        r"$k = (sls '^api_key: *(\S+)' -LiteralPath $f).Matches[0].Groups[1].Value",
+        f"$u = {quoted(url)}",
+        "$h = @{Headers = @{'X-API-Key' = $k}}",
+        "Set-Content hello.bat '@echo Hello, %~1, from %FLUX_FUNCTION_NAME%'",
+        "Compress-Archive hello.bat hello.zip -Force",
+        'irm $u/functions @h -Method Put -Body "name: hello`nhandler: hello.bat"',
+        "irm $u/deploy/hello @h -Method Put -InFile hello.zip",
+        'irm $u/execute/hello @h -Method Post -Body \'{"args": ["you"]}\'',
+    ]
+
+
+def quoted(text: str) -> str:
+    """A string of PowerShell that stands for itself; to it typographic single quotes are single quotes too."""
+    return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"
 
 
 def _end_quick_edit() -> None:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _STATE_CHANGES_WITHIN = 60.0
 _SHOWS_WITHIN = 5.0
+_PROCESS_ENDS_WITHIN = 10.0
 _RESTART_AFTER_MS = (5_000, 30_000, 60_000)
 _FORGET_FAILURES_AFTER = 3600
 # At shutdown Windows ends services after 5 seconds.
@@ -48,6 +49,8 @@ class Service:
     title: str
     description: str
     directory: Path  # its configuration, state and log
+    program: str  # the copy in Program Files that it runs, without .exe
+    options: str = ""  # of `service run`
 
     @property
     def account(self) -> str:
@@ -59,18 +62,37 @@ class Service:
 
 
 CONTROL = Service(
-    "flux", "Flux", "Serverless without containers: the control plane, with its HTTP API.", system_directory("flux")
+    "flux",
+    "Flux",
+    "Serverless without containers: the control plane, with its HTTP API.",
+    system_directory("flux"),
+    "flux",
 )
-AGENT = Service("flux-agent", "Flux agent", "Runs functions for Flux on this computer.", system_directory("flux-agent"))
+# The agent that comes with Flux. A service of its own, so that functions cannot read Flux's keys.
+LOCAL_AGENT = Service(
+    "flux-local-agent",
+    "Flux local agent",
+    "Runs functions for the Flux on this computer.",
+    system_directory("flux-local-agent"),
+    "flux",
+    "--local-agent ",
+)
+AGENT = Service(
+    "flux-agent",
+    "Flux agent",
+    "Runs functions for Flux on this computer.",
+    system_directory("flux-agent"),
+    "flux-agent",
+)
 
 
-def install(service: Service) -> list[str]:
-    """Copy the program, register the service, start it; what to tell. Its configuration has to be there.
+def install(service: Service) -> None:
+    """Copy the program, register the service, start it. Its configuration has to be there.
 
     Raises Forbidden without administrator's rights, Conflict when it is installed already; then nothing is left.
     """
     # A service's own environment need not say where ProgramData is.
-    line = f'{_command(service)} service run --directory "{service.directory}"'
+    line = f'{_command(service)} service run {service.options}--directory "{service.directory}"'
     with _manager(advapi.SC_MANAGER_CONNECT | advapi.SC_MANAGER_CREATE_SERVICE) as manager:
         try:
             handle = advapi.CreateService(
@@ -90,21 +112,21 @@ def install(service: Service) -> list[str]:
             _wait_for(handle, advapi.SERVICE_RUNNING, service)
             _see_it_stay(handle, service)
         except BaseException as error:
+            with contextlib.suppress(OSError, FluxError):
+                _stop(handle, service)
             with contextlib.suppress(OSError):
                 advapi.DeleteService(handle)
+            if service is not LOCAL_AGENT:
+                remove_program(service)
             if isinstance(error, OSError):
                 raise _translated(error, f"the service {service.name} cannot be started") from error
             raise
         finally:
             advapi.CloseServiceHandle(handle)
-    return [
-        f"The service {service.name} runs, and starts with Windows.",
-        f"Configuration, state and log are in {service.directory}.",
-    ]
 
 
-def remove(service: Service) -> list[str]:
-    """Stop it and take it out; its data stays. Raises Forbidden, NotFound."""
+def remove(service: Service) -> None:
+    """Stop it and take it out; its data stays, and so does the program's copy. Raises Forbidden, NotFound."""
     with _manager(advapi.SC_MANAGER_CONNECT) as manager:
         try:
             handle = advapi.OpenService(manager, service.name, _all_rights())
@@ -113,20 +135,41 @@ def remove(service: Service) -> list[str]:
                 raise NotFound(f"there is no service {service.name} here") from error
             raise _translated(error, f"the service {service.name} cannot be opened") from error
         try:
-            try:
-                advapi.ControlService(handle, advapi.SERVICE_CONTROL_STOP, byref(advapi.SERVICE_STATUS()))
-            except OSError as error:
-                if error.winerror != advapi.ERROR_SERVICE_NOT_ACTIVE:
-                    raise
-            _wait_for(handle, advapi.SERVICE_STOPPED, service)
+            _stop(handle, service)
             advapi.DeleteService(handle)
-            with contextlib.suppress(OSError):  # it may be the very program that runs this
-                _program(service).unlink()
         except OSError as error:
             raise _translated(error, f"the service {service.name} cannot be removed") from error
         finally:
             advapi.CloseServiceHandle(handle)
-    return [f"The service {service.name} is gone. Its configuration and data stay in {service.directory}."]
+
+
+def _stop(handle: int, service: Service) -> None:
+    try:
+        advapi.ControlService(handle, advapi.SERVICE_CONTROL_STOP, byref(advapi.SERVICE_STATUS()))
+    except OSError as error:
+        if error.winerror != advapi.ERROR_SERVICE_NOT_ACTIVE:
+            raise
+    _wait_for(handle, advapi.SERVICE_STOPPED, service)
+
+
+def remove_program(service: Service) -> bool:
+    """Delete the program's copy in Program Files; whether it is gone. It may be the one that runs this."""
+    program = installed_program(service)
+    if not getattr(sys, "frozen", False):
+        return not program.exists()
+    deadline = time.monotonic() + _PROCESS_ENDS_WITHIN
+    while True:
+        try:
+            program.unlink(missing_ok=True)
+            break
+        except OSError:
+            # The service has stopped, and its process may take a moment longer.
+            if time.monotonic() > deadline or Path(sys.executable) == program:
+                return False
+            pause(0.2)
+    with contextlib.suppress(OSError):  # the other program may be there
+        program.parent.rmdir()
+    return True
 
 
 def run(service: Service, serve: Callable[[StopSignal], int]) -> int:
@@ -211,20 +254,21 @@ def _all_rights() -> int:
     )
 
 
-def _program(service: Service) -> Path:
-    return program_files() / "Flux" / f"{service.name}.exe"
+def installed_program(service: Service) -> Path:
+    return program_files() / "Flux" / f"{service.program}.exe"
 
 
 def _command(service: Service) -> str:
     """How it is started: the copy in Program Files, or Python with this script where nothing is frozen."""
     if getattr(sys, "frozen", False):
-        return f'"{_program(service)}"'
+        return f'"{installed_program(service)}"'
     return f'"{sys.executable}" "{Path(sys.argv[0]).resolve()}"'
 
 
 def _copy_program(service: Service) -> None:
-    source, target = Path(sys.executable), _program(service)
-    if not getattr(sys, "frozen", False) or source == target:
+    source, target = Path(sys.executable), installed_program(service)
+    # The local agent's is that of Flux, which runs already.
+    if not getattr(sys, "frozen", False) or source == target or service is LOCAL_AGENT:
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

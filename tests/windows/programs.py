@@ -7,12 +7,14 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from tests.support.need import lacking
 from tests.support.programs import Api, Program
 from tests.support.wine import spawn_under_wine
 from windows.lab import TOP, Lab, windows_path
@@ -25,6 +27,19 @@ program = subprocess.Popen(sys.argv[1:], creationflags=subprocess.CREATE_NEW_CON
 sys.exit(program.wait())
 """
 _SOURCES = ("fluxlib/**/*.py", "flux.py", "flux_agent.py", "flux.spec", "requirements/build.txt", "windows/*")
+
+
+PORT = 7227
+
+
+def need_port() -> None:
+    """The port of a first start must be free."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", PORT))
+        except OSError:
+            lacking(f"port {PORT} is taken: a first start has no other")
 
 
 def built(lab: Lab) -> Path:

@@ -12,15 +12,12 @@ from pathlib import Path
 import pytest
 
 import fluxlib
-from tests.support.need import lacking
 from tests.support.programs import wait_until
 from tests.windows.c_program import assert_still
-from tests.windows.programs import DoubleClicked, built
+from tests.windows.programs import PORT, DoubleClicked, built, need_port
 from windows.lab import Lab, windows_path
 
 pytestmark = [pytest.mark.windows, pytest.mark.timeout(480)]
-
-PORT = 7227
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +44,6 @@ def first(lab: Lab, programs: Path, tmp_path_factory: pytest.TempPathFactory) ->
     finally:
         flux.crash()
         wait_until(lambda: not flux.processes(), "the agent to notice")
-
-
-def need_port() -> None:
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", PORT))
-        except OSError:
-            lacking(f"port {PORT} is taken: a first start has no other")
 
 
 @pytest.mark.parametrize("name", ["flux", "flux-agent"])
@@ -97,11 +85,18 @@ def test_first_start_says_where_everything_is(first: DoubleClicked) -> None:
     words = first.words
     assert f"it made {windows_path(first.directory / 'flux.yaml')}, with a new key" in words
     assert f"Flux answers at http://127.0.0.1:{PORT}" in words
-    assert "The key is in" in words
+    assert "Your API key is in" in words
     assert "second window" in words
     assert "close this window" in words
     status, answer = first.api.call("GET", "/health")
     assert (status, answer["status"]) == (200, "ok")
+
+
+def test_the_log_is_kept_in_a_file(first: DoubleClicked) -> None:
+    log = first.directory / "flux-data" / "flux.log"
+    wait_until(lambda: "agent local" in log.read_text(errors="replace"), "the agent's lines in Flux's log")
+    assert "Flux answers on 127.0.0.1:7227" in log.read_text()
+    assert "agent local (windows/amd64) listens on" in log.read_text()
 
 
 def test_batch_and_exe_functions_run(first: DoubleClicked, program: bytes) -> None:
@@ -121,14 +116,17 @@ def test_cancel_kills_the_tree(first: DoubleClicked, program: bytes, tmp_path: P
 
 
 @pytest.mark.leaks("its second life is ended by the module's fixture")
-def test_second_start_uses_the_same_state(first: DoubleClicked, program: bytes, tmp_path: Path) -> None:
+def test_second_start_uses_the_same_state(lab: Lab, first: DoubleClicked, program: bytes, tmp_path: Path) -> None:
     """Ended the hard way with something running: the agent notices, ends it and knows why."""
     key = first.config["api_key"]
     execution_id = start_tree(first, program, tmp_path)
     first.crash()
     wait_until(lambda: not first.processes(), "the agent to notice")
     assert_still([tmp_path / "beat.parent", tmp_path / "beat.child"])
+    left = unpacked(lab)
+    assert left, "a killed program leaves what it unpacked"
     first.start()
+    assert not [path for path in left if path.exists()]
     assert first.config["api_key"] == key
     assert first.words.count("first start") == 1
     assert {function["name"] for function in first.api.call("GET", "/functions")[1]["items"]} >= {"batch", "exe"}
@@ -151,8 +149,28 @@ def test_a_taken_port_is_explained_and_the_window_stays(lab: Lab, home: Path) ->
 def test_a_bad_file_is_explained_and_the_window_stays(lab: Lab, home: Path) -> None:
     (home / "flux.yaml").write_text("api_key: short\nport: many\ncolour: red\n")
     flux = failing(lab, home)
-    for words in ("port: must be an integer", "colour: unknown key", "rename it"):
+    for words in ("port: must be an integer", "colour: unknown key", "rename it and start again"):
         assert words in flux.words
+
+
+def test_an_agent_without_configuration_says_where_it_looked(lab: Lab, programs: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["wine", programs / "flux-agent.exe"],
+        cwd=tmp_path,
+        env=lab.environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    places = rf"agent.yaml was found neither in {windows_path(tmp_path)} nor in C:\ProgramData\flux-agent"
+    assert places in done.stdout + done.stderr
+    assert "flux enroll NAME" in done.stdout + done.stderr
+
+
+def unpacked(lab: Lab) -> list[Path]:
+    """The directories that our programs have unpacked themselves into."""
+    users = lab.prefix / "drive_c" / "users"
+    return [path.parent for path in users.glob("*/AppData/Local/Temp/_MEI*/0-flux.txt")]
 
 
 def failing(lab: Lab, home: Path) -> DoubleClicked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -91,8 +92,34 @@ def test_the_greeting_names_the_key_the_address_and_the_next_step(tmp_path: Path
         "api_key: 0123456789abcdef0123\nport: 7300\nstate_dir: flux-data/state\ncerts_dir: flux-data/certs\n"
     )
     words = "\n".join(console.greeting(load_control(path)))
+    assert "full control" in words
+    assert "flux.log" in words
     assert str(path) in words
     assert "http://127.0.0.1:7300" in words
-    assert "curl.exe" in words
     assert str(tmp_path / "flux-data") in words
     assert "0123456789abcdef0123" not in words
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        r"C:\flux\flux.yaml",
+        "C:\\Users\\O'Brien\\[my] flux, the \u2018second\u2019 one & more $x `y %z%\\flux.yaml",
+        "C:\\" + "'" * 100 + "\\flux.yaml",
+        "C:\\" + "\\".join(["a long name of a directory, as people have them"] * 5) + "\\flux.yaml",
+    ],
+)
+def test_the_lines_to_paste_survive_any_path_and_wrap_nowhere(path: str) -> None:
+    lines = console.first_function(Path(path), "http://127.0.0.1:65535")
+    assert max(len(line) for line in lines) < 80
+    assert all(line.isprintable() for line in lines)
+    texts = [re.fullmatch(r"\$f \+?= '(.*)'", line) for line in lines]
+    said = [re.sub("(['\u2018-\u201b])\\1", r"\1", text[1]) for text in texts if text is not None]
+    assert "".join(said) == path
+    # Two of them are one, a single one would end the string.
+    for text in texts:
+        assert text is None or not re.search("['\u2018-\u201b]", re.sub("(['\u2018-\u201b])\\1", "", text[1]))
+    joined = "\n".join(lines)
+    assert "-LiteralPath $f" in joined
+    for step in ("$u/functions", "$u/deploy/hello", "$u/execute/hello"):
+        assert step in joined
