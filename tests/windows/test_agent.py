@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,22 @@ def test_a_batch_file_runs(flux: Flux) -> None:
     status, answer = flux.api.execute("batch", "big world", "0")
     assert (status, answer["output"].strip()) == (200, "hello big world, moin")
     assert flux.api.execute("batch", "x", "3")[1]["error"] == "exit code 3"
+
+
+def test_a_zip_of_compress_archive_runs(flux: Flux, program: bytes) -> None:
+    """Windows PowerShell's has backslashes between directories."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in (("bin\\main.exe", program), ("data\\deep\\words.txt", b"kept")):
+            entry = zipfile.ZipInfo("x")
+            # Not by the constructor, which would make them slashes on Windows.
+            entry.filename, entry.create_system, entry.external_attr = name, 0, 0x20
+            archive.writestr(entry, content)
+    assert flux.api.call("PUT", "/functions", b"name: compressed\nhandler: bin/main.exe\n")[0] == 201
+    status, answer = flux.api.call("PUT", "/deploy/compressed", buffer.getvalue())
+    assert status == 201, answer
+    status, answer = flux.api.execute("compressed", "0", "from a backslash")
+    assert (status, answer["output"]) == (200, "[0][from a backslash]"), answer
 
 
 @pytest.mark.parametrize("arg", ["%PATH%", "a&b", 'quo"te', "a\nb", "!x!", "^", "|", "<", ">"])
