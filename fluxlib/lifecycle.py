@@ -229,6 +229,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
+        self.failed = False
         self._stopped = False
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._within: float | None = None
@@ -247,6 +248,12 @@ class StopSignal:
         self._within = within
         self._stopped = True
         self._wake.put(None)
+
+    def fail(self, reason: str) -> None:
+        """Stop because a part that the process cannot do without has ended; the exit code tells the service manager."""
+        log.critical("stopping: %s", reason)
+        self.failed = True
+        self.set()
 
     def seconds(self, usual: float) -> float:
         """How long stopping may take: ``usual`` seconds, or what the system leaves."""

@@ -303,7 +303,7 @@ def _serve(config: ControlConfig, directory: Path, stop: StopSignal, greet: Call
     agent = LocalAgent(prepare_agent(config, directory / "agent")).start()
     control: Control | None = None
     try:
-        control = Control(config)
+        control = Control(config, stop.fail)
         control.warn(agent.warnings)
         control.start()
         running = control
@@ -318,7 +318,7 @@ def _serve(config: ControlConfig, directory: Path, stop: StopSignal, greet: Call
             control.stop(Deadline(stop.seconds(2 * config.shutdown_sec) / 2))
         agent.stop(Deadline(stop.seconds(2 * _AGENT_STOPS_WITHIN) / 2))
     log.info("stopped")
-    return 0
+    return 1 if stop.failed else 0
 
 
 def greet(config: ControlConfig) -> None:

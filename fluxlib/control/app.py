@@ -31,10 +31,12 @@ _FLUSH = 1.0
 class Control:
     """One running control plane. Listens when it is made, serves from ``start``.
 
-    Raises FluxError when it cannot be built (a store that is away, a port that is taken); nothing is left then.
+    ``on_failure(reason)`` is called when a part it cannot do without has ended by itself. Raises FluxError when it
+    cannot be built (a store that is away, a port that is taken); nothing is left then.
     """
 
-    def __init__(self, config: ControlConfig) -> None:
+    def __init__(self, config: ControlConfig, on_failure: Callable[[str], object] = log.critical) -> None:
+        self._on_failure = on_failure
         self._config = config
         self._parts = Parts()
         self._loops: list[Loop] = []
@@ -118,16 +120,16 @@ class Control:
         status = self._status = StatusService(
             store, registry, tls=with_tls, leads=lambda: leadership.leads, stopping=lambda: self._stopping
         )
-        self._watch(status.watch, poller.loop)
-        self._watch(status.watch, Loop("leadership", leadership.tick, RENEW_EVERY))
-        self._watch(status.watch, Loop("executions", executions.tick, _EXECUTIONS_EVERY))
-        self._watch(status.watch, Loop("own-figures", status.tick, SAMPLE_EVERY))
+        self._add_loop(poller.loop)
+        self._add_loop(Loop("leadership", leadership.tick, RENEW_EVERY))
+        self._add_loop(Loop("executions", executions.tick, _EXECUTIONS_EVERY))
+        self._add_loop(Loop("own-figures", status.tick, SAMPLE_EVERY))
         if shared:
-            self._watch(status.watch, Loop("functions", functions.tick, REFRESH_EVERY))
+            self._add_loop(Loop("functions", functions.tick, REFRESH_EVERY))
         if authority is not None and own is not None:
             renewal = Renewal(authority, own, registry, leadership)
             status.warn(renewal.warnings)
-            self._watch(status.watch, Loop("renewal", renewal.tick, CHECK_EVERY))
+            self._add_loop(Loop("renewal", renewal.tick, CHECK_EVERY))
 
         if config.providers.any():
             from fluxlib.control.nodes.parts import build_nodes
@@ -144,7 +146,7 @@ class Control:
             )
             status.warn(self._nodes.warnings)
             for loop in self._nodes.loops:
-                self._watch(status.watch, loop)
+                self._add_loop(loop)
 
         self.services = Services(
             config,
@@ -157,8 +159,9 @@ class Control:
         )
         api = Api(self.services)
         reload = KeyReload(config.path, api.pipeline.keys.take)
-        self._watch(status.watch, Loop("keys", reload.tick, LOOK_EVERY))
-        self._server = WebServer(api, config)
+        self._add_loop(Loop("keys", reload.tick, LOOK_EVERY))
+        self._server = WebServer(api, config, on_failure=self._on_failure)
+        status.watch(self._server)
         self._parts.add("HTTP", self._server.stop)
 
     def start(self) -> None:
@@ -209,8 +212,9 @@ class Control:
         self._guarded("leases", self._leadership.resign)
         self._parts.stop(deadline)
 
-    def _watch(self, watch: Callable[[Loop], Loop], loop: Loop) -> None:
-        self._loops.append(watch(loop))
+    def _add_loop(self, loop: Loop) -> None:
+        self._loops.append(loop)
+        self._status.watch(loop)
 
     def _guarded(self, name: str, stop: Callable[[], object]) -> None:
         """One failing stop never skips the next."""
@@ -230,7 +234,7 @@ def say_what_is_odd(config: ControlConfig) -> None:
 def serve(config: ControlConfig, stop: StopSignal) -> int:
     """Run the control plane until told to stop; the exit code. Raises FluxError when it cannot start."""
     say_what_is_odd(config)
-    control = Control(config)
+    control = Control(config, stop.fail)
     try:
         control.start()
         report_ready()
@@ -239,4 +243,4 @@ def serve(config: ControlConfig, stop: StopSignal) -> int:
     finally:
         control.stop(Deadline(stop.seconds(config.shutdown_sec)))
     log.info("stopped")
-    return 0
+    return 1 if stop.failed else 0

@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 import psutil
 
 from fluxlib.control.agents.registry import Registry
 from fluxlib.errors import StoreUnavailable
-from fluxlib.lifecycle import Loop, LoopReport
+from fluxlib.lifecycle import LoopReport
 from fluxlib.model import NodeFigures
 from fluxlib.store.base import ControlStore
 
@@ -27,6 +28,10 @@ _STORE_PATIENCE = 2.0
 _MB = 1024 * 1024
 
 Warnings = Callable[[], Iterable[str]]
+
+
+class Watchable(Protocol):
+    def report(self) -> LoopReport: ...
 
 
 class StatusService:
@@ -44,7 +49,7 @@ class StatusService:
         tls: bool,
         leads: Callable[[], bool] = lambda: True,
         stopping: Callable[[], bool],
-        loops: Sequence[Loop] = (),
+        loops: Sequence[Watchable] = (),
         warnings: Sequence[Warnings] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -66,9 +71,9 @@ class StatusService:
         psutil.cpu_percent(None)  # the first answer has nothing to compare with
         self._sampled = self._sample(self._started)
 
-    def watch(self, loop: Loop) -> Loop:
+    def watch(self, loop: Watchable) -> None:
+        """Show this loop in /health."""
         self._loops.append(loop)
-        return loop
 
     def warn(self, warnings: Warnings) -> None:
         self._warnings.append(warnings)

@@ -113,7 +113,8 @@ def test_a_loop_that_crashes_is_seen() -> None:
         raise RuntimeError("broken")
 
     status = service(MemoryControlStore())
-    loop = status.watch(Loop("shaky", body, 60)).start()
+    loop = Loop("shaky", body, 60).start()
+    status.watch(loop)
     assert crashed.wait(5)
     loop.stop(Deadline(5))
     (report,) = status.loops()

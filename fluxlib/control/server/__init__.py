@@ -21,7 +21,7 @@ from fluxlib.control.server.loop import Poller, best_poller
 from fluxlib.control.server.threads import LazyThreads
 from fluxlib.descriptors import raise_limit
 from fluxlib.errors import FluxError
-from fluxlib.lifecycle import Deadline
+from fluxlib.lifecycle import Deadline, LoopReport
 from fluxlib.listening import listen_problem
 
 log = logging.getLogger(__name__)
@@ -31,18 +31,29 @@ _CONNECTIONS = 4_000
 _OTHER_DESCRIPTORS = 512
 _IDLE_CONNECTION_SECONDS = 75
 _LOOP_SECONDS = 5.0
+# Turns of the loop that may fail in a row before the server gives up.
+_MAX_FAILURES = 10
 
 
 class WebServer:
     """Listens from the moment it is made, serves from ``start``.
 
     ``app`` may have an ``early_check`` (http.Api has), asked before a large body is
-    read. Raises FluxError when the address cannot be had.
+    read. ``on_failure(reason)`` is called when the loop has ended although nobody stopped it: nothing is served from
+    then on. Raises FluxError when the address cannot be had.
     """
 
     def __init__(
-        self, app: Wsgi, config: ControlConfig, poller: Callable[[dict[int, Any]], Poller] | None = None
+        self,
+        app: Wsgi,
+        config: ControlConfig,
+        poller: Callable[[dict[int, Any]], Poller] | None = None,
+        on_failure: Callable[[str], object] = lambda reason: None,
     ) -> None:
+        self._on_failure = on_failure
+        self._errors = 0
+        self._last_error = ""
+        self._last_ran_at = 0.0
         # The queue's depth is logged per request that waits, and waiting is normal here.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         adjustments = _adjustments(config)
@@ -53,7 +64,15 @@ class WebServer:
         try:
             for address in adjustments.listen:
                 self._listeners.append(
-                    Listener(app, self._poller, map=self._map, dispatcher=self._pool, adj=adjustments, sockinfo=address)
+                    Listener(
+                        app,
+                        self._poller,
+                        self._report_error,
+                        map=self._map,
+                        dispatcher=self._pool,
+                        adj=adjustments,
+                        sockinfo=address,
+                    )
                 )
         except OSError as error:
             self._close_all()
@@ -69,6 +88,10 @@ class WebServer:
     def threads(self) -> int:
         """How many threads serve requests now."""
         return self._pool.count
+
+    def report(self) -> LoopReport:
+        """For /health: whether its loop is alive, and the errors it has survived."""
+        return LoopReport(self._thread.name, self._thread.is_alive(), self._errors, self._last_error, self._last_ran_at)
 
     def start(self) -> WebServer:
         self._thread.start()
@@ -89,21 +112,42 @@ class WebServer:
 
     def _run(self) -> None:
         try:
+            failures = 0
             while self._deadline is None:
-                self._poller.turn(min(listener.patience(_LOOP_SECONDS) for listener in self._listeners))
-                self.turns += 1
-                for listener in self._listeners:
-                    listener.refresh()  # room for connections again, or none left
-                    if listener.untidy:
-                        listener.tidy(time.time())
+                try:
+                    self._turn()
+                    failures = 0
+                except Exception as error:
+                    failures += 1
+                    self._report_error(error)
+                    if failures >= _MAX_FAILURES:
+                        self._on_failure(f"the HTTP server failed {failures} times in a row: {self._last_error}")
+                        return
             self._stop_listening()
             while self._open_channels() and self._deadline.remaining() > 0:
                 self._poller.turn(min(_LOOP_SECONDS, self._deadline.remaining()))
+        except BaseException as error:
+            self._report_error(error)
+            self._on_failure(f"the HTTP server ended: {self._last_error}")
         finally:
             left = self._open_channels()
             if left:
                 log.warning("closing %d connections with unfinished requests", left)
             self._close_all()
+
+    def _turn(self) -> None:
+        self._poller.turn(min(listener.patience(_LOOP_SECONDS) for listener in self._listeners))
+        self.turns += 1
+        self._last_ran_at = time.time()
+        for listener in self._listeners:
+            listener.refresh()  # room for connections again, or none left
+            if listener.untidy:
+                listener.tidy(time.time())
+
+    def _report_error(self, error: BaseException) -> None:
+        self._errors += 1
+        self._last_error = f"{type(error).__name__}: {error}"
+        log.error("error %d in the HTTP server's loop", self._errors, exc_info=error)
 
     def _close_all(self) -> None:
         for channel in self._channels():

@@ -40,8 +40,9 @@ class Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
     _exhausted = False
     early_check: EarlyCheck | None = None
 
-    def __init__(self, app: Wsgi, poller: Poller, **kwargs: Any) -> None:
+    def __init__(self, app: Wsgi, poller: Poller, report_error: Callable[[BaseException], None], **kwargs: Any) -> None:
         self.poller = poller
+        self.report_error = report_error
         self._trigger_lock = threading.Lock()
         self._trigger_closed = False
         super().__init__(app, **kwargs)
@@ -83,6 +84,40 @@ class Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
             raise
         self._exhausted = False
         return pair
+
+    def handle_accept(self) -> None:
+        """Take one connection. What goes wrong with it closes that connection, never the listening socket."""
+        try:
+            pair = self.accept()
+        except OSError:
+            return  # reset before it was taken, or no descriptor is left
+        if pair is None:
+            return
+        connection, address = pair
+        number = connection.fileno()
+        try:
+            self.set_socket_options(connection)
+            self.channel_class(self, connection, self.fix_addr(address), self.adj, map=self._map)
+        except Exception as error:
+            # A client that has gone already is nothing to report.
+            if not isinstance(error, ConnectionError) and getattr(error, "errno", None) != errno.EINVAL:
+                self.report_error(error)
+            self._drop(number)
+            connection.close()
+
+    def _drop(self, number: int) -> None:
+        """Forget a connection whose channel could not be made."""
+        with suppress(OSError, KeyError):
+            self.poller.forget(number)
+        self.active_channels.pop(number, None)
+        self._map.pop(number, None)
+
+    def handle_error(self) -> None:
+        """wasyncore calls this from its except clause; its own version would close the listening socket."""
+        self.report_error(sys.exc_info()[1] or RuntimeError("unknown error at the listening socket"))
+
+    def abandon(self) -> None:
+        """An error at the listening socket costs one connection, not the socket."""
 
     def patience(self, seconds: float) -> float:
         """How long the loop may wait: not beyond the end of a pause."""

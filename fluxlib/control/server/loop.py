@@ -11,6 +11,7 @@ import select
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from waitress import wasyncore
@@ -74,9 +75,15 @@ if sys.platform == "linux":
                 found = self._sockets.get(fd)
                 if found is None:
                     continue
-                wasyncore.readwrite(found, flags)
-                if isinstance(found, Watched):
-                    found.refresh()
+                try:
+                    wasyncore.readwrite(found, flags)
+                    if isinstance(found, Watched):
+                        found.refresh()
+                except Exception:
+                    # The other events of this turn are reported again by the next one.
+                    if isinstance(found, Watched):
+                        found.abandon()
+                    raise
 
         def want(self, fd: int, mask: int) -> None:
             """Callers hold their own lock: a descriptor must not be closed and used anew meanwhile."""
@@ -110,6 +117,7 @@ class Watched:
     _fileno: int | None
     readable: Callable[[], bool]
     writable: Callable[[], bool]
+    handle_close: Callable[[], None]
     _watching = False  # until ``watch``: their constructors may close them already
 
     def watch(self, poller: Poller) -> None:
@@ -126,6 +134,11 @@ class Watched:
             if self._watching and self._fileno is not None:
                 mask = (POLLIN if self.readable() else 0) | (_POLLOUT if self.writable() else 0)
                 self._poller.want(self._fileno, mask)
+
+    def abandon(self) -> None:
+        """Close this connection after an error while its event was handled; never raises."""
+        with suppress(Exception):
+            self.handle_close()
 
     def unwatch(self) -> None:
         """Before its descriptor is closed."""
