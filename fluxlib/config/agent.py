@@ -99,7 +99,7 @@ class AgentConfig:
         secret=True,
     )
     max_tasks: int = setting(
-        "max_tasks", "integer", 256, why="executions at a time, all functions together", check=between(1, 10000)
+        "max_tasks", "integer", 256, unit="executions", why="at a time, all functions together", check=between(1, 10000)
     )
     isolation: str = setting(
         "isolation",
@@ -158,10 +158,13 @@ class AgentConfig:
         "limits.processes",
         "integer",
         512,
+        unit="processes",
         why="of one execution, unless its function says less",
         check=between(1, 10**6),
     )
-    max_open_files: int = setting("limits.open_files", "integer", 1024, why="of one process", check=between(16, 10**6))
+    max_open_files: int = setting(
+        "limits.open_files", "integer", 1024, unit="files", why="of one process", check=between(16, 10**6)
+    )
     max_file_size_mb: int = setting(
         "limits.file_size",
         "integer",

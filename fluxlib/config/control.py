@@ -116,14 +116,16 @@ class ControlConfig:
         "max_blocking",
         "integer",
         1000,
-        why="requests that may wait at a time (sync calls, followers); the next gets 503",
+        unit="requests",
+        why="that may wait at a time (sync calls, followers); the next gets 503",
         check=between(1, 10000),
     )
     max_waiting: int = setting(
         "max_waiting",
         "integer",
         10000,
-        why="executions that may queue for room; the next gets 503",
+        unit="executions",
+        why="that may queue for room; the next gets 503",
         check=between(0, 10**6),
     )
     execution_ttl_sec: float = setting(

@@ -82,15 +82,16 @@ class _Builder:
         self._anchors: dict[str, tuple[Any, int]] = {}
 
     def document(self) -> Any:
+        """The one document that says something; a --- with nothing behind it, as templates leave it, begins none."""
+        found: Any = None
         next(self._events)  # the stream's start
-        if isinstance(next(self._events), yaml.StreamEndEvent):
-            return None
-        value = self._value(next(self._events), 0)
-        next(self._events)  # the document's end
-        following = next(self._events)
-        if not isinstance(following, yaml.StreamEndEvent):
-            raise _Refused("a second document begins", following)
-        return value
+        while not isinstance(begun := next(self._events), yaml.StreamEndEvent):
+            value = self._value(next(self._events), 0)
+            next(self._events)  # the document's end
+            if found is not None and value is not None:
+                raise _Refused("a second document begins", begun)
+            found = value if found is None else found
+        return found
 
     def _value(self, event: yaml.Event, depth: int) -> Any:
         if depth > _MAX_DEPTH:

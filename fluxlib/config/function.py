@@ -9,9 +9,18 @@ from typing import Any
 
 from fluxlib.config.document import load_mapping
 from fluxlib.config.reader import Faults, between, nearest, one_of, setting, take
-from fluxlib.model import FUNCTION_NAME, Behavior, FunctionSpec, Network, Platform, WorkingDirectory
+from fluxlib.model import (
+    FUNCTION_NAME,
+    Behavior,
+    FunctionSpec,
+    Network,
+    Platform,
+    WorkingDirectory,
+    handler_path,
+)
 
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+# With the dots and hyphens of Spring, Elastic and .NET, which no shell can read but every program can.
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,255}")
 _DEVICE = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _MAX_HANDLER = 512
 _MAX_ENV_BYTES = 64 * 1024
@@ -36,6 +45,7 @@ def is_device(name: str) -> bool:
 
 def handler_problem(value: Any) -> str | None:
     """What is wrong with a path inside a zip, or None. Held to what Windows and Unix both take literally."""
+    value = handler_path(value)
     if not value or len(value) > _MAX_HANDLER:
         return f"must be a path inside the zip, 1 to {_MAX_HANDLER} characters"
     if not value.isprintable():
@@ -44,7 +54,7 @@ def handler_problem(value: Any) -> str | None:
         return 'must not contain backslashes or any of : * ? " < > |'
     parts = value.split("/")
     if value.startswith("/") or any(part in ("", ".", "..") for part in parts):
-        return "must be a relative path without empty parts, '.' or '..'"
+        return "must be a relative path without '..' and with no slash at either end"
     # Windows drops what ends a name and opens devices by theirs.
     if any(part != part.strip() or part.endswith(".") or is_device(part) for part in parts):
         return "must not have parts that end with a dot, begin or end with a space, or are names of Windows devices"
@@ -53,7 +63,7 @@ def handler_problem(value: Any) -> str | None:
 
 def _env_name_problem(value: Any) -> str | None:
     if not _ENV_NAME.fullmatch(value):
-        return "is no variable name (letters, digits and underscores, no digit first)"
+        return "is no variable name (letters, digits, underscores, dots and hyphens, no digit first)"
     if value.upper().startswith(_RESERVED_ENV):
         return f"begins with {_RESERVED_ENV}, which Flux sets itself"
     return None
@@ -91,7 +101,9 @@ class FunctionFile:
     """The keys of a function's YAML; names are those of FunctionSpec."""
 
     name: str = setting("name", "string", why="how it is called: POST /execute/NAME", check=name_problem)
-    handler: str = setting("handler", "string", why="the program, a path inside the zip", check=handler_problem)
+    handler: str = setting(
+        "handler", "string", why="the program, a path inside the zip", check=handler_problem, convert=handler_path
+    )
     cpu_millicores: int = setting(
         "resources.cpu",
         "integer",
@@ -105,7 +117,7 @@ class FunctionFile:
     )
     timeout_seconds: int = setting("timeout", "integer", 0, unit="s", why="0 = none", check=between(0, 7 * 86400))
     max_concurrency: int = setting(
-        "max_concurrency", "integer", 5, why="at a time on each agent", check=between(1, 10000)
+        "max_concurrency", "integer", 5, unit="executions", why="at a time on each agent", check=between(1, 10000)
     )
     max_concurrency_behavior: Behavior = setting(
         "max_concurrency_behavior",
@@ -151,10 +163,10 @@ class FunctionFile:
         convert=WorkingDirectory,
     )
     max_processes: int = setting(
-        "limits.processes", "integer", 0, why="0 = the agent's default", check=between(0, 10**6)
+        "limits.processes", "integer", 0, unit="processes", why="0 = the agent's default", check=between(0, 10**6)
     )
     max_open_files: int = setting(
-        "limits.open_files", "integer", 0, why="0 = the agent's default", check=between(0, 10**6)
+        "limits.open_files", "integer", 0, unit="files", why="0 = the agent's default", check=between(0, 10**6)
     )
     max_file_size_mb: int = setting(
         "limits.file_size", "integer", 0, unit="MB", why="0 = the agent's default", check=between(0, 10**7)
@@ -174,6 +186,6 @@ def read_function(data: bytes | str) -> FunctionSpec:
         faults.add("resources.cpu", "must be 0 or at least 10 millicores")
     # Fewer and no program gets as far as its own first line.
     if 0 < values.get("max_open_files", 0) < 16:
-        faults.add("limits.open_files", "must be 0 or at least 16")
+        faults.add("limits.open_files", "must be 0 or at least 16 files")
     faults.raise_if_any("the function's YAML cannot be used")
     return FunctionSpec(**values)

@@ -16,7 +16,7 @@ class NodeType:
     """One machine type an autoscaler may launch."""
 
     instance_type: str = setting("instance_type", "string", why="the cloud's name of the type")
-    vcpus: int = setting("vcpus", "integer", 0, why="orders the types by size", check=between(0, 1024))
+    vcpus: int = setting("vcpus", "integer", 0, unit="vCPUs", why="orders the types by size", check=between(0, 1024))
     memory_gb: float = setting(
         "memory_gb", "number", 0.0, unit="GB", why="orders the types by size", check=between(0, 65536)
     )
@@ -31,8 +31,8 @@ class AutoscalingConfig:
 
     enabled: bool = setting("enabled", "boolean", False, why="scale this provider's nodes by themselves")
     name: str = setting("name", "string", "", why="the beginning of its nodes' IDs")
-    min_nodes: int = setting("min_nodes", "integer", 1, why="never fewer", check=between(0, 10000))
-    max_nodes: int = setting("max_nodes", "integer", 10, why="never more", check=between(0, 10000))
+    min_nodes: int = setting("min_nodes", "integer", 1, unit="nodes", why="never fewer", check=between(0, 10000))
+    max_nodes: int = setting("max_nodes", "integer", 10, unit="nodes", why="never more", check=between(0, 10000))
     max_surge: int = setting(
         "max_surge", "integer", 0, why="1 = a replacement starts before its predecessor is drained", check=between(0, 1)
     )
@@ -207,11 +207,14 @@ def _autoscaling(data: Any, path: str, faults: Faults) -> AutoscalingConfig:
     if config.enabled and not types:
         faults.add(f"{path}.node_types", "needs at least one type when autoscaling is enabled")
     if config.min_nodes > config.max_nodes:
-        faults.add(f"{path}.min_nodes", f"is {config.min_nodes}, more than max_nodes ({config.max_nodes})")
+        faults.add(f"{path}.min_nodes", f"is {config.min_nodes} nodes, more than max_nodes ({config.max_nodes})")
     for kind_name in ("cpu", "mem"):
         low, high = getattr(config, f"{kind_name}_lower_threshold"), getattr(config, f"{kind_name}_upper_threshold")
         if low >= high:
-            faults.add(f"{path}.{kind_name}_lower_threshold", f"is {low:g}, not below the upper one ({high:g})")
+            faults.add(f"{path}.{kind_name}_lower_threshold", f"is {low:g} %, not below the upper one ({high:g} %)")
     if config.poll_interval_sec > config.evaluation_window_sec:
-        faults.add(f"{path}.poll_interval_sec", "is longer than evaluation_window_sec")
+        faults.add(
+            f"{path}.poll_interval_sec",
+            f"is {config.poll_interval_sec} s, longer than evaluation_window_sec ({config.evaluation_window_sec} s)",
+        )
     return config

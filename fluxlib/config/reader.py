@@ -21,6 +21,7 @@ T = TypeVar("T")
 _MAX_FAULTS = 50
 _MAX_TEXT = 65536
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
+_LEADING_ZERO = re.compile(r"[+-]?0+[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _URL = re.compile(r"https?://[!-~]+")
@@ -67,6 +68,19 @@ class Setting:
     check: Check | None = None
     each: Check | None = None  # of every item of a list, of every name of a map
     convert: Callable[[Any], Any] | None = None
+
+    @property
+    def wanted(self) -> str:
+        """What its value must be, with the unit: ``a whole number of seconds``."""
+        unit = _UNITS.get(self.unit, self.unit)
+        return f"{_KIND_NAMES[self.kind]} of {unit}" if unit else _KIND_NAMES[self.kind]
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value of the right kind, or None."""
+        problem = self.check(value) if self.check else None
+        if problem and self.unit and isinstance(self.check, Between):
+            return f"must be {self.wanted} between {self.check}, is {value:.15g}"
+        return problem
 
 
 def setting(
@@ -144,11 +158,13 @@ def user_problem(value: Any) -> str | None:
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """`` (did you mean X?)`` when something known is close, else nothing."""
+    """`` (did you mean X?)`` when something known is close, else nothing. A mapping tells where each has its place."""
     import difflib  # only a document with a mistake in it needs it
 
     close = difflib.get_close_matches(word[:100], sorted(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    if not close:
+        return ""
+    return f" (did you mean {known[close[0]] if isinstance(known, Mapping) else close[0]}?)"
 
 
 # ---- values ------------------------------------------------------------------
@@ -184,7 +200,7 @@ def _typed(value: Any, declared: Setting, path: str, faults: Faults) -> Any:
         return None
     taken = _KINDS[declared.kind](value)
     if taken is None:
-        faults.add(path, f"must be {_KIND_NAMES[declared.kind]}, is {type_name(value)}")
+        faults.add(path, f"must be {declared.wanted}, is {_described(value, declared.kind)}")
         return None
     if isinstance(taken, str):
         # It ends up in headers, paths, commands and log lines.
@@ -194,7 +210,7 @@ def _typed(value: Any, declared: Setting, path: str, faults: Faults) -> Any:
             return None
     if isinstance(taken, tuple | dict):
         taken = _items(taken, declared, path, faults)
-    problem = declared.check(taken) if declared.check else None
+    problem = declared.problem(taken)
     if problem:
         faults.add(path, problem)
     return taken
@@ -247,12 +263,21 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 }
 _KIND_NAMES = {
     "string": "text",
-    "integer": "an integer",
+    "integer": "a whole number",
     "number": "a number",
     "boolean": "true or false",
     "strings": "a list of texts",
-    "map": "a mapping of names to texts",
+    "map": "a mapping of names to texts (NAME: TEXT)",
 }
+_UNITS = {"s": "seconds", "%": "percent"}
+
+
+def _described(value: Any, kind: str) -> str:
+    """A value that is not of its kind: as it was written where that says more, and cannot be a secret."""
+    if kind not in ("integer", "number", "boolean") or not isinstance(value, str) or not value.strip():
+        return type_name(value)
+    leading_zero = kind == "integer" and _LEADING_ZERO.fullmatch(value.strip())
+    return shown(value) + (" (leave leading zeros out)" if leading_zero else "")
 
 
 def _text_problem(text: str) -> str | None:
@@ -297,14 +322,17 @@ def _look_up(data: Mapping[str, Any], key: str) -> Any:
 def _check_keys(
     data: Mapping[str, Any], tree: Mapping[str, set[str]], path: str, faults: Faults, unknown: list[str] | None
 ) -> None:
+    # A setting is often looked for beside its section: `memory` for `resources.memory`.
+    places = {inner: f"{outer}.{inner}" for outer, names in tree.items() for inner in names}
+    places |= {outer: outer for outer in tree}
     for key, value in data.items():
         inner = tree.get(key)
         if inner is None:
-            _unknown_key(key, tree, path, faults, unknown)
+            _unknown_key(key, places, path, faults, unknown)
         elif inner and isinstance(value, dict):
             for name in value:
                 if name not in inner:
-                    _unknown_key(name, inner, f"{path}{key}.", faults, unknown)
+                    _unknown_key(name, places | {one: one for one in inner}, f"{path}{key}.", faults, unknown)
         elif inner and value is not None:
             faults.add(f"{path}{key}", f"must be a mapping, is {type_name(value)}")
 

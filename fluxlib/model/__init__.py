@@ -31,6 +31,7 @@ from fluxlib.model.functions import (
     Network,
     Platform,
     WorkingDirectory,
+    handler_path,
 )
 from fluxlib.model.times import epoch, rfc3339
 
@@ -58,6 +59,7 @@ __all__ = [
     "Platform",
     "WorkingDirectory",
     "epoch",
+    "handler_path",
     "kind_of",
     "rfc3339",
 ]

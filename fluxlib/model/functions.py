@@ -13,6 +13,16 @@ from typing import Any
 FUNCTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 
+def handler_path(text: str) -> str:
+    """A handler's path as it is kept: people also write ``./run.sh`` and ``bin//run.sh``.
+
+    A slash at either end stays: such a path is no file inside a zip.
+    """
+    parts = text.split("/")
+    ends = (0, len(parts) - 1)
+    return "/".join(part for number, part in enumerate(parts) if part != "." and (part or number in ends))
+
+
 class Behavior(str, Enum):
     """What a call does when nothing can take it now."""
 

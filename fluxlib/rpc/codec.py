@@ -28,6 +28,7 @@ from fluxlib.model import (
     Phase,
     Platform,
     WorkingDirectory,
+    handler_path,
 )
 from fluxlib.model.times import epoch, rfc3339
 from fluxlib.rpc.gen import flux_pb2 as pb
@@ -67,7 +68,7 @@ def spec_from_message(message: pb.FunctionConfig) -> tuple[FunctionSpec, str]:
     """
     spec = FunctionSpec(
         name=message.name,
-        handler=message.handler,
+        handler=handler_path(message.handler),  # an original hands it on as it was written
         cpu_millicores=max(0, message.cpu_millicores),
         memory_mb=max(0, message.memory_mb),
         timeout_seconds=max(0, message.timeout_seconds),

@@ -19,7 +19,7 @@ from redis import Redis
 
 from fluxlib import archive as archives
 from fluxlib.errors import FluxError
-from fluxlib.model import AGENT_ID, FUNCTION_NAME, AgentRecord, Behavior, Function, FunctionSpec, epoch
+from fluxlib.model import AGENT_ID, FUNCTION_NAME, AgentRecord, Behavior, Function, FunctionSpec, epoch, handler_path
 from fluxlib.store.redis_link import RedisLink
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _bytes(client: Redis, key: str) -> bytes | None:
 def _spec(name: str, data: Mapping[str, Any]) -> FunctionSpec:
     resources = _lowered(data.get("resources"))
     name = str(data.get("name") or name)
-    handler = str(data.get("handler") or "")
+    handler = handler_path(str(data.get("handler") or ""))
     if not FUNCTION_NAME.fullmatch(name) or not handler:
         raise ValueError("it has no usable name or handler")
     return FunctionSpec(

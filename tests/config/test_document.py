@@ -32,7 +32,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("\n".join("  " * depth + f"k{depth}:" for depth in range(100)), "nested more than 20 deep"),
         ("a: !!python/object/apply:os.system ['touch /tmp/x']\n", "tags are not taken"),
         ("a: !!binary aGk=\n", "tags are not taken"),
-        ("a: 1\n---\na: 2\n", "a second document begins"),
+        ("a: 1\n---\na: 2\n", "a second document begins (line 2"),
+        ("a: 1\n---\n---\nb\n", "a second document begins (line 3"),
         ("- a\n- b\n", "must be a mapping of keys to values, is a list"),
         ("just text\n", "must be a mapping of keys to values, is text"),
         ("{1: a, [x]: b}\n", "a key must be plain text"),
@@ -65,6 +66,9 @@ def test_taken() -> None:
     assert load_mapping("# only a comment\n", "it") == {}
     assert load_mapping("a: ~\nb: ''\nc: 0080\n", "it") == {"a": None, "b": "", "c": "0080"}
     assert load_mapping("base: &b {x: 1, y: 2}\nd: {<<: *b, y: 3}\n", "it")["d"] == {"x": "1", "y": "3"}
+    # As templates leave them.
+    for text in ("a: 1\n---\n", "---\na: 1\n---\n# end\n", "a: 1\n...\n", "a: 1\n---\n---\n", "---\n---\na: 1\n"):
+        assert load_mapping(text, "it") == {"a": "1"}
     # Windows' editors mark their files.
     assert load_mapping("\ufeffa: 1\r\nb: 2\r\n".encode(), "it") == {"a": "1", "b": "2"}
     assert load_mapping("a: 1\n".encode("utf-16"), "it") == {"a": "1"}

@@ -124,6 +124,74 @@ def test_wrong(where: str, declared: Setting) -> None:
     assert tried >= 4
 
 
+UNITS = {"s": "seconds", "%": "percent"}
+NUMBERS = [param for param in SETTINGS if param.values[1].kind in ("integer", "number")]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("where", "declared"), NUMBERS)
+def test_every_fault_of_a_number_names_its_unit(where: str, declared: Setting) -> None:
+    if not declared.unit:
+        assert declared.key.endswith("port") or declared.key == "max_surge"
+        return
+    path = ".".join(part for part in (where.partition(".")[2], declared.key) if part)
+    assert isinstance(declared.check, Between)
+    for value in ("30s", "512Mi", "many", "", ["a"], str(int(declared.check.high) + 1)):
+        if value == "" and not declared.required:
+            value = "1,5"
+        with pytest.raises(InvalidInput) as refused:
+            read(where, document(where, {**CLASSES[where][1], **nested(declared.key, value)}))
+        (fault,) = (fault for fault in refused.value.faults if fault.startswith(path))
+        assert UNITS.get(declared.unit, declared.unit) in fault
+        assert not isinstance(value, str) or value in fault
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("timeout: 010", "timeout: must be a whole number of seconds, is 010 (leave leading zeros out)"),
+        ("timeout: 30s", "timeout: must be a whole number of seconds, is 30s"),
+        ("timeout: 30.0", "timeout: must be a whole number of seconds, is 30.0"),
+        ("timeout: '1 min'", "timeout: must be a whole number of seconds, is 1 min"),
+        ("timeout: [30]", "timeout: must be a whole number of seconds, is a list"),
+        ("timeout: -1", "timeout: must be a whole number of seconds between 0 and 604800, is -1"),
+        ("resources: {memory: 512Mi}", "resources.memory: must be a whole number of MB, is 512Mi"),
+        ("resources: {cpu: 0.5}", "resources.cpu: must be a whole number of millicores, is 0.5"),
+        ("resources: {timeout: 3}", "resources.timeout: unknown key (did you mean timeout?)"),
+        ("memory: 256", "memory: unknown key (did you mean resources.memory?)"),
+        ("max_concurrency: lots", "max_concurrency: must be a whole number of executions, is lots"),
+        ("env: [A=1]", "env: must be a mapping of names to texts (NAME: TEXT), is a list"),
+        ("env: {A: [1]}", "env.A: must be text, is a list"),
+        ("env: {spring profiles: x}", "env.spring profiles: is no variable name"),
+    ],
+)
+def test_what_is_said_of_values_as_people_write_them(line: str, words: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read("function", f"name: hello\nhandler: main.sh\n{line}\n")
+    assert [fault[: len(words)] for fault in refused.value.faults] == [words]
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        *(("./run.sh", "run.sh"), ("././bin//./run", "bin/run"), ("bin/run.sh", "bin/run.sh")),
+        *((".hidden", ".hidden"), ("a.b/c", "a.b/c")),
+    ],
+)
+def test_a_handler_is_kept_as_a_path_inside_the_zip(written: str, kept: str) -> None:
+    assert read("function", {"name": "f", "handler": written}).handler == kept
+
+
+@pytest.mark.parametrize("written", [".", "./", "/", "/run.sh", ".//run.sh/", "bin/", "./../run.sh", "bin/../run.sh"])
+def test_a_handler_that_is_no_file_inside_the_zip(written: str) -> None:
+    with pytest.raises(InvalidInput, match="handler: must be a"):
+        read("function", {"name": "f", "handler": written})
+
+
+def test_variables_have_the_names_that_programs_use() -> None:
+    env = {"spring.profiles.active": "prod", "Logging__Level": "x", "node-options": "y", "_A.b-c": "z"}
+    assert dict(read("function", {**FUNCTION, "env": env}).env) == env
+
+
 @pytest.mark.parametrize("where", CLASSES)
 def test_the_least_is_enough(where: str) -> None:
     read(where, document(where, CLASSES[where][1]))

@@ -22,6 +22,7 @@ from fluxlib.model import (
     Phase,
     Platform,
     WorkingDirectory,
+    handler_path,
 )
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
@@ -33,7 +34,7 @@ amount = st.integers(0, 2**31 - 1)
 specs = st.builds(
     FunctionSpec,
     name=text,
-    handler=text,
+    handler=text.map(handler_path),
     cpu_millicores=amount,
     memory_mb=amount,
     timeout_seconds=amount,
@@ -50,6 +51,11 @@ specs = st.builds(
     max_file_size_mb=amount,
     tmp_size_mb=amount,
 )
+
+
+def test_an_originals_handler_is_a_path_inside_the_zip() -> None:
+    spec, _ = codec.spec_from_message(pb.FunctionConfig(name="f", handler="./bin//run.sh"))
+    assert spec.handler == "bin/run.sh"
 
 
 @given(specs)

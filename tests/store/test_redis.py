@@ -312,7 +312,7 @@ def test_an_originals_state_is_taken_over_once(server: RedisServer) -> None:
         client.set("function:old", json.dumps(old))
         client.set("code:old", code)
         # Go without tags, amounts with units, and no code.
-        client.set("function:bare", json.dumps({"Name": "bare", "Handler": "x", "Resources": {"CPU": "500m"}}))
+        client.set("function:bare", json.dumps({"Name": "bare", "Handler": "./x", "Resources": {"CPU": "500m"}}))
         client.set("function:broken", "not JSON")
         client.set("function:empty", "{}")
         agent = {"id": "worker-1", "address": "10.0.0.5:50052", "status": "online", "provider": "aws"}
@@ -331,7 +331,7 @@ def test_an_originals_state_is_taken_over_once(server: RedisServer) -> None:
         assert taken.code_bytes == len(code)
         bare = store.function("bare")
         assert bare is not None
-        assert (bare.spec.cpu_millicores, bare.code_digest) == (500, "")
+        assert (bare.spec.handler, bare.spec.cpu_millicores, bare.code_digest) == ("x", 500, "")
         (worker,) = store.agents()
         assert (worker.agent_id, worker.address, worker.provider) == ("worker-1", "10.0.0.5:50052", "aws")
         assert worker.legacy_certificate

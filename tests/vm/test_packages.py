@@ -239,7 +239,7 @@ def test_a_bad_configuration_is_told_at_the_start_and_not_restarted(host: Host) 
         assert host.machine.status(f"systemctl restart {unit}") != 0
         # A unit that is going to be restarted is "activating".
         assert host.run(f"systemctl show -P ActiveState -P ExecMainStatus {unit}").split() == ["failed", "78"]
-        assert "port: must be an integer" in host.run(f"journalctl -u {unit} -o cat -n 20")
+        assert "port: must be a whole number" in host.run(f"journalctl -u {unit} -o cat -n 20")
         host.run(f"cp -p /root/good.yaml {file} && systemctl start {unit}")
     wait_until(host.agent_is_online, "both to be back", 120)
 

@@ -149,7 +149,7 @@ def test_a_taken_port_is_explained_and_the_window_stays(lab: Lab, home: Path) ->
 def test_a_bad_file_is_explained_and_the_window_stays(lab: Lab, home: Path) -> None:
     (home / "flux.yaml").write_text("api_key: short\nport: many\ncolour: red\n")
     flux = failing(lab, home)
-    for words in ("port: must be an integer", "colour: unknown key", "rename it and start again"):
+    for words in ("port: must be a whole number", "colour: unknown key", "rename it and start again"):
         assert words in flux.words
 
 

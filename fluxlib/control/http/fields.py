@@ -87,10 +87,10 @@ def flag(value: Any) -> bool:
     return known[value]
 
 
-def integer(low: int, high: int) -> Read:
+def integer(low: int, high: int, unit: str) -> Read:
     def read(value: Any) -> int:
         if not value.isascii() or not value.isdigit() or len(value) > 19 or not low <= int(value) <= high:
-            raise ValueError(f"must be a whole number between {low} and {high}")
+            raise ValueError(f"must be a whole number of {unit} between {low} and {high}")
         return int(value)
 
     return read
@@ -159,7 +159,9 @@ _FLAG = {"type": "string", "enum": ["0", "1", "true", "false"]}
 FORCE = Field("force", "1: although executions run or wait", _FLAG, flag, False)
 TERMINATE = Field("terminate", "1: end the machine too, of a node Flux made", _FLAG, flag, False)
 FOLLOW = Field("follow", "1: as it is written, until the execution ends", _FLAG, flag, False)
-OFFSET = Field("offset", "bytes to skip", {"type": "integer", "minimum": 0, "maximum": 2**53}, integer(0, 2**53), 0)
+OFFSET = Field(
+    "offset", "bytes to skip", {"type": "integer", "minimum": 0, "maximum": 2**53}, integer(0, 2**53, "bytes"), 0
+)
 _CURSOR = re.compile(r"[A-Za-z0-9._:=-]{0,200}")
 CURSOR = Field(
     "cursor",
@@ -168,7 +170,9 @@ CURSOR = Field(
     matching(_CURSOR, "must be the `next` of a page, unchanged"),
     "",
 )
-LIMIT = Field("limit", "items on a page", {"type": "integer", "minimum": 1, "maximum": 1000}, integer(1, 1000), 100)
+LIMIT = Field(
+    "limit", "items on a page", {"type": "integer", "minimum": 1, "maximum": 1000}, integer(1, 1000, "items"), 100
+)
 _STATUSES = ("queued", "running", "success", "failed", "cancelled")
 STATUS = Field(
     "status",
