@@ -6,6 +6,7 @@ must stay small, so nothing else is imported before this is known.
 
 from __future__ import annotations
 
+import os
 import sys
 
 _SPAWNER = "--flux-spawner"
@@ -22,6 +23,9 @@ def start(arguments: list[str], default: str = "serve") -> int:
         from fluxlib.windows import unpacked
 
         unpacked.keep_tidy()
+    elif sys.getfilesystemencoding() != "utf-8":
+        # Names in zips and the words of calls are UTF-8, whatever the locale this was started in.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     from fluxlib.cli import main
 
     if sys.platform == "win32" and not arguments:
