@@ -12,6 +12,7 @@ from tests.http.conftest import Client
 from tests.http.fakes import Fakes
 
 JSON = {"Content-Type": "application/json"}
+FORM = "application/x-www-form-urlencoded"
 
 
 def call(client: Client, body: bytes, media: str | None = "application/json", path: str = "/execute/hello") -> Any:
@@ -257,6 +258,11 @@ class TestOtherBodies:
         assert len(reply.json["faults"]) == 4
         assert list(fakes.functions.kept) == ["hello"]
         assert client("PUT", "/functions", b"x" * (256 * 1024 + 1)).status == 413
+        # curl -d @function.yaml
+        reply = client("PUT", "/functions", b"name: greethandler: run.sh", headers={"Content-Type": FORM})
+        assert (reply.status, "--data-binary @function.yaml" in reply.json["error"]) == (400, True)
+        reply = client("PUT", "/functions", b"name: greet\nhandler: /run.sh\n", headers={"Content-Type": FORM})
+        assert (reply.status, "--data-binary" in reply.json["error"]) == (400, False)
         assert client("PUT", "/functions", b"").status == 400
 
     def test_an_archive_is_bounded_by_the_configuration(self, make_client: Any) -> None:

@@ -25,7 +25,8 @@ _MAX_ARGS = 10_000
 _MAX_DEPTH = 32
 _LONGEST_TIMEOUT = 7 * 86400.0
 _KEY = re.compile("[!-~]{1,255}")
-_JSON_TYPES = ("", "application/json", "application/x-www-form-urlencoded")
+_FORM = "application/x-www-form-urlencoded"  # what curl says of everything sent with -d and --data-binary
+_JSON_TYPES = ("", "application/json", _FORM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,17 @@ REGISTER_BODY = json_body(
 
 
 def _function(request: Request, data: bytes) -> Any:
-    spec = read_function(data)
+    try:
+        spec = read_function(data)
+    except InvalidInput as error:
+        if request.media_type != _FORM or b"\n" in data.strip():
+            raise
+        hinted = InvalidInput(
+            f"{error.message}. It arrived as one line: curl -d removes line ends, send the file with --data-binary"
+            " @function.yaml"
+        )
+        hinted.faults = error.faults
+        raise hinted from error
     request.subject = spec.name
     return spec
 
