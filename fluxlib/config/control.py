@@ -120,6 +120,14 @@ class ControlConfig:
         why="that may wait at a time (sync calls, followers); the next gets 503",
         check=between(1, 10000),
     )
+    max_bodies_mb: int = setting(
+        "max_bodies_mb",
+        "integer",
+        512,
+        unit="MB",
+        why="memory for the bodies of requests that are being served; the next gets 503",
+        check=between(1, 10**6),
+    )
     max_waiting: int = setting(
         "max_waiting",
         "integer",

@@ -208,6 +208,15 @@ class TestGuessing:
         assert client("GET", "/functions", key="another guess", address="203.0.113.9").status == 429
         assert client("GET", "/functions", address="203.0.113.9").status == 200
 
+    def test_never_locks_out_a_key_too_long_to_be_guessed(self, make_client: Callable[[Fakes], Client]) -> None:
+        """Also just after a restart, when no key has been used yet: a function on the machine could do it otherwise."""
+        client = make_client(Fakes(api_keys=(api_key("the data platform", "read"),)))
+        for number in range(12):
+            client("GET", "/functions", key=f"a wrong key of many characters {number}", address="127.0.0.1")
+        wrong = client("GET", "/functions", key="another wrong key of many characters", address="127.0.0.1")
+        assert wrong.status == 429
+        assert client("GET", "/functions", key="key of the data platform", address="127.0.0.1").status == 200
+
     def test_counts_on_public_routes_too(self, client: Client) -> None:
         for number in range(10):
             assert client("GET", "/health", key=f"guess {number}", address="203.0.113.9").status == 200

@@ -695,6 +695,27 @@ def test_more_descriptors_than_select_takes(serve: Serve) -> None:
         assert wires[0].send("POST", "/execute/hello").answer()[0] == 200
 
 
+def test_bodies_of_waiting_calls_are_bounded_in_bytes(serve: Serve) -> None:
+    fakes = Fakes(max_bodies_mb=1)
+    gate = Gate(fakes)
+    server = serve(fakes)
+    body = b"x" * 600_000
+    kind = {"Content-Type": "application/octet-stream"}
+    with Wire(server.port) as first, Wire(server.port) as second, Wire(server.port) as third:
+        first.send("POST", "/execute/hello", body, **kind)
+        gate.wait_for(1)
+        status, headers, answer = second.send("POST", "/execute/hello", body, **kind).answer()
+        assert status == 503
+        assert headers["retry-after"] == "1"
+        assert b"max_bodies_mb" in answer
+        third.send("POST", "/execute/hello", b"small", **kind)  # there is room for small ones
+        gate.wait_for(1)
+        gate.open.set()
+        assert first.answer()[0] == third.answer()[0] == 200
+    with Wire(server.port) as again:
+        assert again.send("POST", "/execute/hello", body, **kind).answer()[0] == 200
+
+
 def test_who_speaks_tls_is_told_so_at_once(fakes: Fakes, serve: Serve) -> None:
     with Wire(serve(fakes).port) as wire:
         # The beginning of a ClientHello, which has no line to wait for the end of.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fluxlib.control.http.budget import Budget, Waits
+from fluxlib.control.http.budget import Bodies, Budget, Waits
 from fluxlib.control.server.threads import LazyThreads
 from fluxlib.errors import Unavailable
 from fluxlib.lifecycle import Deadline
@@ -172,3 +172,24 @@ class TestBudget:
         budget = Budget(1)
         budget.enter(Waits.FOLLOW)()
         budget.enter(Waits.CALL)
+
+
+class TestBodies:
+    def test_are_bounded_in_bytes(self) -> None:
+        bodies = Bodies(10)
+        give_back = bodies.take(6)
+        with pytest.raises(Unavailable, match="max_bodies_mb"):
+            bodies.take(5)
+        bodies.take(0)
+        bodies.take(4)
+        give_back()
+        assert bodies.held == 4
+        bodies.take(6)
+
+    def test_one_that_is_larger_than_all_may_come_alone(self) -> None:
+        bodies = Bodies(10)
+        give_back = bodies.take(50)
+        with pytest.raises(Unavailable):
+            bodies.take(1)
+        give_back()
+        assert bodies.held == 0

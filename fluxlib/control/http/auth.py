@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: keys, roles, and a brake on guessing."""
+"""Authentication and authorization: API keys, roles, and a rate limit on failed attempts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from fluxlib.errors import Forbidden, Refused, Unauthenticated
 # A lower number may do more.
 _RANK = {role: rank for rank, role in enumerate(ROLES)}
 
+# Keys of this many characters cannot be guessed (generated ones are longer): the rate limit is for shorter ones.
+_UNGUESSABLE_LENGTH = 24
 _MAX_FAILURES = 10
 _WINDOW_SECONDS = 60.0
 # One entry is some hundred bytes; whoever comes from more addresses only pushes out the oldest.
@@ -72,10 +74,10 @@ class Keys:
 
 
 class FailedAttempts:
-    """Wrong keys by address: ten a minute, then all of that address's keys are refused for a while.
+    """Rate limit on wrong keys: ten a minute per address, then keys from there are refused for a while.
 
-    A right key used from there shortly before goes on working: users behind one
-    NAT or proxy with the guesser are not shut out by it.
+    A right key is not refused because of somebody else's wrong ones when it is too long to be guessed, or was used
+    from there within the last hour: users behind one NAT or proxy with the guesser are not locked out.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -126,14 +128,14 @@ class FailedAttempts:
         return self._clock() - self._trusted.get((address, key_name), float("-inf")) < 3600
 
 
-class Door:
+class Authenticator:
     """Turns a request's headers into a Principal, or refuses."""
 
     def __init__(self, keys: Keys, attempts: FailedAttempts) -> None:
         self._keys = keys
         self._attempts = attempts
 
-    def look(self, environ: Mapping[str, Any]) -> Principal | None:
+    def optional(self, environ: Mapping[str, Any]) -> Principal | None:
         """Who it is, None for strangers and wrong keys: for public routes, which answer either way.
 
         A wrong key counts as everywhere, or these routes would be the place to guess.
@@ -146,7 +148,7 @@ class Door:
         except (Unauthenticated, Refused):
             return None
 
-    def admit(self, environ: Mapping[str, Any], role: str) -> Principal:
+    def require(self, environ: Mapping[str, Any], role: str) -> Principal:
         """Raises Unauthenticated, Refused (too many wrong keys from there) or Forbidden (names the role)."""
         key = presented(environ)
         if key is None:
@@ -160,7 +162,10 @@ class Door:
         address = address_of(environ)
         wait = self._attempts.wait_seconds(address)
         principal = self._keys.identify(key)
-        if wait and not (principal and self._attempts.is_trusted(address, principal.name)):
+        certain = len(key) >= _UNGUESSABLE_LENGTH or (
+            principal is not None and self._attempts.is_trusted(address, principal.name)
+        )
+        if wait and not (principal and certain):
             raise Refused("too many wrong API keys came from your address; try again later", retry_after=wait)
         if principal is None:
             self._attempts.failed(address)

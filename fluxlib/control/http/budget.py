@@ -1,7 +1,7 @@
-"""How many requests may hold a thread at a time, so that the others always find one.
+"""How many requests may hold a thread at a time, so that the others always find one, and how much memory their bodies.
 
 waitress has one queue for all requests: without a bound, a thousand waiting
-calls would keep /health and a cancel behind them.
+calls would keep /health and a cancel behind them. And a thousand bodies of 50 MB would be more memory than there is.
 """
 
 from __future__ import annotations
@@ -34,6 +34,37 @@ class Waits(Enum):
 def blocking_limit(max_blocking: int) -> int:
     """How many requests may block here, of the ``max_blocking`` configured."""
     return min(max_blocking, _WINDOWS_BLOCKING) if sys.platform == "win32" else max_blocking
+
+
+class Bodies:
+    """The memory of request bodies in flight, in bytes; one that is larger than all there is may come alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        return self._held
+
+    def take(self, size: int) -> Callable[[], None]:
+        """Raises Unavailable at once when there is no room; call what it answers exactly once."""
+        if not size:
+            return _nothing
+        with self._lock:
+            if self._held and self._held + size > self._limit:
+                raise Unavailable(
+                    f"the bodies of the requests that are being served take {self._held // 2**20} MB of memory, of "
+                    f"{self._limit // 2**20} MB (`max_bodies_mb`); try again later",
+                    retry_after=_RETRY_AFTER,
+                )
+            self._held += size
+        return lambda: self._give_back(size)
+
+    def _give_back(self, size: int) -> None:
+        with self._lock:
+            self._held -= size
 
 
 class Budget:

@@ -8,9 +8,9 @@ from typing import Any
 
 from fluxlib.control.http import audit
 from fluxlib.control.http.answers import Answer, Chunks
-from fluxlib.control.http.auth import Door, FailedAttempts, Keys, presented
+from fluxlib.control.http.auth import Authenticator, FailedAttempts, Keys, presented
 from fluxlib.control.http.bodies import read_body
-from fluxlib.control.http.budget import Budget, Waits, blocking_limit
+from fluxlib.control.http.budget import Bodies, Budget, Waits, blocking_limit
 from fluxlib.control.http.cors import Cors
 from fluxlib.control.http.fields import PARAMS, take
 from fluxlib.control.http.problems import problem
@@ -27,8 +27,9 @@ class Pipeline:
     def __init__(self, services: Services, attempts: FailedAttempts | None = None) -> None:
         self._services = services
         self.keys = Keys(services.config)
-        self._door = Door(self.keys, attempts or FailedAttempts())
+        self._authenticator = Authenticator(self.keys, attempts or FailedAttempts())
         self.budget = Budget(blocking_limit(services.config.max_blocking))
+        self.bodies = Bodies(services.config.max_bodies_mb * 2**20)
         self.cors = Cors(services.config.cors_origins)
 
     def answer(self, route: Route, environ: Mapping[str, Any], params: Mapping[str, str]) -> Answer:
@@ -68,18 +69,20 @@ class Pipeline:
 
     def _admit(self, route: Route, request: Request) -> None:
         if route.public:
-            request.principal = self._door.look(request.environ)
+            request.principal = self._authenticator.optional(request.environ)
             return
-        principal = self._door.admit(request.environ, route.role)
+        principal = self._authenticator.require(request.environ, route.role)
         if "name" in request.params:
             principal.demand_function(request.params["name"])
         request.principal = principal
 
     def _served(self, route: Route, request: Request) -> Answer:
         self._check(route, request)
-        leave = self.budget.enter(Waits.FOLLOW if request.query.get("follow") else route.waits)
+        # Before the body is read: who finds no place must not cost its memory.
+        leave = self._enter(route, request)
         handed_on = False
         try:
+            request.data = read_body(route.body, request)
             answer = route.handler(request)
             if request.method == "HEAD":
                 return answer.without_body()
@@ -92,9 +95,27 @@ class Pipeline:
                 request.answered = True
                 leave()
 
+    def _enter(self, route: Route, request: Request) -> Callable[[], None]:
+        """A place for the request and room for its body; what it answers gives both back. Raises Unavailable."""
+        leave = self.budget.enter(Waits.FOLLOW if request.query.get("follow") else route.waits)
+        size = request.body_size
+        if not size:
+            return leave
+        try:
+            forget = self.bodies.take(min(size, route.body.limit))
+        except FluxError:
+            leave()
+            raise
+
+        def both() -> None:
+            forget()
+            leave()
+
+        return both
+
     @staticmethod
     def _check(route: Route, request: Request) -> None:
-        """Path, query and body by their declarations. Raises InvalidInput and its like."""
+        """Path and query by their declarations. Raises InvalidInput and its like."""
         for name, value in request.params.items():
             try:
                 PARAMS[name].read(value)
@@ -106,7 +127,6 @@ class Pipeline:
             if len(values) != len(pairs):
                 raise InvalidInput("a name appears twice in the query string")
             request.query = take(route.query, values, "the query string")
-        request.data = read_body(route.body, request)
 
 
 class _Guarded:

@@ -79,6 +79,12 @@ class Request:
         """A key was shown: what strangers need not know may be said."""
         return self.principal is not None
 
+    @property
+    def body_size(self) -> int:
+        """Of the body as announced, in bytes; 0 for none and for what is no number (``body`` refuses that)."""
+        length = str(self.environ.get("CONTENT_LENGTH") or "0")
+        return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
+
     def body(self, limit: int) -> bytes:
         """The whole body. Raises TooLarge before reading more than ``limit`` bytes."""
         length = str(self.environ.get("CONTENT_LENGTH") or "0")
