@@ -42,7 +42,7 @@ _METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ", 
 _UNICODE_PATH, _UNIX_TIME, _OLD_UNIX_TIME, _NTFS_TIME = 0x7075, 0x5455, 0x5855, 0x000A
 _NTFS_EPOCH = 11_644_473_600  # seconds from 1601 to 1970
 _LINK_HOPS = 40  # as many as Linux follows
-_LINK_BYTES = 4096
+_LINK_STEPS = 1_000_000  # of all links together: short ones can lead a long way round
 # What reading a broken entry raises; OverflowError when it is said to lie further off than a position can be.
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OverflowError, NotImplementedError, RuntimeError)
 _DRIVE = re.compile(r"[A-Za-z]:(?:/|$)")
@@ -388,6 +388,8 @@ class _Links:
     ) -> None:
         self._opened, self._contents, self._links, self._limits = opened, contents, links, limits
         self._targets: dict[str, str] = {}
+        self._resolved: dict[str, str] = {}
+        self._steps = 0
         self._inside: dict[str, list[str]] = {}  # what lies in each directory
         for path in (*contents.files, *contents.directories, *links):
             self._inside.setdefault(path.rpartition("/")[0], []).append(path)
@@ -415,24 +417,30 @@ class _Links:
         return faults
 
     def _read(self, info: zipfile.ZipInfo) -> str:
-        if info.file_size > _LINK_BYTES:
-            raise InvalidInput("it is a link to a path that is too long")
+        most = self._limits.name_bytes
+        if info.file_size > most:
+            raise InvalidInput(f"it is a link to a path longer than {most} bytes")
         try:
             with self._opened.open(info) as file:
-                target = file.read(_LINK_BYTES + 1).decode()
+                target = file.read(most + 1).decode()
         except (*_UNREADABLE, OSError) as error:
             raise InvalidInput(f"it is a link that cannot be read: {error}") from error
-        if not target or "\0" in target or len(target) > _LINK_BYTES:
+        if not target or "\0" in target or len(target) > most:
             raise InvalidInput("it is a link to nothing")
         return target
 
     def _resolve(self, link: str) -> str:
         """The path of what a link shows. Raises InvalidInput when it leads out, in a circle, or to nothing."""
+        if link in self._resolved:
+            return self._resolved[link]
         done: list[str] = []
         ahead = link.split("/")[::-1]
         hops = 0
         while ahead:
             part = ahead.pop()
+            self._steps += 1
+            if self._steps > _LINK_STEPS:
+                raise InvalidInput("it is one of too many links, which lead too long a way round")
             if part in ("", "."):
                 continue
             if part == "..":
@@ -456,6 +464,7 @@ class _Links:
         found = "/".join(done)
         if found and found not in self._contents.files and found not in self._contents.directories:
             raise InvalidInput(f"it is a link to {_shown(self._targets[link])}, which is not in the zip: {_INSTEAD}")
+        self._resolved[link] = found
         return found
 
     def _copy(

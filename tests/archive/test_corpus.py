@@ -8,11 +8,14 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import unicodedata
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fluxlib import archive as archives
 from fluxlib.archive import FIXED_TIME
@@ -210,6 +213,41 @@ def test_links_that_multiply_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="with its links followed"):
         unpacked(linked(links, {f"6/{number}": "" for number in range(10)}), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_lead_a_long_way_round_are_refused_soon(tmp_path: Path) -> None:
+    """Each of four thousand by 35 others, with detours of half a kilobyte."""
+    detour = "d/../" * 100
+    chain = {f"c{number}": f"{detour}c{number + 1}" for number in range(35)} | {"c35": "run.sh"}
+    data = linked(chain | {f"l{number}": f"{detour}c0" for number in range(4000)}, {"d/f": ""})
+    began = time.monotonic()
+    with pytest.raises(InvalidInput, match="too long a way round"):
+        archives.inspect(data, "run.sh")
+    assert time.monotonic() - began < 20
+
+
+PARTS = st.sampled_from(["..", ".", "", "a", "b", "run.sh", "/", "\\"])
+PATHS = st.lists(PARTS, min_size=1, max_size=5).map("/".join).filter(bool)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@settings(max_examples=300, deadline=None)
+@given(links=st.dictionaries(PATHS, PATHS, max_size=5), files=st.sets(PATHS, max_size=4))
+def test_no_links_at_all_get_out(
+    tmp_path_factory: pytest.TempPathFactory, links: dict[str, str], files: set[str]
+) -> None:
+    parent = tmp_path_factory.mktemp("l", numbered=True)
+    (parent / "in").mkdir()
+    (parent / "a").write_text("outside")
+    try:
+        archives.unpack(linked(links, dict.fromkeys(files, "inside")), "run.sh", parent / "in")
+    except InvalidInput:
+        pass
+    else:
+        found = list((parent / "in").rglob("*"))
+        assert not any(one.is_symlink() for one in found)
+        assert {one.read_text() for one in found if one.is_file()} <= {"inside", "#!/bin/sh\n"}
+    assert sorted(os.listdir(parent)) == ["a", "in"]
 
 
 def test_copies_of_links_count_as_bytes(tmp_path: Path) -> None:
