@@ -73,6 +73,8 @@ def seeds() -> list[bytes]:
                 entry.write(b"x" * 3000)
         made.append(buffer.getvalue())
         made.append(made[-1].replace(b"link", b"xxxx"))
+    corpus = sorted((Path(__file__).parents[1] / "archive" / "corpus").glob("*.zip"))
+    made += [path.read_bytes() for path in corpus]
     return made
 
 
@@ -116,11 +118,14 @@ def generated(chance: random.Random) -> bytes:
             name = "/".join(f"{chance.choice('abcd')}{number}" if mild else chance.choice(words) for _ in range(depth))
             info = zipfile.ZipInfo("main.sh" if number == 0 else name + chance.choice(["", "", "", "/"]))
             info.compress_type = chance.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-            kind = chance.choice([0o100755] * 12 + [0o120777, 0o040755, 0o020666, 0o104755, 0])
+            kind = chance.choice([0o100755] * 12 + [0o120777] * 3 + [0o120777, 0o040755, 0o020666, 0o104755, 0])
             info.external_attr = kind << 16
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                archive.writestr(info, chance.randbytes(20) if chance.random() < 0.9 else bytes(200_000))
+                data = chance.randbytes(20) if chance.random() < 0.9 else bytes(200_000)
+                if kind == 0o120777:
+                    data = "/".join(chance.choices(["..", ".", "main.sh", "a1", "b2", "", "/etc"], k=3)).encode()
+                archive.writestr(info, data)
     return buffer.getvalue()
 
 
@@ -145,7 +150,7 @@ def test_mutated_zips(tmp_path: Path) -> None:
         target = ground / "in"
         target.mkdir()
         try:
-            archives.unpack(data, "main.sh", target, SMALL)
+            archives.unpack(data, "run.sh" if b"run.sh" in data else "main.sh", target, SMALL)
             outcomes["taken"] += 1
             kinds = {kind for kind, _ in tree(target).values()}
             assert kinds <= {stat.S_IFREG, stat.S_IFDIR}, f"case {number} of seed {SEED}: {kinds}"
