@@ -34,6 +34,15 @@ class Wire:
         self.socket.sendall(data)
         return self
 
+    def end(self) -> None:
+        """Send no more, and go on reading."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def final_answer(self) -> tuple[int, dict[str, str], bytes]:
+        """The next response that is no interim one."""
+        found = self.answer()
+        return self.final_answer() if found[0] < 200 else found
+
     @property
     def rest(self) -> bytes:
         """What came beyond what was asked for so far."""

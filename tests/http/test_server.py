@@ -17,7 +17,7 @@ import pytest
 from waitress.channel import HTTPChannel
 
 from fluxlib.control.http import Api
-from fluxlib.control.server import WebServer
+from fluxlib.control.server import WebServer, channel
 from fluxlib.control.services import Call, Caller
 from fluxlib.errors import AgentLost, FluxError
 from fluxlib.lifecycle import Deadline
@@ -129,7 +129,7 @@ def test_threads_are_made_as_they_are_needed(fakes: Fakes, serve: Serve, gate: G
 
 
 class TestAbandoned:
-    @pytest.mark.parametrize("how", ["close", "reset", "half"])
+    @pytest.mark.parametrize("how", ["close", "reset"])
     def test_a_client_that_goes_away_is_noticed(self, fakes: Fakes, serve: Serve, gate: Gate, how: str) -> None:
         with Wire(serve(fakes).port) as wire:
             wire.send("POST", "/execute/hello")
@@ -137,10 +137,7 @@ class TestAbandoned:
             if how == "reset":
                 linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
                 wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            if how == "half":
-                wire.socket.shutdown(socket.SHUT_WR)
-            else:
-                wire.close()
+            wire.close()
             assert gate.gone_event.wait(5)
         assert gate.gone == ["hello"]
 
@@ -206,6 +203,111 @@ def _no_channel(server: WebServer) -> bool:
     return not server._channels()
 
 
+class TestHalfClosed:
+    """Clients that close their sending side behind the request (nc -N, socat), beside those that have gone."""
+
+    def test_gets_a_quick_answer_as_it_is(self, fakes: Fakes, serve: Serve) -> None:
+        server = serve(fakes)
+        for _ in range(20):
+            with Wire(server.port) as wire:
+                wire.send("GET", "/health").end()
+                assert wire.answer()[0] == 200
+                assert wire.closed()
+        wait_until(lambda: _no_channel(server), "its connections to be closed")
+
+    def test_gets_the_answers_of_all_it_has_asked(self, fakes: Fakes, serve: Serve, gate: Gate) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(head("GET", "/health")).send("POST", "/execute/hello", b"{}").end()
+            gate.wait_for(1)
+            gate.open.set()
+            assert [wire.final_answer()[0] for _ in range(2)] == [200, 200]
+            assert wire.closed()
+
+    def test_is_asked_whether_it_is_there_and_gets_a_slow_answer(self, fakes: Fakes, serve: Serve, gate: Gate) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.send("POST", "/execute/hello").end()
+            gate.wait_for(1)
+            assert wire.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            gate.open.set()
+            assert wire.answer()[0] == 200
+            assert wire.closed()
+        assert gate.gone == []
+
+    def test_of_http_1_0_is_not_asked(
+        self, fakes: Fakes, serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(channel, "_ASK_ENDED_AFTER", 0.0)
+        server = serve(fakes)
+        with Wire(server.port) as wire:
+            wire.raw(head("POST", "/execute/hello").replace(b"HTTP/1.1", b"HTTP/1.0")).end()
+            gate.wait_for(1)
+            wait_until(lambda: all(one.asked for one in server._channels()), "the time to ask")
+            gate.open.set()
+            assert wire.read_until(b"\r\n").startswith(b"HTTP/1.0 200 ")
+        assert gate.gone == []
+
+    def test_of_http_1_0_has_gone_when_its_end_comes_later(
+        self, fakes: Fakes, serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a proxy's that closes its connection here when its own client has gone: nginx, as it comes."""
+        monkeypatch.setattr(channel, "_HABIT_SECONDS", 0.0)
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(head("POST", "/execute/hello").replace(b"HTTP/1.1", b"HTTP/1.0"))
+            gate.wait_for(1)
+            wire.end()
+            assert gate.gone_event.wait(5)
+
+    def test_follows_an_output_to_its_end(self, fakes: Fakes, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(channel, "_ASK_ENDED_AFTER", 0.0)
+        server = serve(fakes)
+        stream = TestFollowing._stream(fakes)
+        with Wire(server.port) as wire:
+            stream.feed(b"first")
+            wire.send("GET", "/executions/execution-1/output?follow=1").read_until(b"\r\n\r\n")
+            assert wire.chunk() == b"first"
+            wire.end()
+            wait_until(lambda: all(one.asked for one in server._channels()), "the question")
+            stream.feed(b"0123456789abcdef")
+            assert wire.chunk() == b"0123456789abcdef"
+            assert not stream.closed.is_set()
+            stream.finish()
+            assert wire.chunk() == b""
+            assert wire.closed()
+
+    def test_gets_all_of_a_large_answer(self, fakes: Fakes, serve: Serve) -> None:
+        size = 20_000_000
+        fakes.executions.run = lambda call, caller, number: ended(call, number, output=b"x" * size, output_bytes=size)
+        server = serve(fakes)
+        with Wire(server.port) as wire:
+            wire.send("POST", "/execute/hello").end()
+            wait_until(lambda: any(one.total_outbufs_len for one in server._channels()), "an answer that waits")
+            assert len(wire.answer()[2]) > size
+
+    def test_runs_what_it_has_submitted_and_hears_of_it(self, fakes: Fakes, serve: Serve) -> None:
+        server = serve(fakes)
+        for _ in range(20):
+            with Wire(server.port) as wire:
+                wire.send("POST", "/execute/hello/async", b"{}").end()
+                assert wire.answer()[0] == 202
+
+    def test_is_dropped_with_what_it_has_not_sent_in_whole(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            wire.raw(head("POST", "/execute/hello", 10) + b"{").end()
+            assert wire.closed()
+
+    def test_does_not_make_the_loop_spin(self, fakes: Fakes, serve: Serve, gate: Gate) -> None:
+        server = serve(fakes)
+        with Wire(server.port) as wire:
+            wire.send("POST", "/execute/hello").end()
+            gate.wait_for(1)
+            wire.read_until(b"\r\n\r\n")
+            before, pause = server.turns, threading.Event()
+            pause.wait(1)
+            assert server.turns - before <= 6
+            gate.open.set()
+            assert wire.answer()[0] == 200
+
+
 class TestFollowing:
     def test_shows_output_as_it_is_written(self, fakes: Fakes, serve: Serve) -> None:
         with Wire(serve(fakes).port) as wire:
@@ -219,6 +321,15 @@ class TestFollowing:
             stream.finish()
             assert wire.chunk() == b""
         assert stream.closed.wait(5)
+
+    def test_tells_at_once_that_it_is_there_and_is_not_to_be_kept(self, fakes: Fakes, serve: Serve) -> None:
+        with Wire(serve(fakes).port) as wire:
+            stream = self._stream(fakes)
+            wire.send("GET", "/executions/execution-1/output?follow=1")
+            headers = wire.read_until(b"\r\n\r\n").split(b"\r\n")
+            assert {b"X-Accel-Buffering: no", b"Cache-Control: no-store"} <= set(headers)
+            stream.finish()
+            assert wire.chunk() == b""
 
     def test_ends_when_the_follower_goes_away_though_nothing_is_written(self, fakes: Fakes, serve: Serve) -> None:
         server = serve(fakes)

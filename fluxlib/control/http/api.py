@@ -48,11 +48,14 @@ class Api:
         if found is None or not _plainly(path, environ):
             return (self._flask or self.flask)(environ, start_response)
         answer = self.pipeline.answer(found[0], environ, found[1])
-        start_response(answer.status_line, answer.wsgi_headers())
+        write = start_response(answer.status_line, answer.wsgi_headers())
         if answer.file is not None:
             wrapper: FileWrapper = environ.get("wsgi.file_wrapper") or _wrapper()
             return wrapper(answer.file)
-        return answer.chunks if answer.chunks is not None else (answer.body,)
+        if answer.chunks is None:
+            return (answer.body,)
+        write(b"")  # the headers: whoever follows an output that is quiet knows that it is there
+        return answer.chunks
 
     @property
     def flask(self) -> Flask:

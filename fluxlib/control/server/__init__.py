@@ -141,6 +141,7 @@ class WebServer:
         self._last_ran_at = time.time()
         for listener in self._listeners:
             listener.refresh()  # room for connections again, or none left
+            listener.attend(time.time())
             if listener.untidy:
                 listener.tidy(time.time())
 

@@ -6,10 +6,11 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-from waitress.channel import HTTPChannel
+from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import build_http_date
 
@@ -24,6 +25,13 @@ _DISCARD_SECONDS = 10.0
 _DISCARDED_AT_ONCE = 262_144
 # For a head, and for a body that nobody was asked about: whoever drips them holds a connection for nothing.
 _REQUEST_SECONDS = 60.0
+# A client that sends no more either waits for its answer or has gone: TCP shows both alike. Whoever closes its sending
+# side by habit (nc -N, socat) does so at once and gets quick answers as they are; the others are asked after so long.
+_ASK_ENDED_AFTER = 0.5
+# HTTP/1.0 has nothing to ask with: such a client has gone if its end came this long after it was last heard or told.
+_HABIT_SECONDS = 1.0
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_LEADING_ZERO = b"0"  # of the next chunk's size
 # Bodies up to this (bytes) are sent together with their header.
 _SHORT = 64 * 1024
 
@@ -50,7 +58,7 @@ class _Lean:
         return not without and bool(super().has_body)  # type: ignore[misc]
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.draining:
+        if self.channel.server.draining or self.channel.ended:
             self.set_close_on_finish()
         headers = self.response_headers
         # As the front and the errors make them; whatever is not so plain waitress looks at.
@@ -83,6 +91,16 @@ def http_date(seconds: int) -> str:
 
 class ApiTask(_Lean, WSGITask):  # type: ignore[misc]
     """A request for the application, which finds ``flux.on_gone`` in its environment."""
+
+    def start(self) -> None:
+        super().start()
+        self.channel.task = self
+
+    def finish(self) -> None:
+        # The loop must not write between the last chunk and this.
+        with self.channel.outbuf_lock:
+            self.channel.task = None
+            super().finish()
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -126,6 +144,11 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
         self._unsent = False  # changed under outbuf_lock
         self._unread = False  # a body was refused that the client may be sending
         self._discard_until = 0.0
+        self.ended = False  # the client sends no more, and may wait for its answers
+        self._ended_at = 0.0
+        self._asked = False  # whether it is still there
+        self._answering = False  # a part of the present answer is on its way; changed under outbuf_lock
+        self.task: ApiTask | None = None  # until its last chunk; likewise
         self.parser_class = partial(ApiParser, self)
         super().__init__(*args, **kwargs)
         self.watch(self.server.poller)
@@ -140,6 +163,7 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
     def write_soon(self, data: Any) -> int:
         left = False
         with self.outbuf_lock:
+            self._answering = True
             if not self.total_outbufs_len:
                 # From now on the client is at it; from then on only what it takes is activity.
                 self.last_activity = time.time()
@@ -205,6 +229,8 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
     def readable(self) -> bool:
         if self._discard_until:
             return True
+        if self.ended:
+            return False
         # What a worker is just putting out is no reason to stop listening for the client's going away.
         if self.requests and not self._unsent:
             busy = len(self.requests) > self.adj.channel_request_lookahead
@@ -212,16 +238,22 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
         return bool(super().readable())
 
     def handle_read(self) -> None:
-        if not self._discard_until:
-            super().handle_read()
-            return
+        # Not waitress's: for that one the end of what a client sends is the client's end.
         try:
-            self.recv(_DISCARDED_AT_ONCE)  # closes by itself at the end
+            data = self.socket.recv(_DISCARDED_AT_ONCE if self._discard_until else self.adj.recv_bytes)
+        except BlockingIOError:
+            return
         except OSError:
             self.handle_close()
             return
-        if time.monotonic() > self._discard_until:
-            self.handle_close()
+        if self._discard_until:
+            if not data or time.monotonic() > self._discard_until:
+                self.handle_close()
+        elif data:
+            self.last_activity = time.time()
+            self.received(data)
+        else:
+            self._handle_end()
 
     def _close_later(self) -> None:
         """The answer is sent, the body it refuses is still coming.
@@ -247,6 +279,66 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
         if not self.connected:
             _call_gone([request])
 
+    def _handle_end(self) -> None:
+        """The client sends no more: it gets the answers that are due, unless it has gone altogether."""
+        with self.requests_lock:
+            due = bool(self.requests)
+            self.ended = due or self.total_outbufs_len > 0
+            self.close_when_flushed = self.close_when_flushed or (self.ended and not due)
+        if not self.ended or not self._may_wait():
+            self.handle_close()
+            return
+        self._ended_at = time.time()
+        if due:
+            self.server.half_closed.add(self)
+
+    def _may_wait(self) -> bool:
+        """Whether it can be asked, or ended so soon that it ended by habit."""
+        request = next(iter(self.requests), None)
+        with self.outbuf_lock:
+            can_ask = request is None or self._question(request) is not None
+            return can_ask or self.total_outbufs_len > 0 or time.time() - self.last_activity < _HABIT_SECONDS
+
+    def _question(self, request: ApiParser) -> bytes | None:
+        """What a client that is there passes over, and one that has gone answers by a reset. Under outbuf_lock."""
+        if not self._answering:
+            return _CONTINUE if request.version == "1.1" else None
+        task = self.task
+        return _LEADING_ZERO if task is not None and task.chunked_response else None
+
+    def attend(self, now: float) -> bool:
+        """From the loop, for a client that sends no more: ask whether it is there. False when that is over."""
+        with suppress(ClientDisconnected), self.outbuf_lock:
+            request = next(iter(self.requests), None)
+            if request is None or not self.connected:
+                return False
+            if self._asked or now - self._ended_at < _ASK_ENDED_AFTER or self.total_outbufs_len:
+                return True
+            question = self._question(request)
+            if question is not None and not self._sent_at_once(question):
+                HTTPChannel.write_soon(self, question)
+            self._asked = True
+        self.refresh()
+        return True
+
+    @property
+    def asked(self) -> bool:
+        """Whether nothing is left but to hear of a reset."""
+        return self._asked
+
+    def look_for_reset(self) -> None:
+        """Where the poller does not tell of one. From the loop."""
+        try:
+            # Linux has it here, where a read still tells the end that came before; others fail the read.
+            gone = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+            self.socket.recv(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            gone = True
+        if gone:
+            self.handle_close()
+
     def handle_close(self) -> None:
         super().handle_close()
         coming = self.request
@@ -266,9 +358,14 @@ class QuietChannel(Watched, HTTPChannel):  # type: ignore[misc]
     def service(self) -> None:
         request = self.requests[0]
         self._unread = request.error is not None
+        with self.outbuf_lock:
+            self._answering = False
         try:
             super().service()
         finally:
+            self.task = None
+            if self.ended and not self.requests:
+                self.close_when_flushed = True
             # It is over: nobody is told any more, and what they hold is let go.
             request.gone_calls.clear()
             self._changed()

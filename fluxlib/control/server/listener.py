@@ -26,6 +26,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 # No descriptor, or no memory for one, is left to the process or the system.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_SECONDS = 1.0
+_ATTEND_SECONDS = 0.25
 
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -45,6 +46,7 @@ class Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
         self.report_error = report_error
         self._trigger_lock = threading.Lock()
         self._trigger_closed = False
+        self.half_closed: set[QuietChannel] = set()  # whose clients send no more and wait for an answer, or have gone
         super().__init__(app, **kwargs)
         poller.want(self.trigger._fileno, POLLIN)
         self.watch(poller)
@@ -120,9 +122,19 @@ class Listener(Watched, TcpWSGIServer):  # type: ignore[misc]
         """An error at the listening socket costs one connection, not the socket."""
 
     def patience(self, seconds: float) -> float:
-        """How long the loop may wait: not beyond the end of a pause."""
+        """How long the loop may wait: not beyond the end of a pause, and not while a client is to be asked for."""
+        if any(not channel.asked or not self.poller.watches for channel in self.half_closed):
+            seconds = min(seconds, _ATTEND_SECONDS)
         pause = self._listens_at - time.monotonic()
         return min(seconds, pause) if pause > 0 else seconds
+
+    def attend(self, now: float) -> None:
+        """Find out which of the clients that send no more have gone. Between two waits."""
+        for channel in list(self.half_closed):
+            if not channel.attend(now):
+                self.half_closed.discard(channel)
+            elif not self.poller.watches:
+                channel.look_for_reset()
 
     def readable(self) -> bool:
         # First: it also sees when to tidy.

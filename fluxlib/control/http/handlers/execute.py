@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from fluxlib.control.http.answers import Answer, json_answer
+from fluxlib.control.http.answers import Answer, Headers, json_answer
 from fluxlib.control.http.request import Request
 from fluxlib.control.http.spooled import BYTES, pieces, spooled_answer, spooled_output
 from fluxlib.control.services import WHOLE_OUTPUT, AgentAway, Call, no_such_execution
@@ -118,7 +118,13 @@ def output(request: Request) -> Answer:
     stream = request.services.executions.output(request.params["execution_id"], query["offset"], follow=follow)
     if follow:
         request.caller.on_gone(stream.close)
-    elif request.method != "HEAD":
+        return Answer(200, content_type=BYTES, headers=(*_NO_STORE, *_UNBUFFERED), chunks=stream)
+    if request.method != "HEAD":
         with closing(stream):
-            return spooled_output(stream)
-    return Answer(200, content_type=BYTES, chunks=stream)
+            return spooled_output(stream).with_headers(_NO_STORE)
+    return Answer(200, content_type=BYTES, headers=_NO_STORE, chunks=stream)
+
+
+# It is another one a moment later; and a proxy that gathers it (nginx does) would not show it as it is written.
+_NO_STORE: Headers = (("Cache-Control", "no-store"),)
+_UNBUFFERED: Headers = (("X-Accel-Buffering", "no"),)
