@@ -63,6 +63,8 @@ class Clone:
         self.directory = self.directory.rename(self.directory.with_name(name))
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             ["make", "run", *words],
             cwd=self.directory,

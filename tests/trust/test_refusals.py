@@ -208,7 +208,7 @@ class TestAnAgentRefuses:
 
 def test_a_flux_without_tls_says_so_at_start_and_names_the_mismatch(directory: Path, agent: Agent) -> None:
     with Flux(directory, "plain-flux", tls=False) as plain:
-        assert "WITHOUT TLS (disable_grpc_tls)" in plain.log.read_text()
+        wait_until(lambda: "WITHOUT TLS (disable_grpc_tls)" in plain.log.read_text(), "the warning")
         found, answer = plain.api.call("POST", "/agents/register", {"address": agent.address})
         assert (found, "speaks TLS and Flux does not" in answer["error"]) == (502, True)
         with Agent(directory, plain, "bare") as bare:
