@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -31,13 +32,49 @@ def under_journald() -> bool:
 
 def report_ready() -> None:
     """Tell systemd, when it started this process (Type=notify), that it now serves."""
-    path = os.environ.pop("NOTIFY_SOCKET", "")
+    _notify("READY=1")
+    os.environ.pop("NOTIFY_SOCKET", None)
+
+
+def inherited_sockets() -> dict[str, socket.socket]:
+    """The sockets that systemd handed on to this process (LISTEN_FDS), by name; the caller's to close.
+
+    They are those ``keep_sockets`` gave it in the process before this one, or those of a .socket unit.
+    """
+    count, process = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if sys.platform == "win32" or process != str(os.getpid()) or not count.isdigit():
+        return {}
+    found: dict[str, socket.socket] = {}
+    for number in range(3, 3 + int(count)):  # sd_listen_fds(3): SD_LISTEN_FDS_START
+        os.set_inheritable(number, False)
+        name = names[number - 3] if number - 3 < len(names) else ""
+        try:
+            found[name or f"unnamed-{number}"] = socket.socket(fileno=number)
+        except OSError:
+            os.close(number)  # not a socket
+    return found
+
+
+def keep_sockets(sockets: Mapping[str, socket.socket], unused: Iterable[str]) -> None:
+    """Have systemd hold these listening sockets over a restart, so that nobody else gets their port meanwhile.
+
+    ``unused`` names those it is to close. Does nothing without systemd, or where the unit has no
+    FileDescriptorStoreMax=.
+    """
+    for name in unused:
+        _notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+    for name, one in sockets.items():
+        _notify(f"FDSTORE=1\nFDNAME={name}", one.fileno())
+
+
+def _notify(state: str, *descriptors: int) -> None:
+    path = os.environ.get("NOTIFY_SOCKET", "")
     if sys.platform == "win32" or not path:
         return
-    import socket
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.sendto(b"READY=1", f"\0{path[1:]}" if path.startswith("@") else path)
+        notify.connect(f"\0{path[1:]}" if path.startswith("@") else path)
+        socket.send_fds(notify, [state.encode()], descriptors)
 
 
 def for_child(**changes: str) -> dict[str, str]:

@@ -353,7 +353,7 @@ class TestFollowing:
 
     def test_one_who_stops_reading_is_left_and_one_who_waits_is_not(self, fakes: Fakes, serve: Serve) -> None:
         server = serve(fakes)
-        (listener,) = server._listeners
+        listener = server._listeners[0]
         budget = server._listeners[0].application.pipeline.budget
         quiet = self._stream(fakes, "execution-1")
         quiet.feed(b"x")

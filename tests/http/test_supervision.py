@@ -53,7 +53,7 @@ def test_an_error_while_a_connection_is_taken_closes_that_connection_only(
 
 def test_an_error_in_the_loop_is_counted_and_the_loop_goes_on(serve: Serve) -> None:
     server = serve(Fakes())
-    (listener,) = server._listeners
+    listener = server._listeners[0]
     real = listener.tidy
     once = threading.Event()
 

@@ -194,6 +194,34 @@ def test_after_a_reboot_everything_is_back(host: Host) -> None:
     assert (status, answer["output"]) == (200, "Hello, again, from hello on Linux\n")
 
 
+_THIEF = """
+import socket, sys
+while True:
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.socket(family) as thief:
+            thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                thief.bind((host, 7227))
+                thief.listen()
+            except OSError:
+                continue
+            print("stolen", host, flush=True)
+"""
+
+
+def test_nobody_gets_the_port_while_flux_restarts(host: Host) -> None:
+    """A function on this machine would be sent the administrator's key by the next curl."""
+    host.run("cat > /root/thief.py", stdin=_THIEF.encode())
+    host.run("systemd-run -q --unit thief -p StandardOutput=file:/root/stolen python3 /root/thief.py")
+    try:
+        for command in ("systemctl restart flux", "systemctl kill -s KILL flux && systemctl restart flux"):
+            host.run(command, timeout=120)
+            wait_until(lambda: host.call("GET", "/health")[0] == 200, "Flux to answer")
+    finally:
+        host.run("systemctl stop thief")
+    assert host.run("cat /root/stolen") == ""
+
+
 def test_an_upgrade_of_the_control_plane_disturbs_no_execution(host: Host) -> None:
     host.deploy("sleeper", SLEEPER)
     execution = host.start("sleeper", "60")

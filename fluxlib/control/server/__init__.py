@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 
 from fluxlib.config.control import ControlConfig
+from fluxlib.config.environment import inherited_sockets, keep_sockets
 from fluxlib.control.http.budget import RESERVED_THREADS, WINDOWS_CONNECTIONS
 from fluxlib.control.server.channel import QuietChannel
 from fluxlib.control.server.listener import Listener, Wsgi
@@ -62,27 +64,70 @@ class WebServer:
         self._poller = (poller or best_poller)(self._map)
         self._listeners: list[Listener] = []
         try:
-            for address in adjustments.listen:
-                self._listeners.append(
-                    Listener(
-                        app,
-                        self._poller,
-                        self._report_error,
-                        map=self._map,
-                        dispatcher=self._pool,
-                        adj=adjustments,
-                        sockinfo=address,
-                    )
-                )
+            self._listen(app, adjustments)
         except OSError as error:
             self._close_all()
             raise FluxError(listen_problem("Flux", config.listen_host, config.port, error, config.path)) from error
+        except BaseException:
+            self._close_all()
+            raise
         for listener in self._listeners:
             listener.early_check = getattr(app, "early_check", None)
         self.port = int(self._listeners[0].effective_port)
         self.turns = 0  # of the loop: it must stand still while all there is waits
         self._deadline: Deadline | None = None
         self._thread = threading.Thread(target=self._run, name="http-loop", daemon=True)
+
+    def _listen(self, app: Wsgi, adjustments: Adjustments) -> None:
+        """On every address wanted, with the sockets systemd has kept since the last run where there are some."""
+        kept = inherited_sockets()
+        used: set[str] = set()
+        try:
+            for address, demanded in _addresses(adjustments.listen):
+                family, kind, protocol, place = address
+                if not place[1] and self._listeners:  # any port, the same one for all
+                    place = (place[0], int(self._listeners[0].effective_port), *place[2:])
+                name = _socket_name(place)
+                own = kept.get(name)
+                try:
+                    listener = Listener(
+                        app,
+                        self._poller,
+                        self._report_error,
+                        map=self._map,
+                        dispatcher=self._pool,
+                        adj=adjustments,
+                        sockinfo=(family, kind, protocol, place),
+                        _sock=own,
+                        bind_socket=own is None,
+                    )
+                except OSError as error:
+                    if demanded:
+                        raise
+                    if address[3][1]:
+                        self._other_loopback_failed(place, error)
+                    continue
+                used.add(name)
+                self._listeners.append(listener)
+        finally:
+            for name, one in kept.items():
+                if name not in used:
+                    one.close()
+        made = {_socket_name(listener.sockinfo[3]): listener.socket for listener in self._listeners}
+        keep_sockets(
+            {name: one for name, one in made.items() if name not in kept}, [name for name in kept if name not in used]
+        )
+
+    @staticmethod
+    def _other_loopback_failed(place: tuple[Any, ...], error: OSError) -> None:
+        """A machine without IPv6 has one loopback address only. A program that holds the other one is a danger."""
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            return
+        problem = listen_problem("Flux", place[0], place[1], error, "flux.yaml")
+        raise FluxError(
+            f"{problem}. Flux takes the port on 127.0.0.1 and on ::1, because a program that holds one of them is sent "
+            "the API keys of whoever asks `localhost`"
+        ) from error
 
     @property
     def threads(self) -> int:
@@ -177,6 +222,29 @@ class WebServer:
             else:
                 channel.handle_close()
         return left
+
+
+Address = tuple[int, int, int, tuple[Any, ...]]
+# What is listened on beside each of these: whoever asks `localhost` reaches one loopback address or the other.
+_OTHER_LOOPBACK = {"127.0.0.1": "::1", "0.0.0.0": "::1", "::1": "127.0.0.1", "::": "127.0.0.1"}
+
+
+def _addresses(wanted: Sequence[Address]) -> list[tuple[Address, bool]]:
+    """Each address and whether listening there is demanded: the other loopback address need not exist."""
+    hosts = {address[3][0] for address in wanted}
+    found = [(address, True) for address in wanted]
+    for _, kind, protocol, place in wanted:
+        other = _OTHER_LOOPBACK.get(place[0])
+        if other is not None and other not in hosts:
+            hosts.add(other)
+            family = socket.AF_INET6 if ":" in other else socket.AF_INET
+            found.append(((family, kind, protocol, (other, place[1])), False))
+    return found
+
+
+def _socket_name(place: tuple[Any, ...]) -> str:
+    """As systemd lists it: without colons, which separate names there."""
+    return f"http-{place[0].replace(':', '.')}-{place[1]}"
 
 
 def _adjustments(config: ControlConfig) -> Adjustments:
