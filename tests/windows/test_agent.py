@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.programs import Flux, wait_until
+from tests.support.programs import Flux, make_zip, wait_until
 from tests.support.wine import WineAgent
 from tests.windows.c_program import assert_still
 from windows.lab import Lab
@@ -99,8 +99,30 @@ def test_what_wine_cannot_hold_a_function_to_is_refused(flux: Flux, program: byt
 
 def test_a_program_of_linux_is_not_placed_there(flux: Flux) -> None:
     flux.api.call("PUT", "/functions", b"name: shell\nhandler: run.sh\n")
+    status, answer = flux.api.call("PUT", "/deploy/shell", make_zip({"run.sh": "#!/bin/sh\n"}))
+    assert status == 201
+    assert answer["problem"].startswith(
+        "no agent can run shell: the agent is windows/amd64, the function is for unix/any"
+    )
     status, answer = flux.api.execute("shell")
     assert status in (404, 409, 429, 503), answer
+
+
+def test_a_handler_is_what_its_bytes_say(flux: Flux, program: bytes) -> None:
+    flux.api.deploy({"name": "bare", "handler": "main"}, {"main": program})
+    assert flux.api.execute("bare", "0")[1]["exit_code"] == 0
+    flux.api.call("PUT", "/functions", b"name: script\nhandler: main.py\n")
+    status, answer = flux.api.call("PUT", "/deploy/script", make_zip({"main.py": "print(1)\n"}))
+    assert status == 201
+    assert "Windows cannot run the handler main.py" in answer["problem"]
+
+
+def test_a_zip_with_names_that_windows_cannot_hold_is_refused_by_the_agent(flux: Flux, program: bytes) -> None:
+    flux.api.call("PUT", "/functions", b"name: names\nhandler: main.exe\n")
+    for name in ("aux.js", "JSON::PP.3pm", "etc.", "MAIN.EXE"):
+        status, answer = flux.api.call("PUT", "/deploy/names", make_zip({"main.exe": program, name: "x"}))
+        assert (status, answer["agents"][0]["status"]) == (201, "failed"), answer
+        assert "rename" in answer["problem"]
 
 
 def test_the_suite_of_the_executor_passes_under_wine(lab: Lab) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxlib.agent.executor import windows_commands as commands
+from fluxlib.config.environment import windows_basics
 from fluxlib.errors import InvalidInput
 
 ROOT = r"C:\Windows"
@@ -124,3 +125,18 @@ def test_environments_merge_without_regard_to_case() -> None:
     for bad in ({"": "x"}, {"a=b": "x"}, {"a": "x\0"}):
         with pytest.raises(InvalidInput):
             commands.environment_block(bad)
+
+
+def test_a_function_knows_its_user_machine_and_public_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"USERNAME": "me", "COMPUTERNAME": "BOX", "PUBLIC": r"D:\Public", "SECRET": "x"}.items():
+        monkeypatch.setenv(name, value)
+    basics = windows_basics()
+    assert (basics["USERNAME"], basics["COMPUTERNAME"], basics["PUBLIC"]) == ("me", "BOX", r"D:\Public")
+    assert "SECRET" not in basics
+    # A service of a virtual account may have none of them.
+    for name in ("USERNAME", "COMPUTERNAME", "PUBLIC", "SystemDrive"):
+        monkeypatch.delenv(name, raising=False)
+    basics = windows_basics()
+    assert basics["USERNAME"]
+    assert basics["COMPUTERNAME"]
+    assert basics["PUBLIC"] == r"C:\Users\Public"

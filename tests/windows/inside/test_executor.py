@@ -109,6 +109,9 @@ def test_environment_is_clean_and_has_what_windows_programs_need(
     assert seen["GREETING"] == "hello"  # Python shows names in capitals, as Windows compares them
     assert seen["TMP"] == "overridden"
     assert seen["SYSTEMROOT"] == os.environ["SYSTEMROOT"]
+    assert seen["USERNAME"]
+    assert seen["COMPUTERNAME"]
+    assert seen["PUBLIC"]
     assert f"cwd {seen['TEMP']}" in ran.text
     assert not Path(seen["TEMP"]).exists()  # the work directory, gone with the run
 
