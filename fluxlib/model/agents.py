@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -16,17 +16,27 @@ AGENT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 RESERVED_AGENT_IDS = frozenset({"flux", "flux-agent", "register"})
 
 
+def known_fields(cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``data`` that the dataclass has: a newer version stores more."""
+    return {one.name: data[one.name] for one in fields(cls) if one.name in data}
+
+
 class AgentStatus(str, Enum):
     PROVISIONING = "provisioning"  # a node being made; not yet an agent
     ONLINE = "online"
     BUSY = "busy"  # online, every slot taken
     OFFLINE = "offline"
     DRAINING = "draining"  # finishes what runs, takes nothing new
+    UNKNOWN = "unknown"  # one that only a newer version knows; it takes no work
+
+    @classmethod
+    def _missing_(cls, value: object) -> AgentStatus:
+        return cls.UNKNOWN
 
     @property
     def present(self) -> bool:
         """Whether it answers now, as far as is known."""
-        return self not in (AgentStatus.OFFLINE, AgentStatus.PROVISIONING)
+        return self not in (AgentStatus.OFFLINE, AgentStatus.PROVISIONING, AgentStatus.UNKNOWN)
 
     @property
     def takes_work(self) -> bool:
@@ -60,6 +70,11 @@ class NodeFigures:
     uptime_seconds: int = 0
     collected_at: float = 0.0
     disk_free_mb: int = 0
+
+    @classmethod
+    def from_fields(cls, data: Mapping[str, Any]) -> NodeFigures:
+        """What another process made of it with ``asdict``, perhaps of another version."""
+        return cls(**known_fields(cls, data))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,6 +111,21 @@ class AgentRecord:
     legacy_certificate: bool = False  # its certificate carries no ID
     offline_since: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)  # a provider's own notes
+
+    def to_fields(self) -> dict[str, Any]:
+        """By name, as stores keep it."""
+        return asdict(self) | {"platform": str(self.platform), "status": self.status.value}
+
+    @classmethod
+    def from_fields(cls, data: Mapping[str, Any]) -> AgentRecord:
+        """What ``to_fields`` of this or another version made: what is missing has its default, what is unknown is
+        ignored.
+        """
+        known = known_fields(cls, data)
+        known["platform"] = Platform.parse(data.get("platform", ""))
+        known["status"] = AgentStatus(data.get("status", AgentStatus.OFFLINE))
+        known["enforces"] = tuple(data.get("enforces", ()))
+        return cls(**{"address": "", **known})
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import Any
@@ -19,6 +19,11 @@ class ExecutionStatus(str, Enum):
     SUCCESS = "success"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    UNKNOWN = "unknown"  # an end that only a newer version knows
+
+    @classmethod
+    def _missing_(cls, value: object) -> ExecutionStatus:
+        return cls.UNKNOWN
 
     @property
     def ended(self) -> bool:
@@ -33,6 +38,11 @@ class Phase(str, Enum):
     RUNNING = "running"
     ENDING = "ending"  # told to stop, its processes are being killed
     ENDED = "ended"
+    UNKNOWN = "unknown"  # one that only a newer version knows
+
+    @classmethod
+    def _missing_(cls, value: object) -> Phase:
+        return cls.UNKNOWN
 
 
 class ErrorKind(IntEnum):
@@ -54,6 +64,21 @@ class ErrorKind(IntEnum):
     AGENT_LOST = 13
     STOPPING = 14
     INTERNAL = 15
+    UNKNOWN = -1  # one that only a newer version knows; whether anything was started is not known either
+
+    @classmethod
+    def _missing_(cls, value: object) -> ErrorKind:
+        return cls.UNKNOWN
+
+    @classmethod
+    def named(cls, name: str | None) -> ErrorKind:
+        """The inverse of ``label``."""
+        return cls.__members__.get(name.upper(), cls.UNKNOWN) if name else cls.NONE
+
+    @property
+    def label(self) -> str:
+        """Its name as it is stored and shown; empty for NONE."""
+        return self.name.lower() if self else ""
 
     @property
     def nothing_started(self) -> bool:
@@ -127,6 +152,7 @@ class ExecutionRecord:
     peak_memory_bytes: int | None = None
     cpu_seconds: float | None = None
     warnings: tuple[str, ...] = ()
+    attempt: int = 1  # which start of it this is about
 
     def ended(
         self, status: ExecutionStatus, *, at: float, error: str = "", kind: ErrorKind = ErrorKind.NONE
@@ -146,7 +172,7 @@ class ExecutionRecord:
             "phase": self.phase.value,
             "async": self.asynchronous,
             "error": self.error,
-            "error_kind": self.error_kind.name.lower() if self.error_kind else None,
+            "error_kind": self.error_kind.label or None,
             "duration_ms": self.duration_ms,
             "queue_ms": self.queue_ms,
             "started_at": rfc3339(self.started_at),
@@ -167,65 +193,67 @@ class ExecutionRecord:
             data["output"] = (self.output or b"").decode("utf-8", "replace")
         return data
 
-    def to_row(self) -> list[Any]:
-        """Everything but its output, at half of what ``to_json`` costs. The order is that of stores and wire."""
-        return [
-            self.execution_id,
-            self.function_name,
-            self.agent_id,
-            self.status.value,
-            self.phase.value,
-            self.asynchronous,
-            self.output_bytes,
-            self.truncated,
-            self.error,
-            int(self.error_kind),
-            self.exit_code,
-            self.signal,
-            self.duration_ms,
-            self.queue_ms,
-            self.started_at,
-            self.run_started_at,
-            self.status_at,
-            self.peak_memory_bytes,
-            self.cpu_seconds,
-            self.warnings,
-        ]
+    def to_fields(self) -> dict[str, Any]:
+        """Everything but its output by name, as stores keep it; at half of what ``to_json`` costs."""
+        return {
+            "execution_id": self.execution_id,
+            "function_name": self.function_name,
+            "agent_id": self.agent_id,
+            "status": self.status.value,
+            "phase": self.phase.value,
+            "asynchronous": self.asynchronous,
+            "output_bytes": self.output_bytes,
+            "truncated": self.truncated,
+            "error": self.error,
+            "error_kind": self.error_kind.label,
+            "exit_code": self.exit_code,
+            "signal": self.signal,
+            "duration_ms": self.duration_ms,
+            "queue_ms": self.queue_ms,
+            "started_at": self.started_at,
+            "run_started_at": self.run_started_at,
+            "status_at": self.status_at,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "cpu_seconds": self.cpu_seconds,
+            "warnings": self.warnings,
+            "attempt": self.attempt,
+        }
 
     @classmethod
-    def from_row(cls, row: Sequence[Any], output: bytes | None = None) -> ExecutionRecord:
-        """What ``to_row`` made, and its output."""
-        execution_id, function_name, agent_id, status, phase, asynchronous, size, truncated, error, kind = row[:10]
-        exit_code, signal, duration_ms, queue_ms, started, run_started, at, memory, cpu, warnings = row[10:]
+    def from_fields(cls, data: Mapping[str, Any]) -> ExecutionRecord:
+        """What ``to_fields`` of this or another version made: what is missing has its default, what is unknown is
+        ignored.
+        """
+        get = data.get
         return cls(
-            execution_id,
-            function_name,
-            agent_id,
-            ExecutionStatus(status),
-            Phase(phase),
-            asynchronous,
-            output,
-            size,
-            truncated,
-            error,
-            ErrorKind(kind),
-            exit_code,
-            signal,
-            duration_ms,
-            queue_ms,
-            started,
-            run_started,
-            at,
-            memory,
-            cpu,
-            tuple(warnings),
+            data["execution_id"],
+            get("function_name", ""),
+            get("agent_id", ""),
+            ExecutionStatus(get("status", "running")),
+            Phase(get("phase", "running")),
+            get("asynchronous", False),
+            None,
+            get("output_bytes", 0),
+            get("truncated", False),
+            get("error", ""),
+            ErrorKind.named(get("error_kind")),
+            get("exit_code"),
+            get("signal"),
+            get("duration_ms", 0),
+            get("queue_ms", 0),
+            get("started_at", 0.0),
+            get("run_started_at", 0.0),
+            get("status_at", 0.0),
+            get("peak_memory_bytes"),
+            get("cpu_seconds"),
+            tuple(get("warnings", ())),
+            get("attempt", 1),
         )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExecutionRecord:
         """A record from an agent, ours or the original's (which lacks most fields)."""
         status = ExecutionStatus(data["status"])
-        kind = data.get("error_kind")
         output = data.get("output")
         return cls(
             execution_id=data["execution_id"],
@@ -238,7 +266,7 @@ class ExecutionRecord:
             output_bytes=data.get("output_bytes") or 0,
             truncated=bool(data.get("truncated")),
             error=data.get("error") or "",
-            error_kind=ErrorKind[kind.upper()] if kind else ErrorKind.NONE,
+            error_kind=ErrorKind.named(data.get("error_kind")),
             exit_code=data.get("exit_code"),
             signal=data.get("signal"),
             duration_ms=data.get("duration_ms") or 0,
@@ -249,4 +277,5 @@ class ExecutionRecord:
             peak_memory_bytes=data.get("peak_memory_bytes"),
             cpu_seconds=data.get("cpu_seconds"),
             warnings=tuple(data.get("warnings") or ()),
+            attempt=data.get("attempt") or 1,
         )

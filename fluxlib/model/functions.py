@@ -8,7 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound=Enum)
 
 FUNCTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
@@ -114,21 +116,26 @@ class FunctionSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FunctionSpec:
-        """The inverse of :meth:`to_json`, for values a store or a peer of ours wrote."""
-        limits = data.get("limits") or {}
+        """The inverse of :meth:`to_json`, for values a store or a peer of ours wrote, perhaps of another version.
+
+        What is missing has its default and what is unknown is ignored. A word that only a newer version knows means
+        what holds a function tightest: no network, no waiting, its code as the directory.
+        """
+        get = data.get
+        resources, limits = get("resources") or {}, get("limits") or {}
         return cls(
             name=data["name"],
             handler=data["handler"],
-            cpu_millicores=data["resources"]["cpu"],
-            memory_mb=data["resources"]["memory"],
-            timeout_seconds=data["timeout"],
-            max_concurrency=data["max_concurrency"],
-            max_concurrency_behavior=Behavior(data["max_concurrency_behavior"]),
-            resource_pressure_behavior=Behavior(data["resource_pressure_behavior"]),
-            env=dict(data["env"]),
-            platforms=tuple(Platform.parse(text) for text in data.get("platforms", ())),
-            network=Network(data.get("network", "host")),
-            working_directory=WorkingDirectory(data.get("cwd", "code")),
+            cpu_millicores=resources.get("cpu", 0),
+            memory_mb=resources.get("memory", 0),
+            timeout_seconds=get("timeout", 0),
+            max_concurrency=get("max_concurrency", 5),
+            max_concurrency_behavior=_known(Behavior, get("max_concurrency_behavior", "exit"), Behavior.EXIT),
+            resource_pressure_behavior=_known(Behavior, get("resource_pressure_behavior", "exit"), Behavior.EXIT),
+            env=dict(get("env") or {}),
+            platforms=tuple(Platform.parse(text) for text in get("platforms", ())),
+            network=_known(Network, get("network", "host"), Network.NONE),
+            working_directory=_known(WorkingDirectory, get("cwd", "code"), WorkingDirectory.CODE),
             max_processes=limits.get("processes", 0),
             max_open_files=limits.get("open_files", 0),
             max_file_size_mb=limits.get("file_size", 0),
@@ -156,3 +163,36 @@ class Function:
     def platforms(self) -> tuple[Platform, ...]:
         """Where it may run; empty means anywhere. What the owner said wins over what was read."""
         return self.spec.platforms or self.detected_platforms
+
+    def to_fields(self) -> dict[str, Any]:
+        """By name, as stores keep it."""
+        return {
+            "spec": self.spec.to_json(),
+            "spec_digest": self.spec_digest,
+            "code_digest": self.code_digest,
+            "code_bytes": self.code_bytes,
+            "detected": [str(platform) for platform in self.detected_platforms],
+            "updated_at": self.updated_at,
+        }
+
+    @classmethod
+    def from_fields(cls, data: Mapping[str, Any]) -> Function:
+        """What ``to_fields`` of this or another version made: what is missing has its default, what is unknown is
+        ignored.
+        """
+        spec = FunctionSpec.from_json(data["spec"])
+        return cls(
+            spec=spec,
+            spec_digest=data.get("spec_digest") or spec.digest(),
+            code_digest=data.get("code_digest", ""),
+            code_bytes=data.get("code_bytes", 0),
+            detected_platforms=tuple(Platform.parse(name) for name in data.get("detected", ())),
+            updated_at=data.get("updated_at", 0.0),
+        )
+
+
+def _known(cls: type[E], value: Any, otherwise: E) -> E:
+    try:
+        return cls(value)
+    except ValueError:
+        return otherwise

@@ -29,6 +29,7 @@ from fluxlib.model import (
     Platform,
     WorkingDirectory,
     handler_path,
+    positional,
 )
 from fluxlib.model.times import epoch, rfc3339
 from fluxlib.rpc.gen import flux_pb2 as pb
@@ -144,10 +145,10 @@ def record_to_json(record: ExecutionRecord, *, with_output: bool = True) -> byte
 
 
 def record_from_json(data: bytes, output: bytes | None = None) -> ExecutionRecord:
-    """A record from an agent: an object, or the row of an answer with its ``output``. Raises ValueError for neither."""
+    """A record from an agent: an object, or the list of an answer. Raises ValueError for neither."""
     try:
         value = json.loads(data)
-        return ExecutionRecord.from_row(value, output) if isinstance(value, list) else ExecutionRecord.from_json(value)
+        return positional.from_list(value, output) if isinstance(value, list) else ExecutionRecord.from_json(value)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an execution record: {error!r}") from error
 
@@ -175,7 +176,8 @@ def response_from_record(record: ExecutionRecord, *, with_output: bool = True) -
         error=original_text(record), duration_ms=record.duration_ms, error_kind=cast("Any", int(record.error_kind))
     )
     if record.status.ended and not record.error_kind.nothing_started:
-        response.record = _ENCODER.encode(record.to_row()).encode()
+        response.ended_record.CopyFrom(_ended_to_message(record))
+        response.record = _ENCODER.encode(positional.to_list(record)).encode()
     if with_output and record.output:
         response.output = record.output
     return response
@@ -188,12 +190,15 @@ def record_from_response(
 
     A refusal has an ``error_kind`` with ``nothing_started``. Raises ValueError for a broken answer of ours.
     """
+    if message.HasField("ended_record"):
+        return _ended_from_message(message.ended_record, message.output, agent_id)
     if message.record:
+        # Of an agent that is not upgraded yet.
         record = record_from_json(message.record, message.output)
         if record.agent_id == agent_id and record.output is not None:
             return record
         return replace(record, output=message.output, agent_id=agent_id)
-    kind = _kind(message.error_kind)
+    kind = ErrorKind(message.error_kind)
     exit_code: int | None = None
     signal: int | None = None
     if message.error and not kind:
@@ -224,11 +229,57 @@ def record_from_response(
     )
 
 
-def _kind(number: int) -> ErrorKind:
-    try:
-        return ErrorKind(number)
-    except ValueError:
-        return ErrorKind.INTERNAL  # of an agent newer than this
+def _ended_to_message(record: ExecutionRecord) -> pb.ExecutionRecord:
+    return pb.ExecutionRecord(
+        execution_id=record.execution_id,
+        function_name=record.function_name,
+        agent_id=record.agent_id,
+        status=record.status.value,
+        phase=record.phase.value,
+        asynchronous=record.asynchronous,
+        output_bytes=record.output_bytes,
+        truncated=record.truncated,
+        error=record.error,
+        error_kind=cast("Any", int(record.error_kind)),
+        exit_code=record.exit_code,
+        signal=record.signal,
+        duration_ms=record.duration_ms,
+        queue_ms=record.queue_ms,
+        started_at=record.started_at,
+        run_started_at=record.run_started_at,
+        status_at=record.status_at,
+        peak_memory_bytes=record.peak_memory_bytes,
+        cpu_seconds=record.cpu_seconds,
+        warnings=record.warnings,
+        attempt=record.attempt,
+    )
+
+
+def _ended_from_message(message: pb.ExecutionRecord, output: bytes, agent_id: str) -> ExecutionRecord:
+    return ExecutionRecord(
+        message.execution_id,
+        message.function_name,
+        agent_id,
+        ExecutionStatus(message.status),
+        Phase(message.phase),
+        message.asynchronous,
+        output,
+        message.output_bytes,
+        message.truncated,
+        message.error,
+        ErrorKind(message.error_kind),
+        message.exit_code if message.HasField("exit_code") else None,
+        message.signal if message.HasField("signal") else None,
+        message.duration_ms,
+        message.queue_ms,
+        message.started_at,
+        message.run_started_at,
+        message.status_at,
+        message.peak_memory_bytes if message.HasField("peak_memory_bytes") else None,
+        message.cpu_seconds if message.HasField("cpu_seconds") else None,
+        tuple(message.warnings),
+        message.attempt or 1,
+    )
 
 
 _EXIT_CODE = re.compile(r"exit code (-?\d+)")

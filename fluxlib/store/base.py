@@ -19,28 +19,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from fluxlib.model import AgentRecord, ExecutionRecord, ExecutionRequest, ExecutionStatus, Function
 
 # Seconds a lease that ran out is still listed. One whose owner has open executions stays until they are adopted.
 LEASE_MEMORY = 86400.0
+# Seconds that a write may take before its caller gives up.
+COMMIT_TIMEOUT = 10.0
+# A claim brings along requests up to this size (bytes); larger ones are read one at a time when they are sent.
+SMALL_REQUEST = 16 * 1024
 
 
 class Commit(Protocol):
-    """A write on its way. ``wait`` returns when it holds, or raises what went wrong."""
+    """A write on its way to the store. Every wait for it has a deadline, in seconds."""
 
-    def wait(self, timeout: float | None = None) -> None: ...
+    def wait(self, timeout: float = COMMIT_TIMEOUT) -> None:
+        """Returns when the write is committed, raises what went wrong.
+
+        StoreUnavailable when it was not committed in time; it may be committed later all the same.
+        """
+
+    def value(self, timeout: float = COMMIT_TIMEOUT) -> Any:
+        """As ``wait``, then what the write answered."""
 
     def then(self, call: Callable[[Exception | None], None]) -> None:
-        """Instead of waiting: ``call`` gets None when it holds, or what went wrong; perhaps at once. Must be quick."""
+        """Instead of waiting: ``call`` gets None once the write is committed, or what went wrong; perhaps at once.
+
+        It runs on the store's writer thread, so it must only enqueue.
+        """
 
 
 class Committed:
-    """A write that already holds."""
+    """A write that is committed already."""
 
-    def wait(self, timeout: float | None = None) -> None:
+    def __init__(self, value: Any = None) -> None:
+        self._value = value
+
+    def wait(self, timeout: float = COMMIT_TIMEOUT) -> None:
         return
+
+    def value(self, timeout: float = COMMIT_TIMEOUT) -> Any:
+        return self._value
 
     def then(self, call: Callable[[Exception | None], None]) -> None:
         call(None)
@@ -64,20 +84,31 @@ class Lease:
 class ExecutionEntry:
     """An execution as the control plane keeps it.
 
-    ``record`` carries no output (the agent keeps that). ``request`` is kept
-    until the execution has ended: a queued one is started from it after a restart.
+    ``record`` carries no output (the agent keeps that). ``request`` is given to ``create_execution``, which keeps it
+    until the execution has ended; of what the store answers only ``claim_executions`` carries it, and only a small one.
     """
 
     record: ExecutionRecord
     request: ExecutionRequest | None = None
-    owner: str = ""  # the Flux process (its session) that dispatches or waits for it
+    owner: str = ""  # the Flux process (its session) that dispatches or waits for it; "" = in the backlog
     sequence: int = 0  # order of acceptance, set by the store; grows
     idempotency_key: str = ""
-    keep_until: float = 0.0  # epoch seconds; 0 while it runs
+    keep_until: float = 0.0  # epoch seconds by the store's clock; 0 while it runs
+    rank: float = 0.0  # the lowest is claimed first; 0 = in the order of acceptance
+    request_bytes: int = 0  # size of the kept request, 0 = none is kept; set by the store
 
     @property
     def execution_id(self) -> str:
         return self.record.execution_id
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedExecutions:
+    """How many executions of one function are queued, whoever owns them."""
+
+    waiting: int = 0  # all of them
+    ready: int = 0  # those nobody owns: any Flux may claim them
+    request_bytes: int = 0  # what the requests kept for them take in the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,27 +165,54 @@ class ControlStore(Protocol):
     def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool: ...
 
     # -- executions ------------------------------------------------------------
+    #
+    # Phases: queued (nobody's, or claimed by a Flux) -> starting/running/ending (at an agent) -> ended. Every step
+    # from CLAIM on names the owner and the attempt it speaks of, and is refused when either is no longer current: a
+    # Flux that was frozen, or an agent's late word about attempt 1, changes nothing of attempt 2.
 
     def create_execution(self, entry: ExecutionEntry, *, durable: bool) -> tuple[str, Commit]:
-        """Keep a new execution before anything is done about it.
+        """CREATE: keep a new execution before anything is done about it.
 
-        Answers the ID under which it is known: the entry's own, or, when its
-        idempotency key was used before (for the same function), that earlier one's,
-        and then nothing is written. Nor is it for an ID that is known already.
+        A queued entry with an empty owner goes into the backlog: any Flux may claim it, so it should carry its
+        request. A queued entry with an owner is waited for by that Flux (a synchronous call) and is never claimed by
+        another. One that has an agent already (phase starting) needs an owner.
+
+        Answers the ID under which it is known: the entry's own, or, when its idempotency key was used before (for
+        the same function), that earlier one's, and then nothing is written. Nor is it for an ID that is known already.
         """
 
-    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        """Phase ``starting`` at this agent.
+    def claim_executions(self, owner: str, function_name: str, limit: int) -> list[ExecutionEntry]:
+        """CLAIM: make ``owner`` the owner of at most ``limit`` entries of this function's backlog, best rank first.
 
-        Waiting raises Conflict when it ended meanwhile (a cancel), or is no longer this owner's: another Flux took
-        it over while this one was frozen, and has perhaps sent it already.
+        They stay queued. Each carries its request when that is at most SMALL_REQUEST bytes; a larger one is read with
+        ``request``. When this raises, entries may have been claimed all the same: they are queued ones among
+        ``executions_of(owner)`` that the process does not know, and are to be taken or returned.
         """
 
-    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        """Back to phase ``queued`` at no agent (it was refused, nothing was started). Conflict as for assigning."""
+    def assign_attempt(self, execution_id: str, attempt: int, agent_id: str, owner: str) -> Commit:
+        """ASSIGN: phase ``starting`` at this agent, whether it was queued or at another agent. To be committed before
+        anything is sent to the agent.
 
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
-        """The first end wins: a second one changes nothing and raises nothing. Drops the kept request."""
+        Waiting raises Conflict when the execution has ended, is not this owner's (any more), or is at another attempt.
+        The same again is no error.
+        """
+
+    def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
+        """RETURN: back to phase ``queued`` at no agent, with its old rank (nothing was started).
+
+        It goes back into the backlog, for any Flux; with ``claimed`` it stays this owner's, as it must when a caller
+        waits for it. Waiting raises Conflict as for ``assign_attempt``.
+        """
+
+    def end_attempt(
+        self, record: ExecutionRecord, attempt: int, keep_for: float, *, keep_request: bool = False
+    ) -> Commit:
+        """END: the final record of an execution, forgotten ``keep_for`` seconds after now by the store's clock.
+
+        ``attempt`` 0 ends whatever attempt it is at (a cancel, a lost agent). The first end wins: one of an execution
+        that has ended, of another attempt or of an unknown ID changes nothing and raises nothing; ``value()`` is True
+        for the one that was written. The request is dropped unless ``keep_request``. Nobody needs to wait.
+        """
 
     def forget_execution(self, execution_id: str, owner: str) -> Commit:
         """Leave no trace of one that was written and then not accepted: its idempotency key is free again.
@@ -162,27 +220,64 @@ class ControlStore(Protocol):
         One that nobody knows (any more), or that another owner has taken over, is no error, and left as it is.
         """
 
-    def execution(self, execution_id: str) -> ExecutionEntry | None: ...
+    def adopt_session(self, dead_owner: str, owner: str, lease: Lease | None = None) -> int:
+        """ADOPT: what a dead Flux process owned; how many executions.
+
+        Its queued asynchronous ones go back into the backlog. Those at agents become ``owner``'s, and so do its
+        queued synchronous ones, whose callers are gone: they are to be ended.
+        """
+
+    def execution(self, execution_id: str) -> ExecutionEntry | None:
+        """Without its request."""
+
+    def request(self, execution_id: str) -> ExecutionRequest | None:
+        """The request that is kept of it. None: none is kept (any more)."""
 
     def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
-        """The one that this key stands for."""
+        """The one that this key stands for, without its request."""
 
     def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page: ...
 
     def open_executions(self, agent_id: str) -> list[ExecutionEntry]:
-        """Not ended and owned by this agent ("" = queued ones, in the order of acceptance)."""
+        """Not ended and at this agent ("" = every queued one), in the order of acceptance, without requests."""
 
-    def executions_of(self, owner: str) -> list[ExecutionEntry]:
-        """Not ended and owned by this Flux process."""
+    def executions_of(self, owner: str, after: int = 0, limit: int = 0) -> list[ExecutionEntry]:
+        """Not ended and owned by this Flux process, in the order of acceptance, without requests.
 
-    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
-        """What a dead Flux process owned goes to a living one; how many."""
+        Only those whose sequence is larger than ``after``, at most ``limit`` (0 = all): a page at a time.
+        """
 
-    def expire_executions(self, now: float, limit: int = 1000) -> int:
-        """Forget ended executions (and their idempotency keys) whose time is over; how many."""
+    def open_ids(self, owner: str) -> set[str]:
+        """The IDs of what has not ended and is owned by this Flux process."""
+
+    def queued(self) -> dict[str, QueuedExecutions]:
+        """Function -> what is queued of it; only functions of which something is. Costs one step a function, however
+        many executions wait.
+        """
+
+    def expire_executions(self, max_records: int = 0, limit: int = 1000) -> int:
+        """Forget ended executions (and their idempotency keys): at most ``limit`` at once; how many.
+
+        Those whose time is over by the store's clock, and then, while more than ``max_records`` (0 = any number) are
+        kept, the oldest successes, and the oldest others when no success is left.
+        """
 
     def count_open(self, function_name: str) -> int:
         """Running or queued executions of one function, from an index."""
+
+    # -- executions, as the dispatcher calls it until it claims from the backlog -----
+
+    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
+        """``assign_attempt`` of whatever attempt it is."""
+
+    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
+        """``return_execution`` of whatever attempt it is, claimed."""
+
+    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+        """``end_attempt`` of whatever attempt it is; ``keep_until`` in epoch seconds of this machine's clock."""
+
+    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
+        """Everything a dead Flux process owned goes to a living one, queued ones too; how many."""
 
     # -- leases and small facts --------------------------------------------------
 
@@ -228,8 +323,8 @@ class RecordStore(Protocol):
     def end(self, record: ExecutionRecord, output: bytes | None, keep_until: float) -> None:
         """``output`` None: it lies in the agent's output file of that execution. Batched, in order with ``begin``."""
 
-    def flush(self, timeout: float | None = None) -> None:
-        """Until everything said so far holds."""
+    def flush(self, timeout: float = COMMIT_TIMEOUT) -> None:
+        """Until everything said so far is committed. Raises StoreUnavailable when it is not in time."""
 
     def record(self, execution_id: str) -> ExecutionRecord | None:
         """With the output that was given to ``end``; None in ``output`` when that was None."""

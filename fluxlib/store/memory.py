@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import heapq
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
-from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
-from fluxlib.model import AgentRecord, ExecutionRecord, Function, Phase
-from fluxlib.store.base import LEASE_MEMORY, Commit, Committed, ExecutionEntry, ExecutionFilter, Lease, Page
+from fluxlib.errors import LeaseLost, StoreUnavailable
+from fluxlib.model import AgentRecord, ExecutionRecord, ExecutionRequest, ExecutionStatus, Function, Phase
+from fluxlib.store.base import (
+    COMMIT_TIMEOUT,
+    LEASE_MEMORY,
+    SMALL_REQUEST,
+    Commit,
+    Committed,
+    ExecutionEntry,
+    ExecutionFilter,
+    Lease,
+    Page,
+    QueuedExecutions,
+)
+from fluxlib.store.rows import not_current, request_to_bytes
 
-_HOLDS = Committed()
+_DONE = Committed()
 
 
 class Refused:
@@ -21,7 +34,10 @@ class Refused:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float = COMMIT_TIMEOUT) -> None:
+        raise self._error
+
+    def value(self, timeout: float = COMMIT_TIMEOUT) -> Any:
         raise self._error
 
     def then(self, call: Callable[[Exception | None], None]) -> None:
@@ -38,7 +54,6 @@ class MemoryControlStore:
         self._revision = 0
         self._agents: dict[str, AgentRecord] = {}
         self._entries: dict[str, ExecutionEntry] = {}  # by order of acceptance
-        self._expiring: list[tuple[float, str]] = []
         self._sequence = 0
         self._keys: dict[tuple[str, str], str] = {}
         self._open: defaultdict[str, dict[str, None]] = defaultdict(dict)
@@ -125,46 +140,79 @@ class MemoryControlStore:
             if entry.idempotency_key:
                 known = self._keys.get(key)
                 if known is not None:
-                    return known, _HOLDS
+                    return known, _DONE
             if entry.execution_id in self._entries:
-                return entry.execution_id, _HOLDS
+                return entry.execution_id, _DONE
             if entry.idempotency_key:
                 self._keys[key] = entry.execution_id
             self._sequence += 1
-            entry = replace(entry, sequence=self._sequence, record=replace(entry.record, output=None))
+            entry = replace(
+                entry,
+                sequence=self._sequence,
+                rank=entry.rank or float(self._sequence),
+                request_bytes=len(request_to_bytes(entry.request)) if entry.request is not None else 0,
+                record=replace(entry.record, output=None),
+            )
             self._entries[entry.execution_id] = entry
             self._open[entry.record.agent_id][entry.execution_id] = None
-            return entry.execution_id, _HOLDS
+            return entry.execution_id, _DONE
+
+    def claim_executions(self, owner: str, function_name: str, limit: int) -> list[ExecutionEntry]:
+        with self._lock:
+            self.ping()
+            ready = [one for one in self._queue() if not one.owner and one.record.function_name == function_name]
+            claimed = sorted(ready, key=lambda one: (one.rank, one.sequence))[:limit]
+            for entry in claimed:
+                self._entries[entry.execution_id] = replace(entry, owner=owner)
+            return [
+                replace(one, owner=owner, request=one.request if one.request_bytes <= SMALL_REQUEST else None)
+                for one in claimed
+            ]
+
+    def assign_attempt(self, execution_id: str, attempt: int, agent_id: str, owner: str) -> Commit:
+        return self._move(execution_id, attempt, owner, agent_id, Phase.STARTING, owner)
+
+    def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
+        return self._move(execution_id, attempt, owner, "", Phase.QUEUED, owner if claimed else "")
 
     def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        return self._move(execution_id, agent_id, Phase.STARTING, owner)
+        return self.assign_attempt(execution_id, 0, agent_id, owner)
 
     def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        return self._move(execution_id, "", Phase.QUEUED, owner)
+        return self.return_execution(execution_id, 0, owner, claimed=True)
 
-    def _move(self, execution_id: str, agent_id: str, phase: Phase, owner: str) -> Commit:
+    def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
         with self._lock:
             self.ping()
             entry = self._entries.get(execution_id)
-            if entry is None or entry.record.status.ended or entry.owner != owner:
-                return Refused(Conflict(f"execution {execution_id} has ended, or was taken over"))
+            if entry is None or entry.record.status.ended or entry.owner != owner or not _at(entry, attempt):
+                return Refused(not_current(execution_id))
             del self._open[entry.record.agent_id][execution_id]
             self._open[agent_id][execution_id] = None
             record = replace(entry.record, agent_id=agent_id, phase=phase)
-            self._entries[execution_id] = replace(entry, record=record)
-            return _HOLDS
+            self._entries[execution_id] = replace(entry, record=record, owner=new_owner)
+            return _DONE
 
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+    def end_attempt(
+        self, record: ExecutionRecord, attempt: int, keep_for: float, *, keep_request: bool = False
+    ) -> Commit:
         with self._lock:
             self.ping()
             entry = self._entries.get(record.execution_id)
-            if entry is None or entry.record.status.ended:
-                return _HOLDS
+            if entry is None or entry.record.status.ended or not _at(entry, attempt):
+                return Committed(False)
             self._open[entry.record.agent_id].pop(record.execution_id, None)
-            kept = replace(record, output=None, phase=Phase.ENDED)
-            self._entries[record.execution_id] = replace(entry, record=kept, request=None, keep_until=keep_until)
-            heapq.heappush(self._expiring, (keep_until, record.execution_id))
-            return _HOLDS
+            self._entries[record.execution_id] = replace(
+                entry,
+                record=replace(record, output=None, phase=Phase.ENDED),
+                request=entry.request if keep_request else None,
+                request_bytes=entry.request_bytes if keep_request else 0,
+                keep_until=time.time() + keep_for,
+            )
+            return Committed(True)
+
+    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+        return self.end_attempt(record, 0, keep_until - time.time())
 
     def forget_execution(self, execution_id: str, owner: str) -> Commit:
         with self._lock:
@@ -172,16 +220,22 @@ class MemoryControlStore:
             entry = self._entries.get(execution_id)
             if entry is not None and entry.owner == owner:
                 self._forget(execution_id)
-            return _HOLDS
+            return _DONE
 
     def execution(self, execution_id: str) -> ExecutionEntry | None:
         self.ping()
-        return self._entries.get(execution_id)
+        entry = self._entries.get(execution_id)
+        return replace(entry, request=None) if entry is not None else None
+
+    def request(self, execution_id: str) -> ExecutionRequest | None:
+        self.ping()
+        entry = self._entries.get(execution_id)
+        return entry.request if entry is not None else None
 
     def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
         with self._lock:
             self.ping()
-            return self._entries.get(self._keys.get((function_name, idempotency_key), ""))
+            return self.execution(self._keys.get((function_name, idempotency_key), ""))
 
     def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
         with self._lock:
@@ -199,30 +253,65 @@ class MemoryControlStore:
     def open_executions(self, agent_id: str) -> list[ExecutionEntry]:
         with self._lock:
             self.ping()
-            return sorted((self._entries[one] for one in self._open[agent_id]), key=lambda entry: entry.sequence)
+            return self._listed(self._open[agent_id])
 
-    def executions_of(self, owner: str) -> list[ExecutionEntry]:
+    def executions_of(self, owner: str, after: int = 0, limit: int = 0) -> list[ExecutionEntry]:
         with self._lock:
             self.ping()
-            found = [self._entries[one] for ids in self._open.values() for one in ids]
-            return sorted((entry for entry in found if entry.owner == owner), key=lambda entry: entry.sequence)
+            found = self._listed([one for ids in self._open.values() for one in ids])
+            return [one for one in found if one.owner == owner and one.sequence > after][: limit or None]
+
+    def _listed(self, ids: Iterable[str]) -> list[ExecutionEntry]:
+        return sorted((replace(self._entries[one], request=None) for one in ids), key=lambda entry: entry.sequence)
+
+    def open_ids(self, owner: str) -> set[str]:
+        return {entry.execution_id for entry in self.executions_of(owner)}
+
+    def _queue(self) -> list[ExecutionEntry]:
+        return [entry for one in self._open[""] if (entry := self._entries[one]).record.phase is Phase.QUEUED]
+
+    def queued(self) -> dict[str, QueuedExecutions]:
+        with self._lock:
+            self.ping()
+            found: dict[str, QueuedExecutions] = {}
+            for entry in self._queue():
+                name = entry.record.function_name
+                of = found.get(name, QueuedExecutions())
+                found[name] = QueuedExecutions(
+                    of.waiting + 1, of.ready + (not entry.owner), of.request_bytes + entry.request_bytes
+                )
+            return found
+
+    def adopt_session(self, dead_owner: str, owner: str, lease: Lease | None = None) -> int:
+        return self._adopt(dead_owner, owner, lease, everything=False)
 
     def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
+        return self._adopt(from_owner, to_owner, lease, everything=True)
+
+    def _adopt(self, dead_owner: str, owner: str, lease: Lease | None, *, everything: bool) -> int:
         with self._lock:
             self._check(lease)
-            entries = self.executions_of(from_owner)
-            for entry in entries:
-                self._entries[entry.execution_id] = replace(entry, owner=to_owner)
-            return len(entries)
+            ids = self.open_ids(dead_owner)
+            for one in ids:
+                entry = self._entries[one]
+                waits = entry.record.phase is Phase.QUEUED and entry.record.asynchronous and not everything
+                self._entries[one] = replace(entry, owner="" if waits else owner)
+            return len(ids)
 
-    def expire_executions(self, now: float, limit: int = 1000) -> int:
+    def expire_executions(self, max_records: int = 0, limit: int = 1000) -> int:
         with self._lock:
             self.ping()
-            count = 0
-            while count < limit and self._expiring and self._expiring[0][0] <= now:
-                self._forget(heapq.heappop(self._expiring)[1])
-                count += 1
-            return count
+            ended = [one for one in self._entries.values() if one.record.status.ended]
+            gone = [one for one in ended if one.keep_until <= time.time()][:limit]
+            if max_records:
+                kept = sorted(
+                    (one for one in ended if one not in gone),
+                    key=lambda one: (one.record.status is not ExecutionStatus.SUCCESS, one.sequence),
+                )
+                gone += kept[: max(0, min(limit - len(gone), len(kept) - max_records))]
+            for entry in gone:
+                self._forget(entry.execution_id)
+            return len(gone)
 
     def _forget(self, execution_id: str) -> None:
         entry = self._entries.pop(execution_id, None)
@@ -308,6 +397,10 @@ class MemoryControlStore:
             held, _ = self._leases.get(lease.name, (None, 0.0))
             if held is None or held.token != lease.token:
                 raise LeaseLost(f"another process holds {lease.name} now")
+
+
+def _at(entry: ExecutionEntry, attempt: int) -> bool:
+    return attempt in (0, entry.record.attempt)
 
 
 def _matches(entry: ExecutionEntry, where: ExecutionFilter) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from fluxlib.errors import StoreUnavailable
+from fluxlib.store.base import COMMIT_TIMEOUT
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ _COMPANY = 0.02
 
 
 class Pending(Generic[W]):
-    """``wait`` returns when the write holds. Cheap when nobody waits."""
+    """``wait`` returns when the write is committed. Cheap when nobody waits."""
 
     __slots__ = ("_calls", "_done", "_hurry", "durable", "error", "result", "work")
 
@@ -34,18 +35,18 @@ class Pending(Generic[W]):
         self._done = threading.Lock()
         self._done.acquire()
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Raises what the write raised, StoreUnavailable when it did not hold in time."""
+    def wait(self, timeout: float = COMMIT_TIMEOUT) -> None:
+        """Raises what the write raised, StoreUnavailable when it was not committed in time (seconds)."""
         if not self.settles_within(timeout):
-            raise StoreUnavailable("the store is too slow: a write did not hold in time")
+            raise StoreUnavailable(f"the store did not commit the write within {timeout:g} s")
         if self.error is not None:
             raise self.error
 
-    def settles_within(self, timeout: float | None) -> bool:
+    def settles_within(self, timeout: float) -> bool:
         """Whether it is written or has failed by then."""
         if self._hurry is not None and self._done.locked():
             self._hurry()
-        if not self._done.acquire(timeout=-1 if timeout is None else timeout):
+        if not self._done.acquire(timeout=max(0.0, timeout)):
             return False
         self._done.release()
         return True
@@ -59,9 +60,9 @@ class Pending(Generic[W]):
         if not self._done.locked():
             self._tell()
 
-    def value(self) -> Any:
+    def value(self, timeout: float = COMMIT_TIMEOUT) -> Any:
         """Wait, then what the write returned."""
-        self.wait()
+        self.wait(timeout)
         return self.result
 
     @property

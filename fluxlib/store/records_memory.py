@@ -27,7 +27,7 @@ class MemoryRecordStore:
         with self._open():
             self._records[record.execution_id] = (replace(record, output=output), keep_until)
 
-    def flush(self, timeout: float | None = None) -> None:
+    def flush(self, timeout: float = 10.0) -> None:
         return
 
     def record(self, execution_id: str) -> ExecutionRecord | None:

@@ -12,6 +12,7 @@ from redis import Redis
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.store import rows
+from fluxlib.store.base import COMMIT_TIMEOUT
 from fluxlib.store.pending import Pending
 from fluxlib.store.redis_link import Argument, Call, RedisLink, Script
 
@@ -77,7 +78,7 @@ class RedisRecordStore:
             output or b"",
         )
 
-    def flush(self, timeout: float | None = None) -> None:
+    def flush(self, timeout: float = COMMIT_TIMEOUT) -> None:
         self._link.write(_NOTHING).wait(timeout)
 
     def record(self, execution_id: str) -> ExecutionRecord | None:

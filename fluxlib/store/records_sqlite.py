@@ -10,6 +10,7 @@ from pathlib import Path
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.store import rows
+from fluxlib.store.base import COMMIT_TIMEOUT
 from fluxlib.store.pending import Pending
 from fluxlib.store.sqlite_file import SqliteFile, Write
 
@@ -33,7 +34,9 @@ class SqliteRecordStore:
     """RecordStore in ``agent.db``."""
 
     def __init__(self, path: Path) -> None:
-        self._file = SqliteFile(path, [_SCHEMA], "record-store")
+        self._file = SqliteFile(
+            path, [_SCHEMA.split(";"), ("UPDATE records SET record = named_record(record)",)], "record-store"
+        )
         self._lock = threading.Lock()
         # Under way, or failed: a disk that was full for a moment must not lose an end.
         self._written: deque[Pending[Write]] = deque(maxlen=_REMEMBERED)
@@ -61,7 +64,7 @@ class SqliteRecordStore:
             # What held or is under way goes along: a begin that failed must not come after its end.
             self._written = deque((self._file.write(one.work) for one in self._written), maxlen=_REMEMBERED)
 
-    def flush(self, timeout: float | None = None) -> None:
+    def flush(self, timeout: float = COMMIT_TIMEOUT) -> None:
         self._file.write(lambda db: None, durable=True).wait(timeout)
 
     def record(self, execution_id: str) -> ExecutionRecord | None:

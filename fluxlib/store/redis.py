@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from typing import Any, cast
@@ -17,11 +18,11 @@ from fluxlib.store.base import Lease
 from fluxlib.store.redis_executions import RedisExecutions, fence, in_time
 from fluxlib.store.redis_import import import_original
 from fluxlib.store.redis_link import RedisLink
+from fluxlib.store.redis_migration import bring_up_to_date
 
 log = logging.getLogger(__name__)
 
 PREFIX = "fluxpy:"
-_SCHEMA = 1
 # A value of Redis holds 512 MB at most, and a command that large would hold up everybody else's.
 _PIECE = 8 * 1024 * 1024
 _UPLOAD_LIFE = 3600  # seconds, of pieces whose function never came
@@ -34,28 +35,21 @@ class RedisControlStore(RedisExecutions):
         link = RedisLink(address, prefix, scripts.ALL, "flux-store")
         super().__init__(link)
         try:
-            self._check_schema()
+            bring_up_to_date(link)
             import_original(link, self)
         except BaseException:
             link.close()
             raise
 
-    def _check_schema(self) -> None:
-        key = self._key("schema")
-        self._link.read(lambda client: client.set(key, _SCHEMA, nx=True))
-        found = int(self._link.read(lambda client: client.get(key)) or _SCHEMA)
-        if found > _SCHEMA:
-            raise StoreUnavailable(f"Redis holds the state of a newer Flux (schema {found}, this one knows {_SCHEMA})")
-
     # -- functions and code
 
     def functions(self) -> list[Function]:
         found = self._link.read(lambda client: client.hgetall(self._key("functions")))
-        return [rows.function_from_text(found[name]) for name in sorted(found)]
+        return [_function(found[name]) for name in sorted(found)]
 
     def function(self, name: str) -> Function | None:
         found = self._link.read(lambda client: client.hget(self._key("functions"), name))
-        return rows.function_from_text(found) if found is not None else None
+        return _function(found) if found is not None else None
 
     def functions_revision(self) -> int:
         return int(self._link.read(lambda client: client.get(self._key("functions:revision"))) or 0)
@@ -65,7 +59,7 @@ class RedisControlStore(RedisExecutions):
         self._link.write(
             scripts.SAVE_FUNCTION,
             function.spec.name,
-            rows.function_to_text(function),
+            rows.dump(function.to_fields()),
             function.code_digest,
             upload,
         ).wait()
@@ -103,17 +97,17 @@ class RedisControlStore(RedisExecutions):
 
     def agents(self) -> list[AgentRecord]:
         found = self._link.read(lambda client: client.hgetall(self._key("agents")))
-        return [rows.agent_from_text(found[agent_id]) for agent_id in sorted(found)]
+        return [_agent(found[agent_id]) for agent_id in sorted(found)]
 
     def agent(self, agent_id: str) -> AgentRecord | None:
         found = self._link.read(lambda client: client.hget(self._key("agents"), agent_id))
-        return rows.agent_from_text(found) if found is not None else None
+        return _agent(found) if found is not None else None
 
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
-        self._set("agents", agent.agent_id, rows.agent_to_text(agent), lease)
+        self._set("agents", agent.agent_id, rows.dump(agent.to_fields()), lease)
 
     def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
-        text = rows.agent_to_text(agent)
+        text = rows.dump(agent.to_fields())
         pending = self._link.write(
             scripts.UPDATE_FIELD, "agents", agent.agent_id, text, *fence(lease), read=in_time(lease)
         )
@@ -216,3 +210,11 @@ class RedisControlStore(RedisExecutions):
 
     def close(self, timeout: float = 30.0) -> None:
         self._link.close(timeout)
+
+
+def _function(text: str | bytes) -> Function:
+    return Function.from_fields(json.loads(text))
+
+
+def _agent(text: str | bytes) -> AgentRecord:
+    return AgentRecord.from_fields(json.loads(text))

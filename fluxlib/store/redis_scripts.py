@@ -9,11 +9,13 @@ Keys, all behind one prefix (P):
     agents, facts                    hash
     lease:NAME                       hash: owner, token, expires (by Redis's clock); leases: names by when they run out
     tokens                           the last fencing token given
-    execution:ID                     hash
+    execution:ID                     hash; its request in request:ID, so that nobody reads it with the rest
     executions, …:f:F, …:s:S, …:fs:F:S   IDs by order of acceptance: all, by function, by status, by both
     queued, queued:f:F               the queued ones among them
+    ready:f:F                        those of them that nobody owns, by rank
+    queues, queues:ready, queues:bytes   hash: function → how many are queued, ready, bytes of their requests
     open:agent:A, open:owner:O       what has not ended
-    expiring                         ended ones by when they are to be forgotten
+    expiring                         ended ones by when they are to be forgotten (by Redis's clock)
     idempotent:F:KEY                 the execution that a key stands for
 """
 
@@ -36,21 +38,63 @@ local function unlist(P, fn, status, id)
   redis.call('ZREM', P..'executions:s:'..status, id)
   redis.call('ZREM', P..'executions:fs:'..fn..':'..status, id)
 end
-local function place(P, fn, phase, agent, owner, seq, id)
-  redis.call('ZADD', P..'open:agent:'..agent, seq, id)
-  redis.call('ZADD', P..'open:owner:'..owner, seq, id)
-  if phase == 'queued' then
-    redis.call('ZADD', P..'queued', seq, id)
-    redis.call('ZADD', P..'queued:f:'..fn, seq, id)
+local function count(P, hash, fn, by)
+  if by ~= 0 and redis.call('HINCRBY', P..hash, fn, by) == 0 then redis.call('HDEL', P..hash, fn) end
+end
+local FIELDS = {'function', 'status', 'phase', 'agent', 'owner', 'seq', 'rank', 'size', 'attempt', 'async'}
+-- What the indexes are made of; nil for an execution that is unknown or has ended.
+local function open_entry(P, id)
+  local v = redis.call('HMGET', P..'execution:'..id, unpack(FIELDS))
+  if v[2] ~= 'running' then return nil end
+  return {id = id, fn = v[1], phase = v[3], agent = v[4], owner = v[5], seq = v[6], rank = v[7] or v[6],
+    size = tonumber(v[8] or '0'), attempt = v[9] or '1', async = v[10]}
+end
+local function place(P, e)
+  redis.call('ZADD', P..'open:agent:'..e.agent, e.seq, e.id)
+  redis.call('ZADD', P..'open:owner:'..e.owner, e.seq, e.id)
+  if e.phase == 'queued' then
+    redis.call('ZADD', P..'queued', e.seq, e.id)
+    redis.call('ZADD', P..'queued:f:'..e.fn, e.seq, e.id)
+    count(P, 'queues', e.fn, 1)
+    count(P, 'queues:bytes', e.fn, e.size)
+    if e.owner == '' then
+      redis.call('ZADD', P..'ready:f:'..e.fn, e.rank, e.id)
+      count(P, 'queues:ready', e.fn, 1)
+    end
   end
 end
-local function displace(P, fn, phase, agent, owner, id)
-  redis.call('ZREM', P..'open:agent:'..agent, id)
-  redis.call('ZREM', P..'open:owner:'..owner, id)
-  if phase == 'queued' then
-    redis.call('ZREM', P..'queued', id)
-    redis.call('ZREM', P..'queued:f:'..fn, id)
+local function displace(P, e)
+  redis.call('ZREM', P..'open:agent:'..e.agent, e.id)
+  redis.call('ZREM', P..'open:owner:'..e.owner, e.id)
+  if e.phase == 'queued' then
+    redis.call('ZREM', P..'queued', e.id)
+    redis.call('ZREM', P..'queued:f:'..e.fn, e.id)
+    count(P, 'queues', e.fn, -1)
+    count(P, 'queues:bytes', e.fn, -e.size)
+    if e.owner == '' then
+      redis.call('ZREM', P..'ready:f:'..e.fn, e.id)
+      count(P, 'queues:ready', e.fn, -1)
+    end
   end
+end
+local function move(P, e, agent, phase, owner)
+  displace(P, e)
+  e.agent, e.phase, e.owner = agent, phase, owner
+  redis.call('HSET', P..'execution:'..e.id, 'agent', agent, 'phase', phase, 'owner', owner)
+  place(P, e)
+end
+"""
+_READ = """
+local function read(P, id)
+  return redis.call('HMGET', P..'execution:'..id, 'id', 'seq', 'function', 'agent', 'status', 'phase', 'async',
+    'started', 'owner', 'key', 'keep', 'rank', 'size', 'attempt', 'record')
+end
+"""
+# Of this server alone: the clocks of two Flux may be hours apart.
+_NOW = """
+local function clock()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) + tonumber(t[2]) / 1e6
 end
 """
 
@@ -128,11 +172,12 @@ return redis.call('HDEL', P..hash, field)
 """,
 )
 
-# P, id, function, agent, phase, async, started, owner, idempotency key, has request, request → the ID it is known under
+# P, id, function, agent, phase, async, started, owner, idempotency key, attempt, rank or '', has request, request
+# → the ID it is known under
 CREATE = Script.of(
     _INDEX,
     """
-local P, id, fn, agent, phase, async, started, owner, key, has_request, request = unpack(ARGV)
+local P, id, fn, agent, phase, async, started, owner, key, attempt, rank, has_request, request = unpack(ARGV)
 if key ~= '' then
   local known = redis.call('GET', P..'idempotent:'..fn..':'..key)
   if known then return known end
@@ -141,87 +186,145 @@ local h = P..'execution:'..id
 if redis.call('EXISTS', h) == 1 then return id end
 if key ~= '' then redis.call('SET', P..'idempotent:'..fn..':'..key, id) end
 local seq = redis.call('INCR', P..'sequence')
+if rank == '' then rank = seq end
+local size = 0
+if has_request == '1' then
+  size = #request
+  redis.call('SET', P..'request:'..id, request)
+end
 redis.call('HSET', h, 'id', id, 'seq', seq, 'function', fn, 'agent', agent, 'status', 'running', 'phase', phase,
-  'async', async, 'started', started, 'owner', owner, 'key', key)
-if has_request == '1' then redis.call('HSET', h, 'request', request) end
+  'async', async, 'started', started, 'owner', owner, 'key', key, 'attempt', attempt, 'rank', rank, 'size', size)
 redis.call('ZADD', P..'executions', seq, id)
 redis.call('ZADD', P..'executions:f:'..fn, seq, id)
 list(P, fn, 'running', seq, id)
-place(P, fn, phase, agent, owner, seq, id)
+place(P, {id = id, fn = fn, phase = phase, agent = agent, owner = owner, seq = seq, rank = rank, size = size})
 return id
 """,
 )
-# P, id, agent, phase, owner → 0 when it has ended, or is another's
+# P, id… → counts these queued ones, as their steps do from then on; none: begins at nothing
+COUNT_QUEUED = Script.of(
+    _INDEX,
+    """
+local P = ARGV[1]
+if #ARGV == 1 then
+  redis.call('DEL', P..'queues', P..'queues:bytes', P..'queues:ready')
+  return
+end
+for i = 2, #ARGV do
+  local e = open_entry(P, ARGV[i])
+  if e and e.phase == 'queued' then
+    count(P, 'queues', e.fn, 1)
+    count(P, 'queues:bytes', e.fn, e.size)
+  end
+end
+""",
+)
+# P, owner, function, how many, largest request to bring → their fields, the request last (false for a larger one)
+CLAIM = Script.of(
+    _INDEX,
+    _READ,
+    """
+local P, owner, fn, limit, small = unpack(ARGV)
+local found = {}
+for i, id in ipairs(redis.call('ZRANGE', P..'ready:f:'..fn, 0, limit - 1)) do
+  local e = open_entry(P, id)
+  move(P, e, '', 'queued', owner)
+  local fields = read(P, id)
+  fields[#fields + 1] = e.size > 0 and e.size <= tonumber(small) and redis.call('GET', P..'request:'..id) or false
+  found[i] = fields
+end
+return found
+""",
+)
+# P, id, attempt (0: any), owner, agent, phase, next owner → 0 when it has ended, is another's or at another attempt
 MOVE = Script.of(
     _INDEX,
     """
-local P, id, agent, phase, owner = unpack(ARGV)
-local h = P..'execution:'..id
-local e = redis.call('HMGET', h, 'function', 'status', 'phase', 'agent', 'owner', 'seq')
-if e[2] ~= 'running' or e[5] ~= owner then return 0 end
-displace(P, e[1], e[3], e[4], e[5], id)
-redis.call('HSET', h, 'agent', agent, 'phase', phase)
-place(P, e[1], phase, agent, owner, e[6], id)
+local P, id, attempt, owner, agent, phase, next_owner = unpack(ARGV)
+local e = open_entry(P, id)
+if not e or (attempt ~= '0' and attempt ~= e.attempt) then return 0 end
+-- Where it is to go: an earlier run of this script, whose answer was lost, has brought it there.
+if e.agent == agent and e.phase == phase and e.owner == next_owner then return 1 end
+if e.owner ~= owner then return 0 end
+move(P, e, agent, phase, next_owner)
 return 1
 """,
 )
-# P, id, status, agent, keep until, JSON
+# P, id, attempt (0: any), status, agent, seconds to keep it, JSON, keeps its request → 1 when this end was written
 END = Script.of(
     _INDEX,
+    _NOW,
     """
-local P, id, status, agent, keep, record = unpack(ARGV)
-local h = P..'execution:'..id
-local e = redis.call('HMGET', h, 'function', 'status', 'phase', 'agent', 'owner', 'seq')
-if e[2] ~= 'running' then return 0 end
-displace(P, e[1], e[3], e[4], e[5], id)
-unlist(P, e[1], 'running', id)
-list(P, e[1], status, e[6], id)
-redis.call('HSET', h, 'status', status, 'phase', 'ended', 'agent', agent, 'keep', keep, 'record', record)
-redis.call('HDEL', h, 'request')
+local P, id, attempt, status, agent, keep_for, record, keeps = unpack(ARGV)
+local e = open_entry(P, id)
+if not e or (attempt ~= '0' and attempt ~= e.attempt) then return 0 end
+local keep = string.format('%.6f', clock() + tonumber(keep_for))
+displace(P, e)
+unlist(P, e.fn, 'running', id)
+list(P, e.fn, status, e.seq, id)
+if keeps == '0' then
+  redis.call('DEL', P..'request:'..id)
+  e.size = 0
+end
+redis.call('HSET', P..'execution:'..id, 'status', status, 'phase', 'ended', 'agent', agent, 'keep', keep,
+  'record', record, 'size', e.size)
 redis.call('ZADD', P..'expiring', keep, id)
 return 1
 """,
 )
-# P, index, highest score, how many → their fields without the request
+# P, index, highest score, how many → their fields
 PAGE = Script.of(
+    _READ,
     """
 local P, index, highest, limit = unpack(ARGV)
 local found = {}
 for i, id in ipairs(redis.call('ZREVRANGEBYSCORE', P..index, highest, '-inf', 'LIMIT', 0, limit)) do
-  found[i] = redis.call('HMGET', P..'execution:'..id,
-    'id', 'seq', 'function', 'agent', 'status', 'phase', 'async', 'started', 'owner', 'key', 'keep', 'record')
+  found[i] = read(P, id)
 end
 return found
-"""
+""",
 )
-# P, from, to, lease, token → 'late' or how many
+# P, index of open ones, the score they are above, how many → their fields
+OPEN = Script.of(
+    _READ,
+    """
+local P, index, after, limit = unpack(ARGV)
+local found = {}
+local ids = redis.call('ZRANGEBYSCORE', P..index, '('..after, '+inf', 'LIMIT', 0, limit)
+for i, id in ipairs(ids) do found[i] = read(P, id) end
+return found
+""",
+)
+# P, dead owner, owner, queued ones too, lease, token → 'late' or how many
 ADOPT = Script.of(
     _FENCE,
+    _INDEX,
     """
-local P, from, to, lease, token = unpack(ARGV)
+local P, dead, owner, all, lease, token = unpack(ARGV)
 if too_late(P, lease, token) then return 'late' end
-if from == to then return redis.call('ZCARD', P..'open:owner:'..from) end
-local ids = redis.call('ZRANGE', P..'open:owner:'..from, 0, -1, 'WITHSCORES')
-for i = 1, #ids, 2 do
-  redis.call('HSET', P..'execution:'..ids[i], 'owner', to)
-  redis.call('ZADD', P..'open:owner:'..to, ids[i + 1], ids[i])
+local ids = redis.call('ZRANGE', P..'open:owner:'..dead, 0, -1)
+if dead == owner then return #ids end
+for _, id in ipairs(ids) do
+  local e = open_entry(P, id)
+  local waits = e.phase == 'queued' and e.async == '1' and all == '0'
+  move(P, e, e.agent, e.phase, waits and '' or owner)
 end
-redis.call('DEL', P..'open:owner:'..from)
-return #ids / 2
+return #ids
 """,
 )
 _FORGET = """
 local function forget(P, id)
   local h = P..'execution:'..id
-  local e = redis.call('HMGET', h, 'function', 'status', 'key', 'phase', 'agent', 'owner')
+  local e = open_entry(P, id)
+  local v = redis.call('HMGET', h, 'function', 'status', 'key')
   redis.call('ZREM', P..'expiring', id)
-  if not e[1] then return end
-  if e[2] == 'running' then displace(P, e[1], e[4], e[5], e[6], id) end
+  if not v[1] then return end
+  if e then displace(P, e) end
   redis.call('ZREM', P..'executions', id)
-  redis.call('ZREM', P..'executions:f:'..e[1], id)
-  unlist(P, e[1], e[2], id)
-  if e[3] ~= '' then redis.call('DEL', P..'idempotent:'..e[1]..':'..e[3]) end
-  redis.call('DEL', h)
+  redis.call('ZREM', P..'executions:f:'..v[1], id)
+  unlist(P, v[1], v[2], id)
+  if v[3] ~= '' then redis.call('DEL', P..'idempotent:'..v[1]..':'..v[3]) end
+  redis.call('DEL', h, P..'request:'..id)
 end
 """
 # P, id, owner
@@ -233,25 +336,29 @@ local P, id, owner = unpack(ARGV)
 if redis.call('HGET', P..'execution:'..id, 'owner') == owner then forget(P, id) end
 """,
 )
-# P, now, how many at most → how many
+# P, how many records to keep (0: any number), how many at most → how many
 EXPIRE = Script.of(
     _INDEX,
     _FORGET,
+    _NOW,
     """
-local P, now, limit = unpack(ARGV)
-local ids = redis.call('ZRANGEBYSCORE', P..'expiring', '-inf', now, 'LIMIT', 0, limit)
-for _, id in ipairs(ids) do forget(P, id) end
-return #ids
+local P, max_records, limit = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local gone = 0
+local function forget_all(ids)
+  for _, id in ipairs(ids) do forget(P, id) end
+  gone = gone + #ids
+end
+local now = string.format('%.6f', clock())
+forget_all(redis.call('ZRANGEBYSCORE', P..'expiring', '-inf', now, 'LIMIT', 0, limit))
+if max_records == 0 then return gone end
+for _, index in ipairs({'executions:s:success', 'expiring'}) do
+  local surplus = math.min(limit - gone, redis.call('ZCARD', P..'expiring') - max_records)
+  if surplus > 0 then forget_all(redis.call('ZRANGE', P..index, 0, surplus - 1)) end
+end
+return gone
 """,
 )
 
-# Of this server alone: the clocks of two Flux may be hours apart.
-_NOW = """
-local function clock()
-  local t = redis.call('TIME')
-  return tonumber(t[1]) + tonumber(t[2]) / 1e6
-end
-"""
 # P, name, owner, seconds → the token, or false when another holds it.
 # Names of dead processes are dropped after a day, once nothing is left for anybody to adopt.
 ACQUIRE = Script.of(
@@ -311,9 +418,11 @@ ALL = (
     UPDATE_FIELD,
     DELETE_FIELD,
     CREATE,
+    CLAIM,
     MOVE,
     END,
     PAGE,
+    OPEN,
     ADOPT,
     FORGET,
     EXPIRE,

@@ -1,21 +1,15 @@
-"""Records as text and back, the same for every backend."""
+"""Requests and records as text and back, the same for every backend.
+
+Everything is stored by name, so that versions may differ: what is unknown is ignored, what is missing has its default.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
-from fluxlib.model import (
-    AgentRecord,
-    AgentStatus,
-    ExecutionRecord,
-    ExecutionRequest,
-    Function,
-    FunctionSpec,
-    Phase,
-    Platform,
-)
+from fluxlib.errors import Conflict
+from fluxlib.model import ExecutionRecord, ExecutionRequest, Phase, positional
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -24,68 +18,41 @@ def dump(data: Any) -> str:
     return _ENCODER.encode(data)
 
 
-def function_to_text(function: Function) -> str:
-    return dump(
-        {
-            "spec": function.spec.to_json(),
-            "spec_digest": function.spec_digest,
-            "code_digest": function.code_digest,
-            "code_bytes": function.code_bytes,
-            "detected": [str(platform) for platform in function.detected_platforms],
-            "updated_at": function.updated_at,
-        }
-    )
-
-
-def function_from_text(text: str | bytes) -> Function:
-    data = json.loads(text)
-    return Function(
-        spec=FunctionSpec.from_json(data["spec"]),
-        spec_digest=data["spec_digest"],
-        code_digest=data["code_digest"],
-        code_bytes=data["code_bytes"],
-        detected_platforms=tuple(Platform.parse(name) for name in data["detected"]),
-        updated_at=data["updated_at"],
-    )
-
-
-def agent_to_text(agent: AgentRecord) -> str:
-    data = asdict(agent)
-    data["platform"] = str(agent.platform)
-    data["status"] = agent.status.value
-    return dump(data)
-
-
-def agent_from_text(text: str | bytes) -> AgentRecord:
-    data = json.loads(text)
-    data["platform"] = Platform.parse(data["platform"])
-    data["status"] = AgentStatus(data["status"])
-    data["enforces"] = tuple(data["enforces"])
-    return AgentRecord(**data)
-
-
 def request_to_bytes(request: ExecutionRequest) -> bytes:
-    """The arguments as JSON, then a newline (JSON has none of its own), then standard input as it is."""
-    return dump([list(request.args), request.timeout_seconds]).encode() + b"\n" + request.stdin
+    """Its fields as JSON, then a newline (JSON has none of its own), then standard input as it is."""
+    return dump({"args": request.args, "timeout_seconds": request.timeout_seconds}).encode() + b"\n" + request.stdin
 
 
 def request_from_bytes(data: bytes, execution_id: str, function_name: str, asynchronous: bool) -> ExecutionRequest:
-    head, _, stdin = data.partition(b"\n")
-    args, timeout = json.loads(head)
-    return ExecutionRequest(execution_id, function_name, tuple(args), stdin, timeout, asynchronous)
+    head, _, stdin = bytes(data).partition(b"\n")
+    fields = json.loads(head)
+    return ExecutionRequest(
+        execution_id,
+        function_name,
+        tuple(fields.get("args", ())),
+        stdin,
+        fields.get("timeout_seconds", 0.0),
+        asynchronous,
+    )
 
 
 def record_to_text(record: ExecutionRecord) -> str:
     """Without output."""
-    return dump(record.to_row())
+    return dump(record.to_fields())
 
 
 def record_from_text(text: str | bytes) -> ExecutionRecord:
-    return ExecutionRecord.from_row(json.loads(text))
+    return ExecutionRecord.from_fields(json.loads(text))
 
 
 def open_record(
-    execution_id: str, function_name: str, agent_id: str, phase: str, asynchronous: bool, started_at: float
+    execution_id: str,
+    function_name: str,
+    agent_id: str,
+    phase: str,
+    asynchronous: bool,
+    started_at: float,
+    attempt: int,
 ) -> ExecutionRecord:
     """A record that has not ended, from the few columns it needs."""
     return ExecutionRecord(
@@ -95,4 +62,27 @@ def open_record(
         phase=Phase(phase),
         asynchronous=asynchronous,
         started_at=started_at,
+        attempt=attempt,
     )
+
+
+def not_current(execution_id: str) -> Conflict:
+    """Why a step of an execution was refused."""
+    return Conflict(f"execution {execution_id} has ended, was taken over by another Flux, or is at another attempt")
+
+
+# -- what the first schema kept by position, migrated once
+
+
+def named_record(text: str | bytes) -> str:
+    """The record of the first schema by name; one that is so already stays as it is."""
+    value = json.loads(text)
+    return record_to_text(positional.from_list(value)) if isinstance(value, list) else dump(value)
+
+
+def named_request(data: bytes) -> bytes:
+    head, _, stdin = bytes(data).partition(b"\n")
+    value = json.loads(head)
+    if isinstance(value, list):
+        value = {"args": value[0], "timeout_seconds": value[1]}
+    return dump(value).encode() + b"\n" + stdin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fluxlib.filelock import ExclusiveLock
 from fluxlib.model import AgentRecord, Function
 from fluxlib.store import rows
 from fluxlib.store.base import LEASE_MEMORY, Lease
-from fluxlib.store.sqlite_executions import SqliteExecutions, check_lease, find_lease
+from fluxlib.store.sqlite_executions import SCHEMA_2, SqliteExecutions, check_lease, find_lease
 from fluxlib.store.sqlite_file import SqliteFile, reason_of
 
 _ADVICE = (
@@ -67,7 +68,7 @@ class SqliteControlStore(SqliteExecutions):
         except OSError as error:
             raise StoreUnavailable(f"the store {path} cannot be opened: {reason_of(error)}") from error
         try:
-            super().__init__(SqliteFile(path, [_SCHEMA], "flux-store"))
+            super().__init__(SqliteFile(path, [_SCHEMA.split(";"), SCHEMA_2], "flux-store"))
         except BaseException:
             self._lock.release()
             raise
@@ -75,20 +76,18 @@ class SqliteControlStore(SqliteExecutions):
     # -- functions and code
 
     def functions(self) -> list[Function]:
-        return [
-            rows.function_from_text(data) for (data,) in self._file.read("SELECT data FROM functions ORDER BY name")
-        ]
+        return [_function(data) for (data,) in self._file.read("SELECT data FROM functions ORDER BY name")]
 
     def function(self, name: str) -> Function | None:
         found = self._file.read("SELECT data FROM functions WHERE name = ?", (name,))
-        return rows.function_from_text(found[0][0]) if found else None
+        return _function(found[0][0]) if found else None
 
     def functions_revision(self) -> int:
         return int(self._file.read("SELECT value FROM counters WHERE name = 'functions'")[0][0])
 
     def save_function(self, function: Function, archive: bytes | None = None) -> None:
         def write(db: sqlite3.Connection) -> None:
-            values = (function.spec.name, function.code_digest, rows.function_to_text(function))
+            values = (function.spec.name, function.code_digest, rows.dump(function.to_fields()))
             db.execute("INSERT OR REPLACE INTO functions VALUES (?, ?, ?)", values)
             if archive is not None:
                 db.execute("INSERT OR IGNORE INTO archives VALUES (?, ?)", (function.code_digest, archive))
@@ -112,23 +111,23 @@ class SqliteControlStore(SqliteExecutions):
     # -- agents
 
     def agents(self) -> list[AgentRecord]:
-        return [rows.agent_from_text(data) for (data,) in self._file.read("SELECT data FROM agents ORDER BY id")]
+        return [_agent(data) for (data,) in self._file.read("SELECT data FROM agents ORDER BY id")]
 
     def agent(self, agent_id: str) -> AgentRecord | None:
         found = self._file.read("SELECT data FROM agents WHERE id = ?", (agent_id,))
-        return rows.agent_from_text(found[0][0]) if found else None
+        return _agent(found[0][0]) if found else None
 
     def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
         def write(db: sqlite3.Connection) -> None:
             check_lease(db, lease)
-            db.execute("INSERT OR REPLACE INTO agents VALUES (?, ?)", (agent.agent_id, rows.agent_to_text(agent)))
+            db.execute("INSERT OR REPLACE INTO agents VALUES (?, ?)", (agent.agent_id, rows.dump(agent.to_fields())))
 
         self._file.write(write, durable=True).wait()
 
     def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
         def write(db: sqlite3.Connection) -> bool:
             check_lease(db, lease)
-            data = rows.agent_to_text(agent)
+            data = rows.dump(agent.to_fields())
             return db.execute("UPDATE agents SET data = ? WHERE id = ?", (data, agent.agent_id)).rowcount > 0
 
         return bool(self._file.write(write, durable=True).value())
@@ -212,3 +211,11 @@ def _new_token(db: sqlite3.Connection, now: float) -> int:
     )
     db.execute("UPDATE counters SET value = value + 1 WHERE name = 'lease-tokens'")
     return int(db.execute("SELECT value FROM counters WHERE name = 'lease-tokens'").fetchone()[0])
+
+
+def _function(text: str | bytes) -> Function:
+    return Function.from_fields(json.loads(text))
+
+
+def _agent(text: str | bytes) -> AgentRecord:
+    return AgentRecord.from_fields(json.loads(text))

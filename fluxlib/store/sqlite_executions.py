@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from typing import Any
 
-from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
-from fluxlib.model import ExecutionRecord, ExecutionStatus, Phase
+from fluxlib.errors import LeaseLost, StoreUnavailable
+from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store import rows
-from fluxlib.store.base import Commit, ExecutionEntry, ExecutionFilter, Lease, Page
+from fluxlib.store.base import SMALL_REQUEST, Commit, ExecutionEntry, ExecutionFilter, Lease, Page, QueuedExecutions
 from fluxlib.store.sqlite_file import SqliteFile
 
 _COLUMNS = (
     "sequence, id, function, agent, status, phase, asynchronous, started_at, owner, idempotency_key, keep_until,"
-    " request, record"
+    " rank, request_bytes, attempt, record"
+)
+_READY = "function = ? AND status = 'running' AND phase = 'queued' AND owner = ''"
+
+# Requests have a table of their own: an update of a row writes the whole of it, and to read what stands behind a large
+# value SQLite follows its pages. Triggers keep the counters of ``queued`` and ``expire_executions``, so that no write
+# can forget them. The column ``request`` of the first schema stays empty: old SQLites cannot drop it.
+SCHEMA_2 = (
+    "CREATE TABLE requests (sequence INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+    "ALTER TABLE executions ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE executions ADD COLUMN rank REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE executions ADD COLUMN request_bytes INTEGER NOT NULL DEFAULT 0",
+    "INSERT INTO requests SELECT sequence, named_request(request) FROM executions WHERE request IS NOT NULL",
+    "UPDATE executions SET record = named_record(record) WHERE record IS NOT NULL",
+    "UPDATE executions SET rank = sequence, request = NULL, request_bytes ="
+    " coalesce((SELECT length(data) FROM requests WHERE requests.sequence = executions.sequence), 0)"
+    " WHERE status = 'running'",
+    "CREATE INDEX executions_ready ON executions (function, rank, sequence)"
+    " WHERE status = 'running' AND phase = 'queued' AND owner = ''",
+    "CREATE INDEX executions_ended ON executions (sequence) WHERE status <> 'running' AND status <> 'success'",
+    "CREATE TABLE queues (function TEXT PRIMARY KEY, waiting INTEGER NOT NULL, ready INTEGER NOT NULL,"
+    " bytes INTEGER NOT NULL) WITHOUT ROWID",
+    "INSERT INTO queues SELECT function, count(*), sum(owner = ''), sum(request_bytes) FROM executions"
+    " WHERE status = 'running' AND phase = 'queued' GROUP BY function",
+    "INSERT INTO counters SELECT 'ended', count(*) FROM executions WHERE status <> 'running'",
+    """CREATE TRIGGER queued_in AFTER INSERT ON executions WHEN NEW.phase = 'queued' BEGIN
+        INSERT OR IGNORE INTO queues VALUES (NEW.function, 0, 0, 0);
+        UPDATE queues SET waiting = waiting + 1, ready = ready + (NEW.owner = ''), bytes = bytes + NEW.request_bytes
+            WHERE function = NEW.function;
+    END""",
+    """CREATE TRIGGER queued_moved AFTER UPDATE OF phase, owner ON executions
+        WHEN NEW.phase = 'queued' OR OLD.phase = 'queued' BEGIN
+        INSERT OR IGNORE INTO queues VALUES (NEW.function, 0, 0, 0);
+        UPDATE queues SET
+            waiting = waiting + (NEW.phase = 'queued') - (OLD.phase = 'queued'),
+            ready = ready + (NEW.phase = 'queued' AND NEW.owner = '') - (OLD.phase = 'queued' AND OLD.owner = ''),
+            bytes = bytes + NEW.request_bytes * (NEW.phase = 'queued') - OLD.request_bytes * (OLD.phase = 'queued')
+            WHERE function = NEW.function;
+        DELETE FROM queues WHERE function = NEW.function AND waiting = 0;
+    END""",
+    """CREATE TRIGGER queued_out AFTER DELETE ON executions WHEN OLD.phase = 'queued' BEGIN
+        UPDATE queues SET waiting = waiting - 1, ready = ready - (OLD.owner = ''), bytes = bytes - OLD.request_bytes
+            WHERE function = OLD.function;
+        DELETE FROM queues WHERE function = OLD.function AND waiting = 0;
+    END""",
+    """CREATE TRIGGER ended_in AFTER UPDATE OF status ON executions WHEN NEW.status <> OLD.status BEGIN
+        UPDATE counters SET value = value + 1 WHERE name = 'ended';
+    END""",
+    """CREATE TRIGGER ended_out AFTER DELETE ON executions WHEN OLD.status <> 'running' BEGIN
+        UPDATE counters SET value = value - 1 WHERE name = 'ended';
+    END""",
+    """CREATE TRIGGER request_out AFTER DELETE ON executions WHEN OLD.request_bytes > 0 BEGIN
+        DELETE FROM requests WHERE sequence = OLD.sequence;
+    END""",
 )
 
 
@@ -26,6 +80,7 @@ class SqliteExecutions:
     def create_execution(self, entry: ExecutionEntry, *, durable: bool) -> tuple[str, Commit]:
         record = entry.record
         key = entry.idempotency_key or None
+        request = rows.request_to_bytes(entry.request) if entry.request is not None else b""
         values = (
             record.execution_id,
             record.function_name,
@@ -35,7 +90,9 @@ class SqliteExecutions:
             record.started_at,
             entry.owner,
             key,
-            rows.request_to_bytes(entry.request) if entry.request is not None else None,
+            record.attempt,
+            entry.rank,
+            len(request),
         )
 
         def write(db: sqlite3.Connection) -> str:
@@ -45,44 +102,86 @@ class SqliteExecutions:
                 ).fetchone()
                 if found is not None:
                     return str(found[0])
-            db.execute(
+            made = db.execute(
                 "INSERT INTO executions (id, function, agent, status, phase, asynchronous, started_at, owner,"
-                " idempotency_key, request) VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                " idempotency_key, attempt, rank, request_bytes) VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO NOTHING",
                 values,
             )
+            if made.rowcount > 0:
+                if not entry.rank:
+                    db.execute("UPDATE executions SET rank = sequence WHERE sequence = ?", (made.lastrowid,))
+                if request:
+                    db.execute("INSERT INTO requests VALUES (?, ?)", (made.lastrowid, request))
             return record.execution_id
 
         pending = self._file.write(write, durable=durable)
         return (record.execution_id if key is None else str(pending.value())), pending
 
+    def claim_executions(self, owner: str, function_name: str, limit: int) -> list[ExecutionEntry]:
+        def write(db: sqlite3.Connection) -> list[ExecutionEntry]:
+            sql = f"SELECT {_COLUMNS} FROM executions WHERE {_READY} ORDER BY rank, sequence LIMIT ?"
+            claimed = []
+            for row in db.execute(sql, (function_name, limit)).fetchall():
+                db.execute("UPDATE executions SET owner = ? WHERE sequence = ?", (owner, row[0]))
+                claimed.append(_entry(row, owner, _small_request(db, row)))
+            return claimed
+
+        found: list[ExecutionEntry] = self._file.write(write).value()
+        return found
+
+    def assign_attempt(self, execution_id: str, attempt: int, agent_id: str, owner: str) -> Commit:
+        return self._move(execution_id, attempt, owner, agent_id, Phase.STARTING, owner)
+
+    def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
+        return self._move(execution_id, attempt, owner, "", Phase.QUEUED, owner if claimed else "")
+
     def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        return self._move(execution_id, agent_id, Phase.STARTING, owner)
+        return self.assign_attempt(execution_id, 0, agent_id, owner)
 
     def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        return self._move(execution_id, "", Phase.QUEUED, owner)
+        return self.return_execution(execution_id, 0, owner, claimed=True)
 
-    def _move(self, execution_id: str, agent_id: str, phase: Phase, owner: str) -> Commit:
+    def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
         def write(db: sqlite3.Connection) -> None:
             moved = db.execute(
-                "UPDATE executions SET agent = ?, phase = ? WHERE id = ? AND status = 'running' AND owner = ?",
-                (agent_id, phase.value, execution_id, owner),
+                "UPDATE executions SET agent = ?, phase = ?, owner = ?"
+                " WHERE id = ? AND status = 'running' AND owner = ? AND (attempt = ? OR ? = 0)",
+                (agent_id, phase.value, new_owner, execution_id, owner, attempt, attempt),
             ).rowcount
             if not moved:
-                raise Conflict(f"execution {execution_id} has ended, or was taken over")
+                raise rows.not_current(execution_id)
 
         return self._file.write(write)
 
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+    def end_attempt(
+        self, record: ExecutionRecord, attempt: int, keep_for: float, *, keep_request: bool = False
+    ) -> Commit:
         text = rows.record_to_text(record)
-        values = (record.status.value, Phase.ENDED.value, record.agent_id, keep_until, text, record.execution_id)
-        return self._file.write(
-            lambda db: db.execute(
-                "UPDATE executions SET status = ?, phase = ?, agent = ?, keep_until = ?, record = ?, request = NULL"
-                " WHERE id = ? AND status = 'running'",
-                values,
-            ),
-            patient=True,
-        )
+
+        def write(db: sqlite3.Connection) -> bool:
+            found = db.execute(
+                "SELECT sequence, request_bytes FROM executions"
+                " WHERE id = ? AND status = 'running' AND (attempt = ? OR ? = 0)",
+                (record.execution_id, attempt, attempt),
+            ).fetchone()
+            if found is None:
+                return False
+            sequence, request_bytes = found
+            kept = request_bytes if keep_request else 0
+            db.execute(
+                "UPDATE executions SET status = ?, phase = 'ended', agent = ?, keep_until = ?, record = ?,"
+                " request_bytes = ? WHERE sequence = ?",
+                (record.status.value, record.agent_id, time.time() + keep_for, text, kept, sequence),
+            )
+            if request_bytes and not kept:
+                db.execute("DELETE FROM requests WHERE sequence = ?", (sequence,))
+            return True
+
+        return self._file.write(write, patient=True)
+
+    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+        return self.end_attempt(record, 0, keep_until - time.time())
 
     def forget_execution(self, execution_id: str, owner: str) -> Commit:
         sql = "DELETE FROM executions WHERE id = ? AND owner = ?"
@@ -91,6 +190,16 @@ class SqliteExecutions:
     def execution(self, execution_id: str) -> ExecutionEntry | None:
         found = self._file.read(f"SELECT {_COLUMNS} FROM executions WHERE id = ?", (execution_id,))
         return _entry(found[0]) if found else None
+
+    def request(self, execution_id: str) -> ExecutionRequest | None:
+        found = self._file.read(
+            "SELECT function, asynchronous, data FROM executions JOIN requests USING (sequence) WHERE id = ?",
+            (execution_id,),
+        )
+        if not found:
+            return None
+        function, asynchronous, data = found[0]
+        return rows.request_from_bytes(data, execution_id, function, bool(asynchronous))
 
     def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
         found = self._file.read(
@@ -110,24 +219,46 @@ class SqliteExecutions:
             extra.append(where.status.value)
         if where.queued:
             conditions.append("status = 'running' AND phase = 'queued'")
-        # A page is for looking at: standard inputs of megabytes stay where they are.
-        columns = _COLUMNS.replace("request", "NULL")
         found = self._file.read(
-            f"SELECT {columns} FROM executions WHERE {' AND '.join(conditions)} ORDER BY sequence DESC LIMIT ?",
+            f"SELECT {_COLUMNS} FROM executions WHERE {' AND '.join(conditions)} ORDER BY sequence DESC LIMIT ?",
             (*values, *extra, limit + 1),
         )
         entries = [_entry(row) for row in found[:limit]]
         return Page(tuple(entries), str(entries[-1].sequence) if len(found) > limit else "")
 
     def open_executions(self, agent_id: str) -> list[ExecutionEntry]:
-        return self._open("agent = ?", agent_id)
+        sql = f"SELECT {_COLUMNS} FROM executions WHERE status = 'running' AND agent = ? ORDER BY sequence"
+        return [_entry(row) for row in self._file.read(sql, (agent_id,))]
 
-    def executions_of(self, owner: str) -> list[ExecutionEntry]:
-        return self._open("owner = ?", owner)
+    def executions_of(self, owner: str, after: int = 0, limit: int = 0) -> list[ExecutionEntry]:
+        sql = (
+            f"SELECT {_COLUMNS} FROM executions WHERE status = 'running' AND owner = ? AND sequence > ?"
+            " ORDER BY sequence LIMIT ?"
+        )
+        return [_entry(row) for row in self._file.read(sql, (owner, after, limit or -1))]
 
-    def _open(self, condition: str, value: str) -> list[ExecutionEntry]:
-        sql = f"SELECT {_COLUMNS} FROM executions WHERE status = 'running' AND {condition} ORDER BY sequence"
-        return [_entry(row) for row in self._file.read(sql, (value,))]
+    def open_ids(self, owner: str) -> set[str]:
+        sql = "SELECT id FROM executions WHERE status = 'running' AND owner = ?"
+        return {execution_id for (execution_id,) in self._file.read(sql, (owner,))}
+
+    def queued(self) -> dict[str, QueuedExecutions]:
+        sql = "SELECT function, waiting, ready, bytes FROM queues ORDER BY function"
+        return {function: QueuedExecutions(*counts) for function, *counts in self._file.read(sql)}
+
+    def adopt_session(self, dead_owner: str, owner: str, lease: Lease | None = None) -> int:
+        def write(db: sqlite3.Connection) -> int:
+            check_lease(db, lease)
+            if dead_owner == owner:
+                return 0
+            of_dead = "owner = ? AND status = 'running'"
+            returned = db.execute(
+                f"UPDATE executions SET owner = '' WHERE {of_dead} AND phase = 'queued' AND asynchronous", (dead_owner,)
+            ).rowcount
+            return (
+                returned + db.execute(f"UPDATE executions SET owner = ? WHERE {of_dead}", (owner, dead_owner)).rowcount
+            )
+
+        return int(self._file.write(write).value())
 
     def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
         def write(db: sqlite3.Connection) -> int:
@@ -137,13 +268,17 @@ class SqliteExecutions:
 
         return int(self._file.write(write).value())
 
-    def expire_executions(self, now: float, limit: int = 1000) -> int:
+    def expire_executions(self, max_records: int = 0, limit: int = 1000) -> int:
         def write(db: sqlite3.Connection) -> int:
-            return db.execute(
-                "DELETE FROM executions WHERE sequence IN"
-                " (SELECT sequence FROM executions WHERE keep_until <= ? LIMIT ?)",
-                (now, limit),
-            ).rowcount
+            gone = _delete(db, "SELECT sequence FROM executions WHERE keep_until <= ? LIMIT ?", time.time(), limit)
+            (kept,) = db.execute("SELECT value FROM counters WHERE name = 'ended'").fetchone()
+            for which in ("status = 'success'", "status <> 'running' AND status <> 'success'"):
+                surplus = min(limit - gone, kept - max_records) if max_records else 0
+                if surplus > 0:
+                    sql = f"SELECT sequence FROM executions WHERE {which} ORDER BY sequence LIMIT ?"
+                    more = _delete(db, sql, surplus)
+                    gone, kept = gone + more, kept - more
+            return gone
 
         return int(self._file.write(write).value())
 
@@ -164,24 +299,22 @@ def check_lease(db: sqlite3.Connection, lease: Lease | None) -> None:
             raise LeaseLost(f"another process holds {lease.name} now")
 
 
-def _entry(row: tuple[Any, ...]) -> ExecutionEntry:
-    (
-        sequence,
-        execution_id,
-        function,
-        agent,
-        status,
-        phase,
-        asynchronous,
-        started_at,
-        owner,
-        key,
-        keep,
-        request,
-        record,
-    ) = row
+def _delete(db: sqlite3.Connection, which: str, *values: float) -> int:
+    return db.execute(f"DELETE FROM executions WHERE sequence IN ({which})", values).rowcount
+
+
+def _small_request(db: sqlite3.Connection, row: tuple[Any, ...]) -> bytes | None:
+    if not 0 < row[12] <= SMALL_REQUEST:
+        return None
+    found = db.execute("SELECT data FROM requests WHERE sequence = ?", (row[0],)).fetchone()
+    return bytes(found[0]) if found else None
+
+
+def _entry(row: tuple[Any, ...], owner: str | None = None, request: bytes | None = None) -> ExecutionEntry:
+    sequence, execution_id, function, agent, status, phase, asynchronous, started_at, former = row[:9]
+    key, keep, rank, request_bytes, attempt, record = row[9:]
     if status == ExecutionStatus.RUNNING.value:
-        kept = rows.open_record(execution_id, function, agent, phase, bool(asynchronous), started_at)
+        kept = rows.open_record(execution_id, function, agent, phase, bool(asynchronous), started_at, attempt)
     elif record is None:
         raise StoreUnavailable(f"the store's row of {execution_id} is damaged")
     else:
@@ -189,8 +322,10 @@ def _entry(row: tuple[Any, ...]) -> ExecutionEntry:
     return ExecutionEntry(
         record=kept,
         request=rows.request_from_bytes(request, execution_id, function, bool(asynchronous)) if request else None,
-        owner=owner,
+        owner=former if owner is None else owner,
         sequence=sequence,
         idempotency_key=key or "",
         keep_until=keep or 0.0,
+        rank=rank,
+        request_bytes=request_bytes,
     )

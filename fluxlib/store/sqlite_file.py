@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlib.errors import FluxError, StoreUnavailable
+from fluxlib.store import rows
 from fluxlib.store.pending import Pending, WriteQueue
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,12 @@ Write = Callable[[sqlite3.Connection], Any]
 class SqliteFile:
     """A database file with its schema brought up to date.
 
-    ``migrations`` are run in order, each once, each in a transaction of its own.
+    ``migrations`` are the statements of each schema version, run in order, each version once and in a transaction of
+    its own.
     Raises StoreUnavailable.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[str], name: str) -> None:
+    def __init__(self, path: Path, migrations: Sequence[Sequence[str]], name: str) -> None:
         self._path = path
         self._name = name
         self._queue: WriteQueue[Write] = WriteQueue(_MAX_BATCH)
@@ -48,6 +50,9 @@ class SqliteFile:
         try:
             _make_private(path)
             connection = self._connect()
+            # What migrations call: JSON by position becomes JSON by name.
+            connection.create_function("named_record", 1, rows.named_record, deterministic=True)
+            connection.create_function("named_request", 1, rows.named_request, deterministic=True)
             _migrate(connection, migrations)
         except (sqlite3.Error, OSError) as error:
             raise StoreUnavailable(f"the store {path} cannot be opened: {reason_of(error)}") from error
@@ -63,8 +68,11 @@ class SqliteFile:
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """Rows of a query. Raises StoreUnavailable."""
-        if threading.current_thread() is not self._thread:
-            self._queue.catch_up(_BUSY_TIMEOUT)
+        if threading.current_thread() is not self._thread and not self._queue.catch_up(_BUSY_TIMEOUT):
+            # What would be read is older than what this process has written.
+            raise StoreUnavailable(
+                f"the store {self._path} is too slow: an earlier write was not committed within {_BUSY_TIMEOUT:g} s"
+            )
         try:
             # As many connections as there are readers at once, whichever threads they are.
             connection = self._borrow()
@@ -184,18 +192,17 @@ def _make_private(path: Path) -> None:
         os.chmod(path, 0o600)
 
 
-def _migrate(connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
+def _migrate(connection: sqlite3.Connection, migrations: Sequence[Sequence[str]]) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(migrations):
         raise sqlite3.DatabaseError(f"it is of a newer Flux (schema {version}, this one knows {len(migrations)})")
-    for number, script in enumerate(migrations[version:], version + 1):
+    for number, statements in enumerate(migrations[version:], version + 1):
         connection.execute("BEGIN IMMEDIATE")
         # Another process may have been quicker while this one waited for the lock.
         (now,) = connection.execute("PRAGMA user_version").fetchone()
         if now < number:
-            for statement in script.split(";"):
-                if statement.strip():
-                    connection.execute(statement)
+            for statement in statements:
+                connection.execute(statement)
             connection.execute(f"PRAGMA user_version={number}")
         connection.execute("COMMIT")
 

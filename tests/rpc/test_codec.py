@@ -153,7 +153,7 @@ def test_an_originals_record() -> None:
     assert record.status_at == 1714550401.0
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"null", b'{"execution_id":"e","status":"odd"}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"null", b'{"status":"success"}', b"[1]", b"\xff"])
 def test_what_is_no_record_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         codec.record_from_json(data)
@@ -162,7 +162,8 @@ def test_what_is_no_record_is_refused(data: bytes) -> None:
 def test_a_kind_of_a_newer_agent_is_an_error_all_the_same() -> None:
     message = pb.ExecutionResponse(error="odd", error_kind=99)  # type: ignore[arg-type]
     answer = codec.record_from_response(message, ExecutionRequest("e", "f"), "w", 5.0)
-    assert (answer.status, answer.error_kind) == (ExecutionStatus.FAILED, ErrorKind.INTERNAL)
+    assert (answer.status, answer.error_kind) == (ExecutionStatus.FAILED, ErrorKind.UNKNOWN)
+    assert not answer.error_kind.nothing_started
 
 
 @given(st.binary(max_size=50), st.integers(1, 7))

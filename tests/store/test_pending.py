@@ -95,7 +95,7 @@ def test_what_follows_a_write_does_not_end_the_writer() -> None:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[SqliteFile]:
-    file = SqliteFile(tmp_path / "a.db", ["CREATE TABLE t (n INTEGER)"], "test")
+    file = SqliteFile(tmp_path / "a.db", [["CREATE TABLE t (n INTEGER)"]], "test")
     yield file
     file.close()
 

@@ -43,15 +43,18 @@ def test_what_an_execution_costs_does_not_grow_with_those_retained(
         number = len(costs)
         server_before = server.calls()
         made = keep(store, f"costed-{number}", agent="w", owner="flux-1", idempotency_key=f"k-{number}")
-        store.requeue_execution(made.execution_id, "flux-1").wait()
-        store.assign_execution(made.execution_id, "w", "flux-1").wait()
+        store.return_execution(made.execution_id, 1, "flux-1").wait()
+        store.claim_executions("flux-1", "f", 5)
+        store.request(made.execution_id)
+        store.open_ids("flux-1")
+        store.assign_attempt(made.execution_id, 1, "w", "flux-1").wait()
         store.execution(made.execution_id)
         store.open_executions("w")
         store.executions_of("flux-1")
         store.count_open("f")
         end(store, made, 5000.0)
         store.executions(ExecutionFilter(function_name="f"), "", 10)
-        store.expire_executions(1.0)
+        store.expire_executions(max_records=10_000)
         spent = {name: count - server_before.get(name, 0) for name, count in server.calls().items()}
         return {name: count for name, count in spent.items() if count and name != "info"}
 
@@ -185,7 +188,7 @@ def test_a_redis_that_is_away_is_said_to_be_and_its_return_is_noticed(tmp_path: 
                 lambda: store.executions(ExecutionFilter(), "", 5),
                 lambda: store.create_execution(entry("e-2"), durable=True)[1].wait(),
                 lambda: store.create_execution(entry("e-3", idempotency_key="x"), durable=True),
-                lambda: store.end_execution(made.record, 1.0).wait(),
+                lambda: store.end_attempt(made.record, 1, 1.0).wait(),
                 lambda: store.acquire_lease("leader", "a", 15, 1.0),
                 lambda: records.record("r-1"),
                 records.flush,

@@ -61,7 +61,7 @@ def test_what_was_said_to_hold_survives_a_kill(state_dir: Path) -> None:
         assert store.archive("d") == b"zip"
         found = {one.execution_id: one for one in store.executions_of("victim")}
         assert {f"e-{number}" for number in said} <= set(found)
-        assert found["e-3"].request == entry("e-3").request
+        assert store.request("e-3") == entry("e-3").request
         assert {f"e-{number}" for number in said} <= {one.execution_id for one in records.unfinished()}
         assert store.create_execution(entry("new", idempotency_key="k-3"), durable=True)[0] == "e-3"
     finally:
@@ -97,8 +97,12 @@ def test_no_query_searches_the_executions(store: SqliteControlStore, state_dir: 
     writer.write(lambda db: db.set_trace_callback(statements.append)).wait()
     try:
         keep(store, "e-2", agent="w", owner="o", idempotency_key="k2")
-        store.assign_execution("e-1", "w", "o").wait()
-        store.requeue_execution("e-1", "o").wait()
+        store.assign_attempt("e-1", 1, "w", "o").wait()
+        store.return_execution("e-1", 1, "o").wait()
+        store.claim_executions("o", "f", 5)
+        store.request("e-1")
+        store.open_ids("o")
+        store.queued()
         store.execution("e-1")
         store.open_executions("w")
         store.open_executions("")
@@ -115,9 +119,9 @@ def test_no_query_searches_the_executions(store: SqliteControlStore, state_dir: 
             store.executions(where, "2", 10)
             store.executions(where, "", 10)
         end(store, made)
-        store.adopt_executions("o", "p")
+        store.adopt_session("o", "p")
         store.acquire_lease("flux/x", "x", 15, 100.0)
-        store.expire_executions(1.0)
+        store.expire_executions(max_records=100)
     finally:
         store.close()
     asked = [sql for sql in statements if "executions" in sql and "sqlite_" not in sql]
@@ -190,9 +194,9 @@ def test_a_file_that_is_no_database(state_dir: Path) -> None:
 
 def test_a_file_of_a_newer_flux_is_left_alone(state_dir: Path) -> None:
     path = state_dir / "flux.db"
-    SqliteFile(path, ["CREATE TABLE a (b)", "CREATE TABLE c (d)"], "newer").close()
+    SqliteFile(path, [["CREATE TABLE a (b)"], ["CREATE TABLE c (d)"]], "newer").close()
     with pytest.raises(StoreUnavailable, match="newer Flux"):
-        SqliteFile(path, ["CREATE TABLE a (b)"], "older")
+        SqliteFile(path, [["CREATE TABLE a (b)"]], "older")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes are Unix's")

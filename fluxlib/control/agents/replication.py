@@ -72,7 +72,7 @@ class Sharing:
         self._read_last = text
         for agent_id, shared in json.loads(text).items():
             # Restarts are told by our own stream, and the leader brings everything to an original that has no stream.
-            self._registry.report(agent_id, NodeFigures(**shared["figures"]), at=shared["heartbeat"])
+            self._registry.report(agent_id, NodeFigures.from_fields(shared["figures"]), at=shared["heartbeat"])
 
     def has_news(self) -> bool:
         """Whether the records have changed through another process, or this one. Raises StoreUnavailable."""

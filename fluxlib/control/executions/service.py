@@ -198,7 +198,7 @@ class ExecutionService:
                 if self._ledger.get(execution_id) is None:
                     self._ledger.changed(execution_id)
         if not self._shared or self._lease() is not None:
-            while self._store.expire_executions(now) >= 1000:
+            while self._store.expire_executions() >= 1000:
                 pass
 
     def waiting(self) -> Mapping[str, int]:

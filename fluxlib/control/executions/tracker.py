@@ -171,8 +171,7 @@ class Ledger:
         """What to send; read back from the store when it is not kept in memory. None: it is gone there."""
         if execution.request is not None:
             return execution.request
-        entry = self.store.execution(execution.execution_id)
-        return entry.request if entry is not None else None
+        return self.store.request(execution.execution_id)
 
     def settle(self, patience: float = COMMIT_PATIENCE) -> None:
         """See that the ends written since the last time hold. ``patience`` is in seconds, for each step."""

@@ -157,18 +157,66 @@ class ExecutionRequest(_message.Message):
     def __init__(self, function_name: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., execution_id: _Optional[str] = ..., stdin: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ..., **kwargs) -> None: ...
 
 class ExecutionResponse(_message.Message):
-    __slots__ = ("output", "error", "duration_ms", "error_kind", "record")
+    __slots__ = ("output", "error", "duration_ms", "error_kind", "record", "ended_record")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DURATION_MS_FIELD_NUMBER: _ClassVar[int]
     ERROR_KIND_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    ENDED_RECORD_FIELD_NUMBER: _ClassVar[int]
     output: bytes
     error: str
     duration_ms: int
     error_kind: ErrorKind
     record: bytes
-    def __init__(self, output: _Optional[bytes] = ..., error: _Optional[str] = ..., duration_ms: _Optional[int] = ..., error_kind: _Optional[_Union[ErrorKind, str]] = ..., record: _Optional[bytes] = ...) -> None: ...
+    ended_record: ExecutionRecord
+    def __init__(self, output: _Optional[bytes] = ..., error: _Optional[str] = ..., duration_ms: _Optional[int] = ..., error_kind: _Optional[_Union[ErrorKind, str]] = ..., record: _Optional[bytes] = ..., ended_record: _Optional[_Union[ExecutionRecord, _Mapping]] = ...) -> None: ...
+
+class ExecutionRecord(_message.Message):
+    __slots__ = ("execution_id", "function_name", "agent_id", "status", "phase", "asynchronous", "output_bytes", "truncated", "error", "error_kind", "exit_code", "signal", "duration_ms", "queue_ms", "started_at", "run_started_at", "status_at", "peak_memory_bytes", "cpu_seconds", "warnings", "attempt")
+    EXECUTION_ID_FIELD_NUMBER: _ClassVar[int]
+    FUNCTION_NAME_FIELD_NUMBER: _ClassVar[int]
+    AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_KIND_FIELD_NUMBER: _ClassVar[int]
+    EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    RUN_STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    STATUS_AT_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    execution_id: str
+    function_name: str
+    agent_id: str
+    status: str
+    phase: str
+    asynchronous: bool
+    output_bytes: int
+    truncated: bool
+    error: str
+    error_kind: ErrorKind
+    exit_code: int
+    signal: int
+    duration_ms: int
+    queue_ms: int
+    started_at: float
+    run_started_at: float
+    status_at: float
+    peak_memory_bytes: int
+    cpu_seconds: float
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    attempt: int
+    def __init__(self, execution_id: _Optional[str] = ..., function_name: _Optional[str] = ..., agent_id: _Optional[str] = ..., status: _Optional[str] = ..., phase: _Optional[str] = ..., asynchronous: _Optional[bool] = ..., output_bytes: _Optional[int] = ..., truncated: _Optional[bool] = ..., error: _Optional[str] = ..., error_kind: _Optional[_Union[ErrorKind, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., duration_ms: _Optional[int] = ..., queue_ms: _Optional[int] = ..., started_at: _Optional[float] = ..., run_started_at: _Optional[float] = ..., status_at: _Optional[float] = ..., peak_memory_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class CancelExecutionRequest(_message.Message):
     __slots__ = ("execution_id", "no_wait", "reason")
