@@ -9,8 +9,8 @@ from __future__ import annotations
 import codecs
 import posixpath
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from fluxlib.errors import InvalidInput
 from fluxlib.model import FunctionSpec, Platform
@@ -177,10 +177,21 @@ def unix_hint(head: Head) -> str:
     return ""
 
 
-def machine_problem(head: Head, exists: Callable[[str], bool], read: Callable[[str], bytes], rest: bytes = b"") -> str:
+class Files(Protocol):
+    """A machine's files, as a function sees them."""
+
+    def exists(self, path: str) -> bool: ...
+
+    def read(self, path: str) -> bytes:
+        """The first HEAD bytes; none when it cannot be read."""
+
+    def is_on_path(self, program: str) -> bool:
+        """Whether the function's PATH leads to it."""
+
+
+def machine_problem(head: Head, files: Files, rest: bytes = b"") -> str:
     """Why this Unix machine cannot start it, empty when nothing is known: a missing interpreter or loader, say.
 
-    ``exists(path)`` and ``read(path)`` (the first bytes, none when it cannot be read) look at the machine's files;
     ``rest`` is what the ELF file names as its loader when that lies beyond the head (see loader_position).
     """
     name = _shown(head.name)
@@ -191,10 +202,15 @@ def machine_problem(head: Head, exists: Callable[[str], bool], read: Callable[[s
         interpreter = interpreter_of(head)
         if problem or not interpreter:
             return problem
-        if not exists(interpreter):
+        if not files.exists(interpreter):
             where = "" if "/" in interpreter else f": write its whole path, such as #!/usr/bin/env {interpreter}"
             return f"{_shown(head.name)} asks for {_shown(interpreter)}, which is not on this machine{where}"
-        head = Head(interpreter, read(interpreter))
+        by_env = program_of_env(head)
+        if by_env and not files.is_on_path(by_env):
+            return (
+                f"{_shown(head.name)} asks for {_shown(by_env)}, which is not on the PATH of functions on this machine"
+            )
+        head = Head(interpreter, files.read(interpreter))
         rest = b""
         if not head.data:
             return ""
@@ -202,7 +218,7 @@ def machine_problem(head: Head, exists: Callable[[str], bool], read: Callable[[s
         return f"{name} is a script whose interpreter is a script, and so on more than {_NESTED} times"
     if head.data[:4] == _ELF:
         loader = loader_of(head, rest)
-        if loader and not exists(loader):
+        if loader and not files.exists(loader):
             if "musl" in loader:
                 why = (
                     "it was built for musl (Alpine Linux), and this machine has glibc: link it statically, or for glibc"
@@ -219,6 +235,22 @@ def interpreter_of(head: Head) -> str:
     """What the #! line names; empty when there is none."""
     words = head.first_line[2:].split(None, 1) if head.is_script else []
     return _text(words[0]) if words else ""
+
+
+def program_of_env(head: Head) -> str:
+    """What `#!/usr/bin/env NAME` looks for on the PATH; empty for every other line, and for options not known here."""
+    if posixpath.basename(interpreter_of(head)) != "env" or unix_hint(head):
+        return ""
+    words = iter(head.first_line[2:].split()[1:])
+    for word in words:
+        if word in (b"-S", b"-i", b"-") or (b"=" in word and not word.startswith(b"-")):
+            continue
+        if word == b"-u":
+            next(words, None)
+            continue
+        word = word.removeprefix(b"-S")
+        return "" if word.startswith(b"-") or b"=" in word else _text(word)
+    return ""
 
 
 def loader_position(head: Head) -> tuple[int, int] | None:

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from fluxlib import handlers
+from fluxlib.config.environment import function_basics
 from fluxlib.handlers import Head
-from fluxlib.model import Platform
+from fluxlib.model import FunctionSpec, Platform
 
 _ARCHITECTURES = {
     "x86_64": "amd64",
@@ -37,8 +38,9 @@ def head_of(path: str | Path, name: str = "") -> Head:
         return Head(name or os.path.basename(path), file.read(handlers.HEAD))
 
 
-def start_problem(code_dir: Path, handler: str) -> str:
+def start_problem(spec: FunctionSpec, code_dir: Path) -> str:
     """Why the handler will not start on this machine, as far as can be told beforehand; empty when it should."""
+    handler = spec.handler
     if sys.platform == "win32":
         return ""
     path = code_dir.joinpath(*handler.split("/"))
@@ -46,7 +48,8 @@ def start_problem(code_dir: Path, handler: str) -> str:
         head = head_of(path, handler)
     except OSError as error:
         return f"{handler} cannot be read: {error.strerror}"
-    return _problem(path, head, code_dir)
+    files = _Files(code_dir, spec.env.get("PATH") or function_basics()["PATH"])
+    return _problem(path, head, files) or (handlers.unix_hint(head) if sys.platform == "linux" else "")
 
 
 def exec_problem(program: str, number: int, code_dir: Path) -> str:
@@ -64,7 +67,7 @@ def exec_problem(program: str, number: int, code_dir: Path) -> str:
         return f"{name} may not be executed" if number == errno.EACCES else os.strerror(number)
     here = this_platform()
     foreign = number == errno.ENOEXEC and bool(head.platform.os) and not here.matches(head.platform)
-    problem = "" if foreign else _problem(Path(program), head, code_dir)
+    problem = "" if foreign else _problem(Path(program), head, _Files(code_dir))
     if problem:
         return problem
     needs = handlers.interpreter_of(head) or handlers.loader_of(head, _loader(program, head))
@@ -83,24 +86,38 @@ def exec_problem(program: str, number: int, code_dir: Path) -> str:
     return f"{name}: {os.strerror(number)}"
 
 
-def _problem(path: Path, head: Head, code_dir: Path) -> str:
-    def on_host(interpreter: str) -> str:
-        if interpreter.startswith(_SHOWN_CODE):
-            return os.path.join(code_dir, interpreter.removeprefix(_SHOWN_CODE))
-        # Relative to the working directory, which is the code's unless the function says otherwise.
-        return os.path.join(code_dir, interpreter)
+def _problem(path: Path, head: Head, files: handlers.Files) -> str:
+    return handlers.unix_problem(head) or handlers.machine_problem(head, files, _loader(path, head))
 
-    def read(interpreter: str) -> bytes:
+
+class _Files:
+    """handlers.Files of this machine. ``search`` is the function's PATH; empty where it does not matter."""
+
+    def __init__(self, code_dir: Path, search: str = "") -> None:
+        self._code_dir = code_dir
+        self._search = search
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(self._here(path))
+
+    def read(self, path: str) -> bytes:
         try:
-            return head_of(on_host(interpreter)).data
+            return head_of(self._here(path)).data
         except OSError:
             return b""
 
-    problem = handlers.unix_problem(head)
-    if problem:
-        return problem
-    exists = lambda interpreter: os.path.exists(on_host(interpreter))  # noqa: E731
-    return handlers.machine_problem(head, exists, read, _loader(path, head))
+    def is_on_path(self, program: str) -> bool:
+        if "/" in program:
+            return self.exists(program)
+        if not self._search:
+            return True
+        return any(self.exists(os.path.join(directory or ".", program)) for directory in self._search.split(os.pathsep))
+
+    def _here(self, path: str) -> str:
+        if path.startswith(_SHOWN_CODE):
+            return os.path.join(self._code_dir, path.removeprefix(_SHOWN_CODE))
+        # Relative to the working directory, which is the code's unless the function says otherwise.
+        return os.path.join(self._code_dir, path)
 
 
 def _loader(path: str | Path, head: Head) -> bytes:

@@ -277,7 +277,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
 
 
 def _start_problem(installed: Installed) -> str:
-    return start_problem(installed.code_dir, installed.spec.handler) if installed.code_dir is not None else ""
+    return start_problem(installed.spec, installed.code_dir) if installed.code_dir is not None else ""
 
 
 def _acknowledge(kind: type[Ack], done: str, act: Callable[[], Done]) -> Ack:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,10 @@ def test_64_bit_x86_is_given_32_bit_programs() -> None:
     assert not Platform("linux", "arm64").matches(Platform("linux", "386"))
 
 
+def problem(code_dir: Path, **env: str) -> str:
+    return start_problem(FunctionSpec(name="f", handler="main", env=env), code_dir)
+
+
 # What is in the file; the words of the reason, before the start and after it.
 NEVER = {
     "a byte order mark": (b"\xef\xbb\xbf#!/bin/sh\necho ok\n", "UTF-8 byte order mark"),
@@ -100,28 +105,47 @@ def test_the_reason_is_told_before_the_start_and_after_it(what: str, tmp_path: P
     path = tmp_path / "main"
     path.write_bytes(data)
     path.chmod(0o755)
-    assert words in start_problem(tmp_path, "main")
+    assert words in problem(tmp_path)
     number = failed_start(path)
     if what != "a long first line":  # newer kernels cut it, older ones start something else
         assert number
         assert words in exec_problem(str(path), number, tmp_path)
 
 
-@pytest.mark.parametrize("line", ["#!/bin/sh", "#! /bin/sh -e", "#!/usr/bin/env -S python3 -u", "#!lib/sh"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "#!/bin/sh",
+        "#! /bin/sh -e",
+        "#!/usr/bin/env sh",
+        "#!/usr/bin/env -S A=1 sh -e",
+        "#!/usr/bin/env -Ssh -e",
+        "#!lib/sh",
+    ],
+)
 def test_what_starts_is_not_spoken_of(line: str, tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "sh").symlink_to("/bin/sh")
     (tmp_path / "main").write_text(f"{line}\n")
-    assert start_problem(tmp_path, "main") == ""
+    assert problem(tmp_path) == ""
     assert handlers.unix_hint(Head("main", line.encode())) == ""
+
+
+@pytest.mark.parametrize("line", ["env gone", "env -S gone -u", "env -S -i A=1 -u HOME gone", "env -Sgone"])
+def test_what_env_will_not_find_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "main").write_text(f"#!/usr/bin/{line}\n")
+    assert problem(tmp_path) == "main asks for gone, which is not on the PATH of functions on this machine"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gone").symlink_to("/bin/sh")
+    assert problem(tmp_path, PATH="/usr/bin:/run/flux/code/bin") == ""
 
 
 def test_interpreters_in_the_code_are_found_where_isolation_shows_it(tmp_path: Path) -> None:
     (tmp_path / "main").write_text("#!/run/flux/code/bin/tool\n")
-    assert "is not on this machine" in start_problem(tmp_path, "main")
+    assert "is not on this machine" in problem(tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "tool").symlink_to("/bin/sh")
-    assert start_problem(tmp_path, "main") == ""
+    assert problem(tmp_path) == ""
 
 
 def test_an_interpreter_that_lacks_its_own_is_named(tmp_path: Path) -> None:
@@ -129,13 +153,15 @@ def test_an_interpreter_that_lacks_its_own_is_named(tmp_path: Path) -> None:
     (tmp_path / "pip").chmod(0o755)
     (tmp_path / "main").write_text(f"#!{tmp_path}/pip\n")
     (tmp_path / "main").chmod(0o755)
-    assert f"{tmp_path}/pip asks for /gone/python3" in start_problem(tmp_path, "main")
+    assert f"{tmp_path}/pip asks for /gone/python3" in problem(tmp_path)
     assert "/gone/python3" in exec_problem(str(tmp_path / "main"), failed_start(tmp_path / "main"), tmp_path)
 
 
-def test_an_option_behind_env_is_hinted_at() -> None:
-    hint = handlers.unix_hint(Head("main.py", b"#!/usr/bin/env python3 -u\nprint(1)\n"))
+def test_an_option_behind_env_is_told_how_it_works(tmp_path: Path) -> None:
+    (tmp_path / "main").write_text("#!/usr/bin/env python3 -u\nprint(1)\n")
+    hint = handlers.unix_hint(Head("main", (tmp_path / "main").read_bytes()))
     assert "#!/usr/bin/env -S python3 -u" in hint
+    assert problem(tmp_path) == (hint if sys.platform == "linux" else "")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +179,7 @@ def test_a_missing_loader_is_named(loader: str, words: str, tmp_path: Path) -> N
     source = b"int main(void) { return 0; }"
     command = [compiler, "-x", "c", "-o", str(path), "-", f"-Wl,--dynamic-linker={loader}"]
     subprocess.run(command, input=source, check=True)
-    for told in (start_problem(tmp_path, "main"), exec_problem(str(path), failed_start(path), tmp_path)):
+    for told in (problem(tmp_path), exec_problem(str(path), failed_start(path), tmp_path)):
         assert loader in told
         assert words in told
 
