@@ -39,7 +39,9 @@ class Document:
         ]
 
     def check(self, method: str, path: str, reply: Reply) -> None:
-        operations = next((ops for pattern, ops in self._paths if pattern.fullmatch(path.partition("?")[0])), None)
+        operations = next(
+            (ops for pattern, ops in self._paths if pattern.fullmatch(path.partition("?")[0].removesuffix("/"))), None
+        )
         if operations is None or method.lower() not in operations:
             # Only what no route answers.
             assert reply.status in (400, 404, 405, 204), (method, path, reply)

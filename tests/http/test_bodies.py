@@ -37,7 +37,11 @@ class TestACall:
             (b'\xef\xbb\xbf{"input": "text"}', "application/json", Call("hello", stdin=b"text")),
             (b'{"timeout": 1.5}', "application/json", Call("hello", timeout_seconds=1.5)),
             (b"\x00\xff raw", "application/octet-stream", Call("hello", stdin=b"\x00\xff raw")),
-            (b'{"args": ["no"]}', "text/plain; charset=ascii", Call("hello", stdin=b'{"args": ["no"]}')),
+            (b'{"args": ["no"]}', "application/octet-stream", Call("hello", stdin=b'{"args": ["no"]}')),
+            *(
+                (text, "text/plain; charset=ascii", Call("hello", stdin=text))
+                for text in (b"no JSON", b"{}", b'{"args": 1, "more": 2}', b'{"args": [', b'{"name": "x"}', b'["args"]')
+            ),
             (b"", "text/csv", Call("hello")),
         ],
     )
@@ -46,6 +50,25 @@ class TestACall:
     ) -> None:
         assert call(client, body, media).status == 200
         assert fakes.executions.calls == [expected]
+
+    @pytest.mark.parametrize(
+        "body", [b'{"args": ["no"]}', b' {"input":"x"}', b'\n{ "timeout" : 3, "args": null }', b'{"args": "wrong"}']
+    )
+    @pytest.mark.parametrize("media", ["text/plain;charset=UTF-8", "text/plain"])
+    def test_that_fetch_says_is_text_is_told_so(self, client: Client, fakes: Fakes, body: bytes, media: str) -> None:
+        reply = call(client, body, media)
+        assert reply.status == 415
+        assert "a call in JSON, sent as text/plain" in reply.json["error"]
+        assert "application/octet-stream" in reply.json["error"]
+        assert fakes.executions.calls == []
+
+    @pytest.mark.parametrize("body", [b"args=you", b"some text", b"a,b\nc,d\n"])
+    def test_that_came_as_a_form_and_is_none_of_ours(self, client: Client, fakes: Fakes, body: bytes) -> None:
+        reply = call(client, body, FORM)
+        assert reply.status == 400
+        assert "as curl -d sends it" in reply.json["error"]
+        assert "Content-Type: application/octet-stream" in reply.json["error"]
+        assert fakes.executions.calls == []
 
     @pytest.mark.parametrize(
         ("body", "words"),
@@ -151,6 +174,25 @@ class TestPaths:
             assert "path" in reply.json["error"]
         assert fakes.executions.calls == []
 
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("GET", "/health/"),
+            ("GET", "/functions/"),
+            ("GET", "/functions/hello/"),
+            ("GET", "/executions/?limit=1"),
+            ("POST", "/execute/hello/"),
+            ("POST", "/execute/hello/async/"),
+        ],
+    )
+    def test_may_end_with_a_slash(self, client: Client, method: str, path: str) -> None:
+        reply = client(method, path, REQUEST_URI=path, headers={"Idempotency-Key": "k"} if "async" in path else {})
+        assert reply.status in (200, 202), reply.body
+
+    def test_with_a_slash_need_a_key_all_the_same(self, client: Client) -> None:
+        assert client("GET", "/functions/", key=None).status == 401
+        assert client("GET", "/functions//", REQUEST_URI="/functions//").status == 400
+
     @pytest.mark.parametrize("name", ["x" * 65, "-x", "x.", "a b", "a..b", "\u00fc", "a*"])
     def test_names_are_checked(self, client: Client, fakes: Fakes, name: str) -> None:
         for method, path in [("GET", f"/functions/{name}"), ("POST", f"/execute/{name}"), ("PUT", f"/deploy/{name}")]:
@@ -163,10 +205,10 @@ class TestPaths:
         assert client("DELETE", path).status == 400
 
     @pytest.mark.parametrize(
-        "path", ["/", "/nothing", "/agents/", "/execute", "/execute/", "/execute/hello/", "/Health"]
+        "path", ["/", "/nothing", "/agents//", "/execute", "/execute/", "/execute/hello/", "/Health"]
     )
     def test_unknown_ones_are_not_found(self, client: Client, path: str) -> None:
-        assert client("GET", path).status in (404, 405)
+        assert client("GET", path).status in (400, 404, 405)
 
     def test_other_methods_are_told_which(self, client: Client) -> None:
         reply = client("PATCH", "/functions")
@@ -242,9 +284,39 @@ class TestOtherBodies:
         assert ("worker-2" in fakes.agents.kept) == fits
 
     def test_a_registration_needs_its_address(self, client: Client) -> None:
-        assert "address: is missing" in client("POST", "/agents/register").json["error"]
+        assert "address: is missing" in client("POST", "/agents/register", json={"legacy": True}).json["error"]
         assert client("POST", "/agents/register", json={"address": "a:1", "legacy": 1}).status == 400
         assert client("POST", "/agents/register", b"x", headers={"Content-Type": "text/plain"}).status == 415
+
+    @pytest.mark.parametrize(
+        ("method", "path", "data", "what"),
+        [
+            ("POST", "/agents/register", b"", 'send JSON such as {"address":'),
+            ("POST", "/agents/register", b"\n", 'send JSON such as {"address":'),
+            ("PUT", "/functions", b"", "curl --data-binary @function.yaml"),
+            ("PUT", "/functions", b" \r\n", "curl --data-binary @function.yaml"),
+            ("PUT", "/deploy/hello", b"", "curl --data-binary @code.zip"),
+        ],
+    )
+    def test_an_empty_one_is_called_empty(self, client: Client, method: str, path: str, data: bytes, what: str) -> None:
+        reply = client(method, path, data, headers=JSON)
+        assert reply.status == 400
+        assert reply.json["error"].startswith("the body is empty: send ")
+        assert what in reply.json["error"]
+
+    @pytest.mark.parametrize(
+        ("path", "data", "media", "words"),
+        [
+            ("/functions", b"PK\x03\x04\x14\0", FORM, "this is a zip: send it to PUT /deploy/NAME"),
+            ("/functions", b"./function.yaml\n", FORM, "this is the name of a file: put an @ before it"),
+            ("/functions", b"--x\r\n", "multipart/form-data; boundary=x", "curl --data-binary @function.yaml"),
+            ("/deploy/hello", b"--x\r\n", "multipart/form-data; boundary=x", "curl --data-binary @code.zip"),
+        ],
+    )
+    def test_a_wrong_one_is_recognized(self, client: Client, path: str, data: bytes, media: str, words: str) -> None:
+        reply = client("PUT", path, data, headers={"Content-Type": media})
+        assert reply.status == 400
+        assert words in reply.json["error"]
 
     @pytest.mark.parametrize("media", ["application/yaml", "text/x-yaml", "application/x-www-form-urlencoded", ""])
     def test_a_function_may_come_under_any_type(self, client: Client, fakes: Fakes, media: str) -> None:

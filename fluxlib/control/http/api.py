@@ -15,6 +15,7 @@ from fluxlib.control.http.auth import FailedAttempts
 from fluxlib.control.http.early import EarlyCheck
 from fluxlib.control.http.matcher import Matcher
 from fluxlib.control.http.pipeline import Pipeline
+from fluxlib.control.http.request import without_slash
 from fluxlib.control.http.routes import build_routes
 from fluxlib.control.services import Services
 
@@ -43,7 +44,7 @@ class Api:
         self._loading = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        path = environ["PATH_INFO"]
+        path = environ["PATH_INFO"] = without_slash(environ["PATH_INFO"])
         found = self._matcher.find(environ["REQUEST_METHOD"], path)
         if found is None or not _plainly(path, environ):
             return (self._flask or self.flask)(environ, start_response)
@@ -71,7 +72,7 @@ class Api:
 def _plainly(path: str, environ: dict[str, Any]) -> bool:
     """The client wrote the path just so; with anything unquoted Flask's side looks closer."""
     uri = str(environ.get("REQUEST_URI") or environ.get("RAW_URI") or path)
-    return uri == path or (uri.startswith(path) and uri[len(path)] == "?")
+    return uri == path or (uri.startswith(path) and uri[len(path) :].partition("?")[0] in ("", "/"))
 
 
 def _wrapper() -> FileWrapper:

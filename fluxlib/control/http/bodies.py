@@ -27,6 +27,9 @@ _LONGEST_TIMEOUT = 7 * 86400.0
 _KEY = re.compile("[!-~]{1,255}")
 _FORM = "application/x-www-form-urlencoded"  # what curl says of everything sent with -d and --data-binary
 _JSON_TYPES = ("", "application/json", _FORM)
+# How a call begins, and hardly anything that a program reads from its standard input.
+_CALL_BEGINS = re.compile(rb'\s*\{\s*"(args|input|timeout)"\s*:')
+_FILE_NAME = re.compile(rb"[\w./-]{1,200}\.(ya?ml|json|zip)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +103,13 @@ def _refuse_encoding(request: Request) -> None:
 def json_body(fields: Sequence[Field], *, required: bool = False) -> Body:
     """A small JSON object with these fields."""
 
+    example = json.dumps({field.name: field.about for field in fields if field.required}, ensure_ascii=False)
+
     def read(request: Request, data: bytes) -> dict[str, Any]:
         if request.media_type not in _JSON_TYPES:
-            raise UnsupportedMedia(f"send JSON, not {request.media_type[:80]!a}")
+            raise UnsupportedMedia(f"send JSON as application/json, not {request.media_type[:80]!a}")
+        if required and not data.strip():
+            raise InvalidInput(f"the body is empty: send JSON such as {example}")
         return take(fields, json_object(data), "the body")
 
     return Body(_SMALL, read, {"application/json": object_schema(fields)}, required=required)
@@ -180,6 +187,11 @@ def _call(request: Request, data: bytes) -> Call:
     name = request.params["name"]
     key = idempotency_key(request)
     media_type = request.media_type
+    if media_type.startswith("text/") and _is_call(data):
+        raise UnsupportedMedia(
+            f"this is a call in JSON, sent as {media_type[:80]} (fetch does so by itself): set the Content-Type to"
+            " application/json, or to application/octet-stream if it is to be the program's standard input"
+        )
     if media_type == "application/octet-stream" or media_type.startswith("text/"):
         return Call(name, stdin=data, idempotency_key=key)
     if media_type not in _JSON_TYPES:
@@ -188,8 +200,22 @@ def _call(request: Request, data: bytes) -> Call:
         )
     if not data:
         return Call(name, idempotency_key=key)
+    if media_type == _FORM and data.strip() and not data.lstrip().startswith((b"{", b"[", b"\xef\xbb\xbf")):
+        raise InvalidInput(
+            'this came as a form, as curl -d sends it, and is no JSON: send a call as {"args": ["…"]}, or standard'
+            " input with -H 'Content-Type: application/octet-stream' --data-binary @FILE"
+        )
     fields = take(CALL_FIELDS, json_object(data), "the call")
     return Call(name, fields["args"], fields["input"], fields["timeout"], key)
+
+
+def _is_call(data: bytes) -> bool:
+    if not _CALL_BEGINS.match(data):
+        return False
+    try:
+        return set(json_object(data)) <= {field.name for field in CALL_FIELDS}
+    except InvalidInput:
+        return False
 
 
 CALL_BODY = Body(
@@ -239,6 +265,14 @@ REGISTER_BODY = json_body(
 
 
 def _function(request: Request, data: bytes) -> Any:
+    send = "curl --data-binary @function.yaml"
+    if not data.strip():
+        raise InvalidInput(f"the body is empty: send the function's YAML, for example with {send}")
+    if data.startswith(b"PK\x03\x04"):
+        raise InvalidInput("this is a zip: send it to PUT /deploy/NAME, and the function's YAML here")
+    _refuse_upload_form(request, send)
+    if _FILE_NAME.fullmatch(data.strip()):
+        raise InvalidInput(f"this is the name of a file: put an @ before it, as in {send}")
     try:
         spec = read_function(data)
     except InvalidInput as error:
@@ -255,9 +289,16 @@ def _function(request: Request, data: bytes) -> Any:
 
 
 def _archive(request: Request, data: bytes) -> bytes:
+    send = "curl --data-binary @code.zip"
     if not data:
-        raise InvalidInput("the body is empty: send the zip, for example with curl --data-binary @code.zip")
+        raise InvalidInput(f"the body is empty: send the zip, for example with {send}")
+    _refuse_upload_form(request, send)
     return data
+
+
+def _refuse_upload_form(request: Request, send: str) -> None:
+    if request.media_type == "multipart/form-data":
+        raise InvalidInput(f"this is an upload form, as curl -F sends it: send the file itself, with {send}")
 
 
 def function_body(schema: Schema) -> Body:

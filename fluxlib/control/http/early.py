@@ -14,7 +14,7 @@ from fluxlib.control.http.answers import Answer
 from fluxlib.control.http.matcher import Matcher
 from fluxlib.control.http.pipeline import Pipeline
 from fluxlib.control.http.problems import simple
-from fluxlib.control.http.request import too_large
+from fluxlib.control.http.request import too_large, without_slash
 from fluxlib.control.http.route import Route
 
 # Bodies up to this are simply read: they are not worth the look.
@@ -41,7 +41,7 @@ class EarlyCheck:
 
     def __call__(self, environ: Mapping[str, Any]) -> Verdict:
         """``environ`` has the method, the path, the address and the headers."""
-        found = self._matcher.find(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        found = self._matcher.find(environ["REQUEST_METHOD"], without_slash(environ["PATH_INFO"]))
         if found is None:
             return Verdict(0, simple(404, "there is no such path that takes a body: GET /openapi.json lists them"))
         route, params = found

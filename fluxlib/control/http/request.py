@@ -122,6 +122,11 @@ def raw_path(environ: Mapping[str, Any]) -> str:
     return uri.partition("?")[0]
 
 
+def without_slash(path: str) -> str:
+    """``/functions/`` is ``/functions``: clients that join paths add one slash. Two are refused (``check_path``)."""
+    return path[:-1] if len(path) > 1 and path.endswith("/") and not path.endswith("//") else path
+
+
 def check_path(environ: Mapping[str, Any]) -> None:
     """Raises InvalidInput for what two readers of a path might read differently."""
     raw = raw_path(environ).lower()
