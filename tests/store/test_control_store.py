@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from fluxlib.archive import digest_of
 from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
 from fluxlib.model import AgentRecord, AgentStatus, ErrorKind, ExecutionRequest, ExecutionStatus, Phase, Platform
 from fluxlib.store.base import LEASE_MEMORY, SMALL_REQUEST, ControlStore, ExecutionFilter, Lease
+from fluxlib.store.memory import MemoryControlStore
 from tests.support.entries import end, entry, function, keep
 
 # -- functions and code
@@ -292,6 +294,30 @@ def test_what_a_process_owns_is_read_a_page_at_a_time(store: ControlStore) -> No
         after = page[-1].sequence
     assert ids == ["e-0", "e-1", "e-2", "e-4", "e-5", "e-6"]
     assert [one.execution_id for one in store.executions_of("o")] == ids
+
+
+def test_what_a_restart_reads_does_not_grow_with_the_requests(store: ControlStore) -> None:
+    """A backlog of large requests, as one process accepted it, is listed and taken over without reading them."""
+    if isinstance(store, MemoryControlStore):
+        return
+    for number in range(40):
+        large = ExecutionRequest(f"e-{number}", "f", (), bytes(512 * 1024), asynchronous=True)
+        made = replace(entry(f"e-{number}", owner="o" if number % 2 else ""), request=large)
+        store.create_execution(made, durable=False)[1].wait()
+    tracemalloc.start()
+    try:
+        assert len(store.open_executions("")) == 40
+        assert len(store.executions_of("o")) == 20
+        assert len(store.open_ids("o")) == 20
+        assert len(store.executions(ExecutionFilter(queued=True), "", 50).entries) == 40
+        assert store.execution("e-1") is not None
+        store.adopt_session("o", "p")
+        assert len(store.claim_executions("p", "f", 50)) == 40
+        assert store.queued()["f"].request_bytes > 40 * 512 * 1024
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1024 * 1024
 
 
 def test_the_first_end_wins_and_nothing_moves_after_it(store: ControlStore) -> None:
