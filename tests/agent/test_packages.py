@@ -184,6 +184,7 @@ def test_code_that_a_power_cut_damaged_counts_as_not_deployed(packages: Packages
         (code / "data" / "a").chmod(0o600)
         (code / "data" / "a").write_bytes(b"")
     elif damage == "missing file":
+        (code / "data").chmod(0o755)
         (code / "data" / "a").unlink()
     else:
         os.rename(code, tmp_path / "hello" / "elsewhere")

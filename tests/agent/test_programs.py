@@ -180,7 +180,11 @@ def test_what_one_leaves_in_its_work_directory_the_next_does_not_find(agent: Run
 
 def test_it_cannot_write_to_its_code_or_the_agents_state(agent: Running) -> None:
     code = agent.run("pwd").output.decode().splitlines()[0]
-    for target in (f"{code}/main.sh", f"{code}/new", f"{Path(code).parent}/spec.json", f"{agent.directory}/x"):
+    targets = [f"{code}/main.sh", f"{code}/new"]
+    if os.geteuid() == 0:
+        # An agent without root has no other user to run functions as, and its state is its own to write.
+        targets += [f"{Path(code).parent}/spec.json", f"{agent.directory}/x"]
+    for target in targets:
         assert agent.run("touch", target).error != "", target
         assert not target.endswith("new") or not os.path.exists(target)
 
