@@ -15,7 +15,7 @@ _SPAWNER = "--flux-spawner"
 def start(arguments: list[str], default: str = "serve") -> int:
     """Run the command that ``arguments`` name; ``default`` when they name none. The exit code."""
     if arguments and arguments[0] == _SPAWNER and sys.platform != "win32":
-        from fluxlib.agent.executor import spawner
+        from fluxlib.spawner import main as spawner
 
         spawner.main(int(arguments[1]), arguments[2:])
         return 0

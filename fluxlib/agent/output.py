@@ -55,13 +55,13 @@ class Output:
         """Whether it has outgrown memory (also after ``end``)."""
         return self.size > len(self._memory)
 
-    def append(self, data: bytes) -> None:
-        """Never raises and never waits for a reader."""
+    def append(self, data: bytes) -> bool:
+        """Whether more is kept. Never raises and never waits for a reader."""
         room = 0 if self.problem else self._cap - self.size
         kept = data if len(data) <= room else data[: max(0, room)]
         self.dropped += len(data) - len(kept)
         if not kept:
-            return
+            return False
         with self._condition:
             if self._file is None and self.size + len(kept) <= IN_MEMORY:
                 self._memory += kept
@@ -70,6 +70,7 @@ class Output:
                 self._to_file(kept)
             if self._readers:
                 self._condition.notify_all()
+        return True
 
     def end(self) -> None:
         """Nothing more comes: whoever follows is told, and what lies in a file is read from the disk from now on."""

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxlib.agent.executor.base import Limits
-from fluxlib.agent.executor.cgroup import RunGroup, is_empty
-from fluxlib.agent.executor.hierarchy import Hierarchy, own_group
+from fluxlib.agent.executor.cgroup import Hierarchy, RunGroup, is_empty, own_group
 from fluxlib.errors import CannotStart, Unenforceable
 from tests.support.need import lacking
 
@@ -74,19 +73,6 @@ def test_killing_writes_one_file(group: RunGroup) -> None:
     assert Path(group.path, "cgroup.kill").read_text() == "1"
 
 
-def test_without_cgroup_kill_members_are_frozen_and_killed(group: RunGroup) -> None:
-    Path(group.path, "cgroup.kill").unlink()
-    freezes = Path(group.path, "cgroup.freeze")
-    freezes.write_text("")
-    pid = os.fork()
-    if pid == 0:
-        os.execv("/bin/sleep", ["sleep", "60"])
-    Path(group.path, "cgroup.procs").write_text(f"{pid}\n")
-    group.kill()
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == 9
-    assert freezes.read_text() == "0"
-
-
 def test_a_closed_group_is_left_alone(group: RunGroup) -> None:
     group.close()
     group.kill()
@@ -131,7 +117,7 @@ def test_a_unit_without_delegation_is_refused_with_what_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group, _ = _unified(tmp_path)
-    monkeypatch.setattr("fluxlib.agent.executor.hierarchy.own_group", lambda root: group)
+    monkeypatch.setattr("fluxlib.agent.executor.cgroup.own_group", lambda root: group)
     with pytest.raises(Unenforceable, match="put `Delegate=cpu memory pids` into the agent's unit"):
         Hierarchy.find("worker", tmp_path, systemd=True)
     assert Hierarchy.find("worker", tmp_path, systemd=False).base == tmp_path / "flux" / "worker"
@@ -148,7 +134,7 @@ def test_a_delegated_unit_is_the_base_also_when_the_agent_has_moved(
     moved = unit / "agent"
     moved.mkdir()
     for group in (unit, moved):
-        monkeypatch.setattr("fluxlib.agent.executor.hierarchy.own_group", lambda root, group=group: group)
+        monkeypatch.setattr("fluxlib.agent.executor.cgroup.own_group", lambda root, group=group: group)
         assert Hierarchy.find("worker", tmp_path, systemd=True).base == unit
 
 

@@ -16,23 +16,20 @@ from typing import Any
 
 import pytest
 
-from fluxlib.agent.executor import linux, reactor
-from fluxlib.agent.executor.base import Exit, Job
+from fluxlib.agent.executor import reactor, unix
 from fluxlib.agent.executor.cgroup import RunGroup
-from fluxlib.agent.executor.launch import Launch
-from fluxlib.agent.executor.linux import LinuxExecutor
 from fluxlib.agent.executor.reactor import OutputPipe, Reactor
-from fluxlib.agent.executor.spawned import Spawned
+from fluxlib.agent.executor.unix import UnixExecutor, UnixSandbox
 
 SECONDS = 10
 
 
 @pytest.fixture
-def executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[LinuxExecutor]:
+def executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[UnixExecutor]:
     """Without a spawner, whose controllers few machines lend to a test: this is what comes after it."""
-    for module in (linux, reactor):
+    for module in (unix, reactor):
         monkeypatch.setattr(module, "_AGAIN", 0.01)
-    executor = LinuxExecutor.__new__(LinuxExecutor)
+    executor = UnixExecutor.__new__(UnixExecutor)
     executor._lock = threading.Lock()
     executor._reactor = Reactor("test-reactor")
     executor._reactor.start()
@@ -76,25 +73,22 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_kill_without_a_descriptor_is_made_when_there_is_one(executor: LinuxExecutor, tree: Tree) -> None:
-    job = Job("e-1", ("/bin/sleep",), {}, Path("/"))
-    spawned = Spawned(executor, 1, job, Launch(own=tree.group), OutputPipe(-1, lambda data: None))
-    spawned.pid = tree.process.pid
+def test_a_kill_without_a_descriptor_is_made_when_there_is_one(executor: UnixExecutor, tree: Tree) -> None:
+    sandbox = UnixSandbox(executor, "e-1", -1, -1, keep=False)
+    sandbox.group, sandbox.running, sandbox.pid = tree.group, True, tree.process.pid
     with no_descriptors():
-        spawned.kill()
+        sandbox.kill()
         assert tree.process.poll() is None, "it has to fail for this to show anything"
     assert tree.process.wait(SECONDS) == -9
 
 
-def test_what_a_program_left_is_ended_when_there_is_a_descriptor(executor: LinuxExecutor, tree: Tree) -> None:
-    ends: list[Exit] = []
+def test_what_a_program_left_is_ended_when_there_is_a_descriptor(executor: UnixExecutor, tree: Tree) -> None:
     over = threading.Event()
     with no_descriptors():
-        executor._end_rest(tree.group, Exit(exit_code=0), lambda ended: (ends.append(ended), over.set()))
-        assert not ends
+        executor._end_rest(tree.group, remove=True, then=over.set)
+        assert not over.is_set()
     assert tree.process.wait(SECONDS) == -9
     assert over.wait(SECONDS)
-    assert ends[0].exit_code == 0
     assert not os.path.exists(tree.group.path)
 
 
@@ -146,23 +140,23 @@ class Unwilling:
 
 
 @pytest.fixture
-def unwilling(executor: LinuxExecutor) -> Unwilling:
+def unwilling(executor: UnixExecutor) -> Unwilling:
     executor._reactor._poller = poller = Unwilling(executor._reactor._poller)  # type: ignore[assignment]
     return poller
 
 
 def test_what_a_program_left_is_ended_when_it_can_be_watched(
-    executor: LinuxExecutor, tree: Tree, unwilling: Unwilling
+    executor: UnixExecutor, tree: Tree, unwilling: Unwilling
 ) -> None:
     over = threading.Event()
     before = len(os.listdir("/proc/self/fd"))
-    executor._end_rest(tree.group, Exit(exit_code=0), lambda ended: over.set())
+    executor._end_rest(tree.group, remove=True, then=over.set)
     assert over.wait(SECONDS)
     assert unwilling.refused == 2
     assert len(os.listdir("/proc/self/fd")) == before - 1, "its cgroup's"
 
 
-def test_output_that_cannot_be_watched_yet_keeps_nobody_elses(executor: LinuxExecutor, unwilling: Unwilling) -> None:
+def test_output_that_cannot_be_watched_yet_keeps_nobody_elses(executor: UnixExecutor, unwilling: Unwilling) -> None:
     came = [threading.Event() for _ in range(3)]
     pipes = [os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) for _ in came]
     for (reading, writing), event in zip(pipes, came, strict=True):
@@ -176,12 +170,12 @@ def test_output_that_cannot_be_watched_yet_keeps_nobody_elses(executor: LinuxExe
 
 
 def test_it_is_killed_although_its_end_cannot_be_watched_yet(
-    executor: LinuxExecutor, tree: Tree, monkeypatch: pytest.MonkeyPatch
+    executor: UnixExecutor, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def events(group: RunGroup) -> int:
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(RunGroup, "events", events)
-    executor._end_rest(tree.group, Exit(exit_code=0), lambda ended: None)
+    executor._end_rest(tree.group, remove=True, then=lambda: None)
     assert tree.process.wait(SECONDS) == -9
     monkeypatch.undo()

@@ -9,14 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fluxlib.agent.executor import off
-from fluxlib.agent.executor.spawned import SpawningExecutor
+from fluxlib.agent.executor.unix import UnixExecutor
 from fluxlib.config.agent import read_agent
 from tests.support.need import need
 
@@ -24,28 +24,23 @@ from tests.support.need import need
 _SPAWNER_OF_NOBODY = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from fluxlib.agent.executor import borrowed, spawner
+from fluxlib.spawner import main as spawner
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)
-spawner.main(int(sys.argv[2]), [])
+spawner.main(int(sys.argv[2]), ["off", "/", "0", "0"])
 """
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give functions another user")
 
 
 @pytest.mark.parametrize(("user", "told"), [("no-such-user", True), ("root", True), ("nobody", False), ("", False)])
-def test_a_user_that_cannot_be_had_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str, told: bool
-) -> None:
-    notes: list[tuple[str, ...]] = []
-    monkeypatch.setattr(
-        SpawningExecutor, "__init__", lambda self, state, isolation, *arguments: notes.append(isolation.notes)
-    )
+def test_a_user_that_cannot_be_had_is_told(tmp_path: Path, user: str, told: bool) -> None:
     setting = f"runner_user: {user}\n" if user else ""
     config = read_agent(f"agent_id: w\nisolation: off\n{setting}", tmp_path / "agent.yaml")
-    off.OffExecutor(config, tmp_path, "for a test")
-    assert any(f"runner_user {user} is not used" in note for note in notes[0]) is told
+    executor = UnixExecutor(config, tmp_path, "for a test")
+    executor.stop(time.monotonic() + 5)
+    assert any(f"runner_user {user} is not used" in note for note in executor.isolation.notes) is told
 
 
 @pytest.fixture
@@ -73,13 +68,17 @@ def test_no_program_of_a_user_becomes_root_and_keeps_the_others_waiting(director
     try:
         for number, script in enumerate(scripts):
             argv, env = [b"/bin/sh", b"-c", script.encode()], {b"PATH": b"/usr/bin:/bin"}
-            request = ("run", number, argv, env, str(directory), -1, -1, {}, b"e-%d" % number)
-            with open(os.devnull, "wb") as output:
-                socket.send_fds(ours, [marshal.dumps(request)], [output.fileno()])
+            request = {"do": "run", "id": number, "argv": argv, "env": env, "cwd": str(directory), "uid": -1, "gid": -1}
+            request |= {"rlimits": {}, "execution": b"e-%d" % number, "fds": ("stdin", "stdout")}
+            with open(os.devnull, "r+b") as null:
+                socket.send_fds(ours, [marshal.dumps(request)], [null.fileno()] * 2)
         while len(ended) < len(scripts):
-            ended += [answer for answer in marshal.loads(ours.recv(1 << 16)) if answer[0] == "exit"]
+            events = marshal.loads(ours.recv(1 << 16))
+            ended += [
+                (event["id"], event["status"]) for event in events if "event" in event and event["event"] == "exit"
+            ]
     finally:
         ours.close()
         process.kill()
         process.wait()
-    assert sorted(answer[1:3] for answer in ended) == [(0, 0), (1, 0)]
+    assert sorted(ended) == [(0, 0), (1, 0)]

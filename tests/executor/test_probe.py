@@ -86,4 +86,3 @@ def test_what_profiles_hold_functions_to() -> None:
 def test_older_kernels_are_told_in_notes() -> None:
     assert probe.degraded(lambda name: True) == []
     assert "peak memory" in probe.degraded(lambda name: name != "memory.peak")[0]
-    assert "cgroup.kill" in probe.degraded(lambda name: name != "cgroup.kill")[0]

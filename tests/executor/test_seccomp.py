@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.agent.executor import prepared, seccomp, syscalls
+from fluxlib.spawner import linux, seccomp
 from tests.support.need import lacking
 
 MACHINES = ("x86_64", "aarch64")
@@ -88,18 +88,18 @@ def test_other_interfaces_are_closed_and_the_rest_is_open(machine: str) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 def test_the_kernel_takes_it_and_holds_to_it() -> None:
-    if syscalls.MACHINE not in MACHINES:
+    if linux.MACHINE not in MACHINES:
         lacking(f"needs one of {MACHINES}")
-    filtered = seccomp.Filter(seccomp.instructions(syscalls.MACHINE, deny_lasting_ipc=True))
+    filtered = seccomp.Filter(seccomp.instructions(linux.MACHINE, deny_lasting_ipc=True))
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         report = []
         try:
-            syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-            prepared.make(prepared.install_filter(filtered.program))
+            linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+            linux.make(linux.install_filter(filtered.program))
             libc = ctypes.CDLL(None, use_errno=True)
-            numbers = seccomp.SYSCALLS[syscalls.MACHINE]
+            numbers = seccomp.SYSCALLS[linux.MACHINE]
             for name, argument in (("mount", 0), ("io_uring_setup", 0), ("socket", AF_PACKET), ("socket", AF_UNIX)):
                 ctypes.set_errno(0)
                 libc.syscall(ctypes.c_long(numbers[name]), ctypes.c_long(argument), ctypes.c_long(1), ctypes.c_long(0))

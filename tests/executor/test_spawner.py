@@ -20,23 +20,22 @@ from unittest.mock import ANY
 import psutil
 import pytest
 
-from fluxlib.agent.executor import off, spawned, spawner_link
+from fluxlib.agent.executor import link as spawner_link
+from fluxlib.agent.executor import unix
 from fluxlib.agent.executor.base import Exit, Job
-from fluxlib.agent.executor.launch import Launch
-from fluxlib.agent.executor.launcher import Step, _Failures
-from fluxlib.agent.executor.linux import LinuxExecutor
-from fluxlib.agent.executor.off import OffExecutor
+from fluxlib.agent.executor.link import SpawnerLink
 from fluxlib.agent.executor.reactor import OutputPipe
-from fluxlib.agent.executor.spawner_link import SpawnerLink
+from fluxlib.agent.executor.unix import UnixExecutor
 from fluxlib.config.agent import read_agent
 from fluxlib.errors import CannotStart, Stopping
+from fluxlib.spawner.sandbox import Step, _Failures
 from tests.support.programs import is_alive
 
 
 class Run:
     """One job of an executor and everything it told."""
 
-    def __init__(self, executor: OffExecutor, directory: Path, script: str, name: str = "e-1", **changes: Any) -> None:
+    def __init__(self, executor: UnixExecutor, directory: Path, script: str, name: str = "e-1", **changes: Any) -> None:
         program = directory / f"{name}.sh"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
@@ -84,19 +83,19 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def off_executor(directory: Path) -> OffExecutor:
+def off_executor(directory: Path) -> UnixExecutor:
     config = read_agent(b"agent_id: worker\n", directory / "agent.yaml")
-    return OffExecutor(config, directory / "state", "a test")
+    return UnixExecutor(config, directory / "state", "a test")
 
 
 @pytest.fixture
-def executor(directory: Path) -> Iterator[OffExecutor]:
+def executor(directory: Path) -> Iterator[UnixExecutor]:
     executor = off_executor(directory)
     yield executor
     executor.stop(time.monotonic() + 5)
 
 
-def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: OffExecutor, directory: Path) -> None:
+def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: UnixExecutor, directory: Path) -> None:
     run = Run(executor, directory, "(setsid sleep 60 &) ; echo up; sleep 60")
     run.wait_for(b"up")
     os.kill(executor._link.pid, signal.SIGKILL)
@@ -108,14 +107,14 @@ def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: O
 
 
 def test_a_start_that_is_overtaken_by_its_spawners_death_holds_nobody_up(
-    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
+    executor: UnixExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_pipe, told = executor._reactor.add_pipe, []
 
     def add_late(pipe: OutputPipe) -> None:
         os.kill(executor._link.pid, signal.SIGKILL)
         with executor._idle:
-            told.append(executor._idle.wait_for(lambda: not executor._jobs, 10))
+            told.append(executor._idle.wait_for(lambda: not executor._running, 10))
         add_pipe(pipe)
 
     monkeypatch.setattr(executor._reactor, "add_pipe", add_late)
@@ -131,12 +130,23 @@ def test_a_start_that_is_overtaken_by_its_spawners_death_holds_nobody_up(
 @pytest.mark.parametrize("unread", [True, *[False] * 5])
 def test_nothing_outlives_an_agent_that_is_gone(unread: bool) -> None:
     """Not what left the process group of a program that still runs, nor when the agent died with answers unread."""
-    link = SpawnerLink()
+    link = SpawnerLink("off", "/", "0", "0")
     output, written = os.pipe()
     for execution in (b"e-1", b"e-2"):
         env = {b"PATH": b"/usr/bin:/bin", b"FLUX_EXECUTION_ID": execution}
         program = [b"/bin/sh", b"-c", b"setsid sleep 30 & setsid sleep 30 & echo up; sleep 30"]
-        link.send(("run", int(execution[-1:]), program, env, "/", -1, -1, {}, execution), [written])
+        request = {
+            "do": "run",
+            "id": int(execution[-1:]),
+            "argv": program,
+            "env": env,
+            "cwd": "/",
+            "uid": -1,
+            "gid": -1,
+        }
+        null = os.open(os.devnull, os.O_RDONLY)
+        link.send({**request, "rlimits": {}, "execution": execution}, {"stdin": null, "stdout": written})
+        os.close(null)
     os.close(written)
     with os.fdopen(output, "rb", buffering=0) as file:
         heard = b""
@@ -152,7 +162,7 @@ def test_nothing_outlives_an_agent_that_is_gone(unread: bool) -> None:
         assert file.read() == b""
 
 
-def test_starts_while_it_dies_end_exactly_once(executor: OffExecutor, directory: Path) -> None:
+def test_starts_while_it_dies_end_exactly_once(executor: UnixExecutor, directory: Path) -> None:
     """Every start either raises and tells nothing, or is told one end."""
     runs: list[Run] = []
     raised = 0
@@ -172,7 +182,7 @@ def test_starts_while_it_dies_end_exactly_once(executor: OffExecutor, directory:
 
 
 @pytest.mark.parametrize("stdin", [b"", b"along\n"])
-def test_a_request_larger_than_the_socket_takes(executor: OffExecutor, directory: Path, stdin: bytes) -> None:
+def test_a_request_larger_than_the_socket_takes(executor: UnixExecutor, directory: Path, stdin: bytes) -> None:
     """net.core.wmem_max limits its buffer, whatever is asked for."""
     executor._link._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     words = ("x" * 100_000,) * 9
@@ -182,7 +192,7 @@ def test_a_request_larger_than_the_socket_takes(executor: OffExecutor, directory
     assert Run(executor, directory, "echo small", "e-2").end().exit_code == 0
 
 
-def test_a_start_told_with_its_end_was_before_it(executor: OffExecutor, directory: Path) -> None:
+def test_a_start_told_with_its_end_was_before_it(executor: UnixExecutor, directory: Path) -> None:
     """The spawner keeps the news of a start for company; how long a program ran must not suffer by it."""
     before = time.monotonic()
     for number in range(10):
@@ -191,7 +201,7 @@ def test_a_start_told_with_its_end_was_before_it(executor: OffExecutor, director
         assert before <= run.started_at <= run.ended_at - 0.001
 
 
-def test_programs_get_signals_as_they_should_be(executor: OffExecutor, directory: Path) -> None:
+def test_programs_get_signals_as_they_should_be(executor: UnixExecutor, directory: Path) -> None:
     run = Run(executor, directory, "grep -E 'Sig(Ign|Blk)' /proc/self/status")
     run.end()
     masks = {line.split()[0]: int(line.split()[1], 16) for line in run.output.decode().splitlines()}
@@ -217,18 +227,18 @@ def test_what_the_agents_starter_ignored_is_no_programs_affair(directory: Path) 
         executor.stop(time.monotonic() + 10)
 
 
-def test_no_descriptor_of_ours_is_inherited(executor: OffExecutor, directory: Path) -> None:
+def test_no_descriptor_of_ours_is_inherited(executor: UnixExecutor, directory: Path) -> None:
     run = Run(executor, directory, "ls /proc/self/fd")
     run.end()
     assert run.output.split() == [b"0", b"1", b"2", b"3"], "3 is ls's own"
 
 
 def test_no_descriptor_left_for_a_new_spawner_and_then_again(
-    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
+    executor: UnixExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the dead one had is ended before there is another, and there is another in the end."""
-    monkeypatch.setattr(spawned, "_FIRST_RETRY", 0.01)
-    monkeypatch.setattr(spawned, "_LAST_RETRY", 0.01)
+    monkeypatch.setattr(unix, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(unix, "_LAST_RETRY", 0.01)
     run = Run(executor, directory, "echo there; exec sleep 60")
     run.wait_for(b"there")
     ended = threading.Event()
@@ -250,9 +260,9 @@ def test_no_descriptor_left_for_a_new_spawner_and_then_again(
 
 
 def test_whatever_fails_with_a_new_spawner_it_is_tried_again(
-    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
+    executor: UnixExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spawned, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(unix, "_FIRST_RETRY", 0.01)
     runs = [Run(executor, directory, "echo there; exec sleep 60", f"e-{number}") for number in range(2)]
     for run in runs:
         run.wait_for(b"there")
@@ -263,7 +273,7 @@ def test_whatever_fails_with_a_new_spawner_it_is_tried_again(
         if len(greeted) == 1:
             raise RuntimeError("not this one")
 
-    def end_trees(lost: list[spawned.Spawned]) -> None:
+    def end_trees(lost: list[unix.UnixSandbox]) -> None:
         raise RuntimeError("not these")
 
     monkeypatch.setattr(executor, "greet", greet)
@@ -279,7 +289,7 @@ def test_whatever_fails_with_a_new_spawner_it_is_tried_again(
 
 
 def test_a_stop_ends_the_tries_for_a_new_spawner(
-    executor: OffExecutor, monkeypatch: pytest.MonkeyPatch, directory: Path
+    executor: UnixExecutor, monkeypatch: pytest.MonkeyPatch, directory: Path
 ) -> None:
     tried = threading.Event()
 
@@ -287,7 +297,7 @@ def test_a_stop_ends_the_tries_for_a_new_spawner(
         tried.set()
         raise RuntimeError("none")
 
-    monkeypatch.setattr(spawned, "_FIRST_RETRY", 300)
+    monkeypatch.setattr(unix, "_FIRST_RETRY", 300)
     monkeypatch.setattr(executor, "greet", greet)
     os.kill(executor._link.pid, signal.SIGKILL)
     assert tried.wait(10)
@@ -297,7 +307,7 @@ def test_a_stop_ends_the_tries_for_a_new_spawner(
 
 
 def test_the_machine_is_searched_once_for_what_a_dead_spawner_left(
-    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
+    executor: UnixExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A session of its own: neither its group nor its number is known.
     script = "setsid sh -c 'echo $$; exec sleep 60' & wait"
@@ -305,8 +315,8 @@ def test_the_machine_is_searched_once_for_what_a_dead_spawner_left(
     for run in runs:
         run.wait_for(b"\n")
     searches: list[set[str]] = []
-    kill = off.kill_executions
-    monkeypatch.setattr(off, "kill_executions", lambda ids: searches.append(set(ids)) or kill(ids))  # type: ignore[func-returns-value]
+    kill = unix.kill_executions
+    monkeypatch.setattr(unix, "kill_executions", lambda ids: searches.append(set(ids)) or kill(ids))  # type: ignore[func-returns-value]
     os.kill(executor._link.pid, signal.SIGKILL)
     for run in runs:
         assert run.end().lost
@@ -327,14 +337,14 @@ def test_in_cgroups_each_tree_is_ended_by_its_own_and_none_for_another() -> None
             if self.path == "first":
                 raise OSError(errno.EMFILE, "Too many open files")
 
-    lost = [SimpleNamespace(launch=Launch(own=Group(path))) for path in ("first", "second")]
-    LinuxExecutor.end_trees(cast(Any, None), cast(Any, lost))
+    lost = [SimpleNamespace(group=Group(path)) for path in ("first", "second")]
+    UnixExecutor.end_trees(cast(Any, SimpleNamespace(_hierarchy=object())), cast(Any, lost))
     assert killed == ["first", "second"]
 
 
-@pytest.mark.parametrize("failing", ["memfd_create", "write"])
+@pytest.mark.parametrize("failing", ["pipe2", "write"])
 def test_a_start_that_fails_leaves_no_descriptor(
-    executor: OffExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+    executor: UnixExecutor, directory: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     def full(*_args: object) -> int:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -353,7 +363,7 @@ def test_a_slow_spawner_is_not_told_as_a_dead_one(monkeypatch: pytest.MonkeyPatc
 
     command("import time; time.sleep(60)")
     monkeypatch.setattr(spawner_link, "_READY_TIMEOUT", 0.01)
-    with pytest.raises(CannotStart, match=r"did not come up within 0\.01 s"):
+    with pytest.raises(CannotStart, match=r"did not start within 0\.01 s"):
         SpawnerLink()
     monkeypatch.setattr(spawner_link, "_READY_TIMEOUT", 20.0)
     command("raise SystemExit(1)")
@@ -361,7 +371,7 @@ def test_a_slow_spawner_is_not_told_as_a_dead_one(monkeypatch: pytest.MonkeyPatc
         SpawnerLink()
 
 
-def test_after_stop_nothing_is_started(executor: OffExecutor, directory: Path) -> None:
+def test_after_stop_nothing_is_started(executor: UnixExecutor, directory: Path) -> None:
     executor.stop(time.monotonic() + 5)
     with pytest.raises(Stopping):
         Run(executor, directory, "true")
@@ -369,12 +379,12 @@ def test_after_stop_nothing_is_started(executor: OffExecutor, directory: Path) -
 
 def test_what_it_cannot_do_it_says_when_it_starts(directory: Path) -> None:
     """An unknown directory to serve from: refused by the step, not by a process that is just gone."""
-    from fluxlib.agent.executor.spawner_link import SetUpRefused
+    from fluxlib.agent.executor.link import SetUpRefused
 
     if os.geteuid() != 0:
         pytest.skip("as root a namespace is made first")
     with pytest.raises(SetUpRefused) as refused:
-        SpawnerLink("default", str(directory / "missing"))
+        SpawnerLink("default", str(directory / "missing"), "1900000000", "4")
     assert "make a mount namespace" in refused.value.message
 
 

@@ -25,7 +25,7 @@ PORT = 50052
 _OPTIONS = [("grpc.max_receive_message_length", 50 * 1024 * 1024)]
 STATE = "/var/lib/flux-agent"
 FUNCTIONS = Path(__file__).parent / "functions"
-SPAWNER = "$(pgrep -f '[e]xecutor/spawner.py')"  # in a shell there
+SPAWNER = "$(pgrep -f '[s]pawner/main.py')"  # in a shell there
 UNIT = "/sys/fs/cgroup/system.slice/flux-agent.service"
 # The unit as the package installs it, with this tree's program.
 _DROP_IN = f"""[Service]

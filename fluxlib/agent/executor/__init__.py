@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    # The spawner passes through here and must stay small: it needs none of these, nor typing itself.
-    from pathlib import Path
-
-    from fluxlib.agent.executor.base import Executor
-    from fluxlib.config.agent import AgentConfig
+from fluxlib.agent.executor.base import Executor
+from fluxlib.config.agent import AgentConfig
+from fluxlib.errors import Unenforceable
 
 
 def build_executor(config: AgentConfig, state_dir: Path) -> Executor:
@@ -24,14 +21,15 @@ def build_executor(config: AgentConfig, state_dir: Path) -> Executor:
         from fluxlib.agent.executor.windows import WindowsExecutor
 
         return WindowsExecutor(config, state_dir)
-    from fluxlib.agent.executor.off import OffExecutor
-
-    if config.isolation == "off":
-        return OffExecutor(config, state_dir, "agent.yaml says so")
     if not sys.platform.startswith("linux"):
-        return OffExecutor(config, state_dir, f"{sys.platform} has neither cgroups nor namespaces")
-    if not config.isolation and os.geteuid() != 0:
-        return OffExecutor(config, state_dir, "the agent does not run as root (development)")
-    from fluxlib.agent.executor.linux import LinuxExecutor
+        raise Unenforceable(
+            f"an agent runs on Linux or Windows, and this is {sys.platform}: start Flux here, agents there"
+        )
+    from fluxlib.agent.executor.unix import UnixExecutor
 
-    return LinuxExecutor(config, state_dir)
+    why_off = ""
+    if config.isolation == "off":
+        why_off = "agent.yaml says so"
+    elif not config.isolation and os.geteuid() != 0:
+        why_off = "the agent does not run as root (development)"
+    return UnixExecutor(config, state_dir, why_off)

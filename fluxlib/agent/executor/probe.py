@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxlib.agent.executor import syscalls
-from fluxlib.agent.executor.launcher import DEFAULT, MINIMAL, STRICT
-from fluxlib.agent.executor.seccomp import AUDIT_ARCHITECTURES
 from fluxlib.errors import Unenforceable
 from fluxlib.model import Enforcement
+from fluxlib.spawner import linux
+from fluxlib.spawner.sandbox import DEFAULT, MINIMAL, STRICT
+from fluxlib.spawner.seccomp import AUDIT_ARCHITECTURES
 
 # Numbers: Linux's include/uapi/linux/capability.h. Setting SYS_ADMIN aside, a systemd unit has them by default.
 _CHOWN, _DAC_OVERRIDE, _KILL, _SETGID, _SETUID, _SETPCAP, _SYS_ADMIN = 0, 1, 5, 6, 7, 8, 21
@@ -48,7 +48,7 @@ class Host:
         for line in status.read_text().splitlines():
             if line.startswith("CapEff:"):
                 capabilities = int(line.split()[1], 16)
-        return cls(os.geteuid() == 0, syscalls.MACHINE, capabilities, syscalls.landlock_version())
+        return cls(os.geteuid() == 0, linux.MACHINE, capabilities, linux.landlock_version())
 
 
 def faults(profile: str, host: Host) -> list[str]:
@@ -73,7 +73,9 @@ def require(profile: str, host: Host) -> None:
     """Raises Unenforceable with every fault."""
     found = faults(profile, host)
     if found:
-        raise Unenforceable(f"isolation {profile} cannot be had on this machine: {'; '.join(found)} ({_OFF})")
+        raise Unenforceable(
+            f"isolation profile {profile} is not available on this machine: {'; '.join(found)} ({_OFF})"
+        )
 
 
 def explain(profile: str, step: str, number: int) -> Unenforceable:
@@ -82,7 +84,9 @@ def explain(profile: str, step: str, number: int) -> Unenforceable:
     if profile != MINIMAL and number in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
         advice = "choose `isolation: minimal`, which needs no namespaces, or let the agent have them"
     reason = os.strerror(number) if number else "no reason given"
-    return Unenforceable(f"isolation {profile} cannot be had on this machine: {step}: {reason}: {advice} ({_OFF})")
+    return Unenforceable(
+        f"isolation profile {profile} is not available on this machine: {step}: {reason}: {advice} ({_OFF})"
+    )
 
 
 def enforces(profile: str, network_none: bool) -> frozenset[Enforcement]:
@@ -101,6 +105,4 @@ def degraded(has_file: Callable[[str], bool]) -> list[str]:
     notes = []
     if not has_file("memory.peak"):
         notes.append("this kernel (before 5.19) does not tell a run's peak memory")
-    if not has_file("cgroup.kill"):
-        notes.append("this kernel (before 5.14) has no cgroup.kill: trees are frozen and killed one by one")
     return notes

@@ -33,20 +33,47 @@ _PIPE_SIZE = 1024 * 1024
 # How long one waits that the kernel could not watch (seconds).
 _AGAIN = 1.0
 _READABLE = select.EPOLLIN
-_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)  # Linux only
 
 
 class OutputPipe:
     """The reading end of one program's output."""
 
-    __slots__ = ("fd", "on_output", "reads", "resting", "taken")
+    __slots__ = ("enlarged", "fd", "on_output", "reads", "resting", "taken", "wanted")
 
-    def __init__(self, fd: int, on_output: Callable[[bytes], None]) -> None:
+    def __init__(self, fd: int, on_output: Callable[[bytes], object]) -> None:
         self.fd = fd
-        self.on_output = on_output
+        self.on_output = on_output  # answers False when nothing of what comes is kept any more
+        self.wanted = True
+        self.enlarged = False
         self.reads = 0
         self.resting = False
         self.taken = 0  # by the last read
+
+
+class InputPipe:
+    """The writing end of one program's standard input, and what is still to be written."""
+
+    __slots__ = ("fd", "left")
+
+    def __init__(self, fd: int, data: bytes) -> None:
+        self.fd = fd
+        self.left = memoryview(data)
+
+    def write(self) -> None:
+        """As much as fits now. A program that no longer reads gets no more."""
+        os.set_blocking(self.fd, False)
+        try:
+            while self.left:
+                self.left = self.left[os.write(self.fd, self.left) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self.left = self.left[:0]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 class Reactor:
@@ -65,6 +92,7 @@ class Reactor:
         # Kept: an allocation of this size is a mapping made, touched and unmapped, for each read. Not a bytearray,
         # whose zeros are written: of this only what has been read into is held.
         self._buffer = memoryview(mmap.mmap(-1, _READ_SIZE))
+        self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -107,6 +135,32 @@ class Reactor:
         pipe.resting = True
         self._new.append((time.monotonic() + _UNWATCHED, pipe))
 
+    def feed(self, pipe: InputPipe) -> None:
+        """Write the rest as the program reads it. From any thread."""
+
+        def go_on() -> None:
+            pipe.write()
+            if not pipe.left:
+                self.drop(pipe)
+
+        def watch() -> None:
+            if pipe.fd < 0:
+                return
+            try:
+                self.watch(pipe.fd, go_on, select.EPOLLOUT)
+            except OSError as error:
+                log.warning("a program's input cannot be watched now: %s; trying again", error)
+                self._handlers.pop(pipe.fd, None)
+                self.call_later(_AGAIN, watch)
+
+        self.call(watch)
+
+    def drop(self, pipe: InputPipe) -> None:
+        """Close it, written to the end or not. On the reactor's thread."""
+        if pipe.fd >= 0:
+            self.forget(pipe.fd)
+            pipe.close()
+
     def drain(self, pipe: OutputPipe) -> None:
         """Read what is left and close. On the reactor's thread, when nothing of the tree is alive any more."""
         # Counted first: the program may have handed its writing end to somebody who goes on for ever, and one that
@@ -124,7 +178,7 @@ class Reactor:
         if not self._thread.is_alive():
             for pipe in list(self._pipes.values()):
                 self._close(pipe)
-            for fd in (self._wake_read, self._wake_write):
+            for fd in (self._wake_read, self._wake_write, self._null):
                 os.close(fd)
             self._poller.close()
 
@@ -178,14 +232,15 @@ class Reactor:
             self._close(pipe)
             return
         pipe.reads += 1
-        if pipe.reads >= _QUICK_READS and pipe.taken < _READ_SIZE:
+        if not pipe.wanted or (pipe.reads >= _QUICK_READS and pipe.taken < _READ_SIZE):
             self._rest(pipe)
 
     def _rest(self, pipe: OutputPipe) -> None:
-        if pipe.reads == _QUICK_READS and _SETPIPE_SZ is not None:
+        if not pipe.enlarged:
+            pipe.enlarged = True
             # Not at the start: most programs write little, and each enlarged pipe costs kernel memory.
             with contextlib.suppress(OSError):
-                fcntl.fcntl(pipe.fd, _SETPIPE_SZ, _PIPE_SIZE)
+                fcntl.fcntl(pipe.fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         self._poller.unregister(pipe.fd)
         pipe.resting = True
         self._resting.append((time.monotonic() + _COALESCE, pipe))
@@ -211,6 +266,10 @@ class Reactor:
     def _read(self, pipe: OutputPipe) -> bool | None:
         """True after some data, False at the end, None when nothing is there now."""
         try:
+            if not pipe.wanted:
+                # Not even copied, and looked at every 20 ms: a program that floods costs the agent nothing to speak of.
+                pipe.taken = os.splice(pipe.fd, self._null, _PIPE_SIZE)
+                return pipe.taken > 0
             size = os.readv(pipe.fd, (self._buffer,))
         except BlockingIOError:
             return None
@@ -219,7 +278,7 @@ class Reactor:
             return False
         pipe.taken = size
         if size:
-            pipe.on_output(bytes(self._buffer[:size]))
+            pipe.wanted = pipe.on_output(bytes(self._buffer[:size])) is not False
         return size > 0
 
     def _close(self, pipe: OutputPipe) -> None:

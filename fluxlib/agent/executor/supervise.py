@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fluxlib.agent.executor.base import Executor, Exit, Job, RunningJob
+from fluxlib.agent.executor.base import Executor, Exit, Job, Sandbox
 from fluxlib.lifecycle import Timer, Timers
 from fluxlib.model import ErrorKind, ExecutionStatus
 
@@ -69,7 +69,7 @@ class Supervised:
         self._grace = grace
         self._on_end = on_end
         self._lock = threading.Lock()
-        self._running: RunningJob | None = None
+        self._running: Sandbox | None = None
         self._started_at: float | None = None
         self._timeout_timer: Timer | None = None
         self._kill_timer: Timer | None = None
@@ -78,7 +78,7 @@ class Supervised:
         self._reason = ""
         self._end = False
 
-    def start(self, on_output: Callable[[bytes], None], on_started: Callable[[int, float], None]) -> None:
+    def start(self, on_output: Callable[[bytes], object], on_started: Callable[[int, float], None]) -> None:
         """Raises what Executor.start raises; then ``on_end`` is never called."""
 
         def started(pid: int, ago: float) -> None:
@@ -124,7 +124,7 @@ class Supervised:
             return
         self.stop(ErrorKind.TIMEOUT, f"execution timed out after {self._timeout:g}s")
 
-    def _ask_to_stop(self, running: RunningJob) -> None:
+    def _ask_to_stop(self, running: Sandbox) -> None:
         with self._lock:
             if self._end:
                 return

@@ -21,7 +21,7 @@ class Owner(Protocol):
 
 
 class WindowsJob:
-    """A job that runs; the RunningJob of the contract. Handles are closed under ``lock`` only."""
+    """A job that runs; the Sandbox of the contract. Handles are closed under ``lock`` only."""
 
     def __init__(self, owner: Owner, identifier: int, job: Job, directory: str) -> None:
         self._owner = owner

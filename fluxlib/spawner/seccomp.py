@@ -14,7 +14,7 @@ import ctypes
 import errno
 import struct
 
-from fluxlib.agent.executor.syscalls import FilterProgram
+from fluxlib.spawner.linux import FilterProgram
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ _NEW = {
 SYSCALLS = {
     _X86: {
         **_NEW,
-        **{"socket": 41, "clone": 56, "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240},
+        **{"socket": 41, "setsockopt": 54, "clone": 56, "setrlimit": 160, "prlimit64": 302, "io_setup": 206},
+        **{"shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240},
         **{"ptrace": 101, "syslog": 103, "personality": 135, "ustat": 136, "uselib": 134, "pivot_root": 155},
         **{"_sysctl": 156, "adjtimex": 159, "chroot": 161, "acct": 163, "settimeofday": 164, "mount": 165},
         **{"umount2": 166, "swapon": 167, "swapoff": 168, "reboot": 169, "sethostname": 170, "setdomainname": 171},
@@ -51,7 +52,8 @@ SYSCALLS = {
     },
     _ARM: {
         **_NEW,
-        **{"socket": 198, "clone": 220, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180},
+        **{"socket": 198, "setsockopt": 208, "clone": 220, "setrlimit": 164, "prlimit64": 261, "io_setup": 0},
+        **{"shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180},
         **{"lookup_dcookie": 18, "umount2": 39, "mount": 40, "pivot_root": 41, "nfsservctl": 42, "chroot": 51},
         **{"vhangup": 58, "quotactl": 60, "acct": 89, "personality": 92, "unshare": 97, "kexec_load": 104},
         **{"init_module": 105, "delete_module": 106, "clock_settime": 112, "syslog": 116, "ptrace": 117},
@@ -63,18 +65,26 @@ SYSCALLS = {
         "kexec_file_load": 294,
     },
 }
-# Programs fall back when these are not there: libc to clone, event loops to epoll.
-_ABSENT = frozenset({"clone3", "io_uring_setup", "io_uring_enter", "io_uring_register"})
+# Programs fall back when these are not there: libc to clone, event loops to epoll, databases to their own threads
+# (io_setup takes its share of fs.aio-max-nr, which is one number for the machine).
+_ABSENT = frozenset({"clone3", "io_uring_setup", "io_uring_enter", "io_uring_register", "io_setup"})
 # Where there is no IPC namespace, such objects would outlive their function and be its successor's.
 _LASTING = frozenset({"shmget", "semget", "msgget", "mq_open"})
 
 _NAMESPACES = 0x7E02_0000  # every CLONE_NEW* that clone can be given
-_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
+_NETLINK = 16
+_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
+_SOL_SOCKET = 1
+# SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF: socket filters use up the memory
+# that the machine has for compiled ones, and then nobody without CAP_BPF can install a system call filter any more.
+_FILTERS_OF_SOCKETS = (26, 50, 51, 52)
+_RLIMIT_CORE = 4
+_LINUX_AND_QUERY = (0, 0xFFFF_FFFF)
 
 _LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW = 0x7FFF_0000
 _ERRNO = 0x0005_0000
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
 _X32 = 0x4000_0000
 _INSTRUCTION = struct.Struct("HBBI")
 
@@ -87,14 +97,38 @@ def instructions(machine: str, *, deny_lasting_ipc: bool) -> bytes:
         for name, number in numbers.items()
         if deny_lasting_ipc or name not in _LASTING
     }
+    # Conditions by argument. Each list returns in the end; _if_equal jumps over what follows when it does not hold.
     outcomes[numbers["clone"]] = (
-        *(_op(_LOAD, _FIRST_ARGUMENT), _op(_ANY_BIT, _NAMESPACES, 0, 1)),
+        *(_argument(0), _op(_ANY_BIT, _NAMESPACES, 0, 1)),
         *(_refuse(errno.EPERM), _op(_RETURN, _ALLOW)),
     )
     outcomes[numbers["socket"]] = (
-        _op(_LOAD, _FIRST_ARGUMENT),
-        *(_op(_EQUALS, family, len(_FAMILIES) - at, 0) for at, family in enumerate(_FAMILIES)),
-        *(_refuse(errno.EAFNOSUPPORT), _op(_RETURN, _ALLOW)),
+        _argument(0),
+        *(op for family in _FAMILIES for op in _if_equal(family, _op(_RETURN, _ALLOW))),
+        *(_op(_EQUALS, _NETLINK, 1, 0), _refuse(errno.EAFNOSUPPORT)),
+        # NETLINK_ROUTE alone: it answers at once, while others let messages pile up in memory that nobody is charged
+        # for.
+        *(_argument(2), *_if_equal(0, _op(_RETURN, _ALLOW)), _refuse(errno.EPROTONOSUPPORT)),
+    )
+    outcomes[numbers["setsockopt"]] = (
+        *(_argument(1), _op(_EQUALS, _SOL_SOCKET, 1, 0), _op(_RETURN, _ALLOW), _argument(2)),
+        *(op for option in _FILTERS_OF_SOCKETS for op in _if_equal(option, _refuse(errno.EPERM))),
+        _op(_RETURN, _ALLOW),
+    )
+    outcomes[numbers["personality"]] = (
+        _argument(0),
+        *(op for persona in _LINUX_AND_QUERY for op in _if_equal(persona, _op(_RETURN, _ALLOW))),
+        _refuse(errno.EPERM),
+    )
+    # The limit of core dumps stays 1, with which no handler is started. Changes succeed without effect, because
+    # programs with secrets (ssh-agent, gpg) set it to 0 and end when they cannot.
+    outcomes[numbers["setrlimit"]] = (*(_argument(0), *_if_equal(_RLIMIT_CORE, _refuse(0)), _op(_RETURN, _ALLOW)),)
+    outcomes[numbers["prlimit64"]] = (
+        *(_argument(1), _op(_EQUALS, _RLIMIT_CORE, 1, 0), _op(_RETURN, _ALLOW)),
+        # A query has no new limit. One that also asks for the old limit would get nothing written there: an error.
+        *(_argument(2), _op(_EQUALS, 0, 0, 2), _argument(2, high=True), _op(_EQUALS, 0, 5, 0)),
+        *(_argument(3), _op(_EQUALS, 0, 0, 2), _argument(3, high=True), _op(_EQUALS, 0, 2, 0)),
+        *(_refuse(errno.EPERM), _op(_RETURN, _ALLOW), _refuse(0)),
     )
     start = [
         _op(_LOAD, _ARCHITECTURE),
@@ -166,6 +200,15 @@ def run(code: bytes, architecture: int, number: int, arguments: Iterable[int] = 
 
 def _op(operation: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return _INSTRUCTION.pack(operation, if_true, if_false, operand)
+
+
+def _argument(which: int, *, high: bool = False) -> bytes:
+    """Load half of a 64-bit argument; the kernel takes only the low one of an int."""
+    return _op(_LOAD, 16 + 8 * which + 4 * high)
+
+
+def _if_equal(value: int, then: bytes) -> tuple[bytes, bytes]:
+    return _op(_EQUALS, value, 0, 1), then
 
 
 def _refuse(number: int) -> bytes:
