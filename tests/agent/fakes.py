@@ -55,6 +55,7 @@ class FakeExecutor:
 
     def __init__(self) -> None:
         self.isolation = Isolation("off", frozenset())
+        self.problem = ""
         self.jobs: list[FakeJob] = []
         self.during_check: Callable[[FunctionSpec], None] = lambda spec: None
         self.during_start: Callable[[FakeJob], None] = lambda job: None

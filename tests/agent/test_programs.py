@@ -62,6 +62,7 @@ def test_its_environment_is_clean(agent: Running, monkeypatch: pytest.MonkeyPatc
         "PWD",
         "USER",
         "LOGNAME",
+        "SHELL",
         "LC_ALL",
         "PYTHONUNBUFFERED",
         "_",

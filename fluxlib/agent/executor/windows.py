@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluxlib.agent.executor import windows_commands as commands
-from fluxlib.agent.executor.base import Exit, Isolation, Job, Limits
+from fluxlib.agent.executor.base import Exit, Figures, Isolation, Job, Limits
 from fluxlib.agent.executor.directories import WorkDirectories
 from fluxlib.config.agent import AgentConfig
 from fluxlib.config.environment import windows_basics
@@ -90,38 +90,63 @@ class WindowsExecutor:
     def check_args(self, handler: str, args: tuple[str, ...]) -> None:
         commands.check_arguments(handler, args)
 
+    @property
+    def problem(self) -> str:
+        return ""
+
+    def create(self, job: Job) -> WindowsJob:
+        return self._reserve(job, keep=True)
+
     def start(
         self,
         job: Job,
-        on_output: Callable[[bytes], None],
+        on_output: Callable[[bytes], object],
         on_exit: Callable[[Exit], None],
         on_started: Callable[[int, float], None] | None = None,
+        on_error_output: Callable[[bytes], object] | None = None,
     ) -> WindowsJob:
-        program, line = commands.command_line(job.argv, self._basics["SystemRoot"])
+        run = self._reserve(job, keep=False)
+        run.invoke(job, on_output, on_exit, on_started, on_error_output)
+        return run
+
+    def _reserve(self, job: Job, *, keep: bool) -> WindowsJob:
         with self._lock:
             if self._stopping:
                 raise Stopping("the agent is stopping")
             self._next += 1
             identifier = self._next
-        directory = self._directories.make(-1, -1)
-        run = WindowsJob(self, identifier, job, directory)
-        run.on_exit = on_exit
+        return WindowsJob(self, identifier, job, self._directories.make(-1, -1), keep=keep)
+
+    def invoke(
+        self,
+        run: WindowsJob,
+        on_output: Callable[[bytes], object],
+        on_started: Callable[[int, float], None] | None,
+    ) -> None:
+        """See Sandbox.invoke. Both outputs are one here, and a sandbox takes one invocation."""
         try:
+            program, line = commands.command_line(run.job.argv, self._basics["SystemRoot"])
             self._create(run, program, line, on_output)
         except NotStarted as error:
             run.start_error = str(error)
             self._abandon(run)
             self._add(run)
             self._call(lambda: self._finish(run))
-            return run
         except OSError as error:
             self._abandon(run)
             raise CannotStart(f"the program cannot be started: {error}") from error
         except BaseException:
             self._abandon(run)
             raise
-        self._begin(run, on_started)
-        return run
+        else:
+            self._begin(run, on_started)
+
+    def destroy(self, run: WindowsJob) -> None:
+        run.keep = False
+        if run.identifier in self._jobs:
+            run.kill()
+        else:
+            self._directories.remove(run.directory)
 
     def ask_to_stop(self, run: WindowsJob) -> None:
         """CTRL_BREAK to its process group; without a console there is nothing to ask with, so it is ended."""
@@ -157,7 +182,7 @@ class WindowsExecutor:
 
     # -- starting one --------------------------------------------------------------------
 
-    def _create(self, run: WindowsJob, program: str, line: str, on_output: Callable[[bytes], None]) -> None:
+    def _create(self, run: WindowsJob, program: str, line: str, on_output: Callable[[bytes], object]) -> None:
         """The job, the pipe and the suspended process inside it. Raises OSError; the caller abandons then."""
         job = run.job
         limits = Limits() if self._isolation.profile == "off" else job.limits
@@ -217,7 +242,8 @@ class WindowsExecutor:
         if run.pipe is not None:
             run.pipe.close()
             run.pipe = None
-        self._directories.remove(run.directory)
+        if not run.keep:
+            self._directories.remove(run.directory)
 
     def _add(self, run: WindowsJob) -> None:
         with self._lock:
@@ -297,13 +323,15 @@ class WindowsExecutor:
 
     def _finish(self, run: WindowsJob) -> None:
         ended = self._exit_of(run)
+        run.used = Figures(ended.peak_memory_bytes, ended.cpu_seconds, ended.out_of_memory)
         run.close()
         if run.pipe is not None and run.pipe.pending:
             self._given_up[run.identifier] = run.pipe
             run.pipe.cancel()
         elif run.pipe is not None:
             run.pipe.close()
-        self._directories.remove(run.directory)
+        if not run.keep:
+            self._directories.remove(run.directory)
         try:
             run.on_exit(ended)
         finally:

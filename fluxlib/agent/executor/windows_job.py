@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from fluxlib.agent.executor.base import Exit, Job
+from fluxlib.agent.executor.base import Exit, Figures, Job
 
 assert sys.platform == "win32"
 
@@ -19,15 +19,26 @@ from fluxlib.agent.executor.windows_process import OutputPipe, Process
 class Owner(Protocol):
     def ask_to_stop(self, run: WindowsJob) -> None: ...
 
+    def invoke(
+        self,
+        run: WindowsJob,
+        on_output: Callable[[bytes], object],
+        on_started: Callable[[int, float], None] | None,
+    ) -> None: ...
+
+    def destroy(self, run: WindowsJob) -> None: ...
+
 
 class WindowsJob:
-    """A job that runs; the Sandbox of the contract. Handles are closed under ``lock`` only."""
+    """The Sandbox of the contract: a job object, a directory, one program. Handles are closed under ``lock`` only."""
 
-    def __init__(self, owner: Owner, identifier: int, job: Job, directory: str) -> None:
+    def __init__(self, owner: Owner, identifier: int, job: Job, directory: str, *, keep: bool) -> None:
         self._owner = owner
         self.identifier = identifier
         self.job = job
         self.directory = directory
+        self.keep = keep  # after its program's end, until it is destroyed
+        self.used = Figures()
         self.lock = threading.Lock()
         self.object: JobObject | None = None
         self.process: Process | None = None
@@ -40,6 +51,23 @@ class WindowsJob:
         self.memory_refused = False
         self.dead_at: float | None = None  # time.monotonic, when nothing of the tree was left
         self.hold_until = 0.0
+
+    def invoke(
+        self,
+        job: Job,
+        on_output: Callable[[bytes], object],
+        on_exit: Callable[[Exit], None],
+        on_started: Callable[[int, float], None] | None = None,
+        on_error_output: Callable[[bytes], object] | None = None,
+    ) -> None:
+        self.job, self.on_exit = job, on_exit
+        self._owner.invoke(self, on_output, on_started)
+
+    def figures(self) -> Figures:
+        return self.used
+
+    def destroy(self) -> None:
+        self._owner.destroy(self)
 
     def terminate(self) -> None:
         self._owner.ask_to_stop(self)

@@ -115,7 +115,7 @@ class OutputPipe:
     ``writer`` is the program's end, inheritable.
     """
 
-    def __init__(self, port: int, key: int, on_output: Callable[[bytes], None]) -> None:
+    def __init__(self, port: int, key: int, on_output: Callable[[bytes], object]) -> None:
         self._on_output = on_output
         self._buffer = ctypes.create_string_buffer(_READ_SIZE)
         self._overlapped = winapi.OVERLAPPED()
