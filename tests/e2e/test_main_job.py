@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import socket
 import subprocess
 import threading
 from collections import Counter
@@ -102,6 +104,39 @@ def test_the_environment_is_clean(pair: tuple[Flux, Agent, Agent]) -> None:
     assert found["FLUX_FUNCTION_NAME"] == "environment"
     assert found["FLUX_EXECUTION_ID"] == answer["execution_id"]
     assert not {"AGENT_CONFIG", "FLUX_CONFIG", "PYTHONPATH"} & set(found)
+
+
+def test_names_as_people_write_them_reach_the_program(pair: tuple[Flux, Agent, Agent]) -> None:
+    flux, *_ = pair
+    spec = "name: named\nhandler: ./bin//env.sh\nenv:\n  spring.profiles.active: prod\n  node-options: x\n"
+    put(flux, spec, make_zip({"bin/env.sh": "#!/bin/sh\nexec env\n"}))
+    status, answer = flux.api.call("POST", "/execute/named/", {})
+    assert status == 200, answer
+    assert {"spring.profiles.active=prod", "node-options=x"} <= set(answer["output"].splitlines())
+
+
+def test_a_call_whose_client_has_gone_is_cancelled_and_one_that_sends_no_more_is_answered(
+    pair: tuple[Flux, Agent, Agent],
+) -> None:
+    need("curl")
+    flux, *_ = pair
+    put(flux, "name: waits\nhandler: w.sh\n", make_zip({"w.sh": '#!/bin/sh\nsleep "$1"\necho slept\n'}))
+    connection = http.client.HTTPConnection("127.0.0.1", flux.port, timeout=30)
+    connection.request("POST", "/execute/waits", '{"args": ["1"]}', {"X-API-Key": flux.api.key})
+    connection.sock.shutdown(socket.SHUT_WR)
+    answer = connection.getresponse()
+    assert (answer.status, json.load(answer)["output"]) == (200, "slept\n")
+    connection.close()
+
+    command = ["curl", "-s", "-H", f"X-API-Key: {flux.api.key}", "-d", '{"args": ["60"]}']
+    with subprocess.Popen([*command, f"{flux.api.url}/execute/waits"], stdout=subprocess.DEVNULL) as call:
+        wait_until(lambda: "running" in statuses(flux, "waits"), "the call to run")
+        call.terminate()
+    wait_until(lambda: "cancelled" in statuses(flux, "waits"), "the call to be cancelled")
+
+
+def statuses(flux: Flux, function: str) -> list[str]:
+    return [record["status"] for record in flux.api.call("GET", f"/executions?function={function}")[1]["items"]]
 
 
 def test_output_keeps_its_order_and_its_bytes(pair: tuple[Flux, Agent, Agent]) -> None:
