@@ -19,7 +19,7 @@ from fluxlib.model import (
     handler_path,
 )
 
-# With the dots and hyphens of Spring, Elastic and .NET, which no shell can read but every program can.
+# With the dots and hyphens of Spring, Elastic and Node, which a shell may drop but every program can read.
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,255}")
 _DEVICE = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _MAX_HANDLER = 512
