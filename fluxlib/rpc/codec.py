@@ -148,9 +148,29 @@ def record_from_json(data: bytes, output: bytes | None = None) -> ExecutionRecor
     """A record from an agent: an object, or the list of an answer. Raises ValueError for neither."""
     try:
         value = json.loads(data)
-        return positional.from_list(value, output) if isinstance(value, list) else ExecutionRecord.from_json(value)
+        if isinstance(value, list):
+            return positional.from_list(value, output)
+        record = ExecutionRecord.from_json(value)
+        return record if "error_kind" in value else _of_original(record)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an execution record: {error!r}") from error
+
+
+def _of_original(record: ExecutionRecord) -> ExecutionRecord:
+    """With what its words and its output tell, as it has no fields for that."""
+    record = replace(record, output_bytes=len(record.output or b""))
+    match record.status:
+        case ExecutionStatus.SUCCESS:
+            return replace(record, exit_code=0)
+        case ExecutionStatus.CANCELLED:
+            return replace(record, error_kind=ErrorKind.CANCELLED)
+        case ExecutionStatus.FAILED:
+            kind, exit_code, signal = _kind_of_text(record.error)
+            # There is a record only of what was started.
+            kind = ErrorKind.INTERNAL if kind.nothing_started else kind
+            return replace(record, error_kind=kind, exit_code=exit_code, signal=signal)
+        case _:
+            return record
 
 
 def original_text(record: ExecutionRecord) -> str:

@@ -15,6 +15,14 @@ class NotImplementedByPeer(AgentError):
     """The other side is an original: it has no such call."""
 
 
+class AnswerTooLarge(AgentLost):
+    """The agent's answer does not fit into a message: an original puts the whole output of an execution into one."""
+
+
+# Go's server, and our own side of the connection.
+_TOO_LARGE_TO_SEND = ("trying to send message larger than max", "CLIENT: Received message larger than max")
+
+
 def from_rpc_error(error: grpc.RpcError, *, sent: bool, agent_id: str = "") -> FluxError:
     """The error of a call to an agent.
 
@@ -26,6 +34,8 @@ def from_rpc_error(error: grpc.RpcError, *, sent: bool, agent_id: str = "") -> F
     who = f"agent {agent_id}" if agent_id else "the agent"
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return NotImplementedByPeer(f"{who} has no such call")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and any(text in details for text in _TOO_LARGE_TO_SEND):
+        return AnswerTooLarge(f"{who} cannot answer: its answer, with the whole output, is larger than 50 MB")
     if code in _SPENT or code is None:
         if sent:
             return AgentLost(f"{who} was lost: {details}")

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 
 from fluxlib.control.agents.client.unary import UnaryExecutions
@@ -14,6 +15,8 @@ from fluxlib.control.agents.connection import ConnectionEvents
 from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, NotFound
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ErrorKind, ExecutionRequest, ExecutionStatus
+from fluxlib.rpc.gen import flux_pb2 as pb
+from fluxlib.rpc.gen import flux_pb2_grpc
 from tests.support.clients import Client, Side, running_timers
 from tests.support.programs import make_zip, wait_until
 from tests.wire.conftest import original_agent, original_environment
@@ -63,16 +66,14 @@ def test_its_words_become_kinds(client: Client) -> None:
 
 def test_a_refusal_at_capacity_is_told_first_also_of_an_asynchronous_call(client: Client) -> None:
     first = client.start("o-full-1", "sleep", "60", name="narrow")
-    wait_until(lambda: client.connection.cancel is not None and _active(client) == 1, "the slot to be taken")
+    wait_until(lambda: _active(client) == 1, "the slot to be taken")
     for number, asynchronous in enumerate((False, True)):
         refused = client.run(f"o-full-2-{number}", "echo", name="narrow", asynchronous=asynchronous)
         assert refused.error_kind is ErrorKind.AT_CAPACITY
     assert [name for name, _ in client.told.said] == ["full", "answer", "full", "answer"]
-    # The original answers "not found" until the program has been started.
-    wait_until(
-        lambda: client.connection.cancel("o-full-1", reason="room", timeout=10) is ExecutionStatus.CANCELLED, "room"
-    )
+    assert client.connection.cancel("o-full-1", reason="room", timeout=10) is ExecutionStatus.CANCELLED
     assert first.record(0).status is ExecutionStatus.CANCELLED
+    wait_until(lambda: _active(client) == 0, "its program to be killed")
 
 
 def _active(client: Client) -> int:
@@ -99,10 +100,7 @@ def test_an_asynchronous_end_is_found_by_asking(client: Client) -> None:
 
 def test_cancelling_an_asynchronous_one(client: Client) -> None:
     client.run("o-cancel", "sleep", "60", asynchronous=True)
-    # The original answers "not found" until the program has been started.
-    wait_until(
-        lambda: client.connection.cancel("o-cancel", reason="x", timeout=5) is ExecutionStatus.CANCELLED, "the cancel"
-    )
+    assert client.connection.cancel("o-cancel", reason="x", timeout=5) is ExecutionStatus.CANCELLED
     assert client.connection.cancel("o-nobody", reason="x", timeout=5) is None
 
 
@@ -164,6 +162,24 @@ def test_a_new_channel_disturbs_nothing(client: Client) -> None:
 def test_archives_are_deployed_in_one_message(client: Client) -> None:
     client.deploy(make_zip({"main.sh": "#!/bin/sh\necho second"}), name="again")
     assert client.run("o-again", name="again").output == b"second\n"
+
+
+def test_it_takes_no_code_of_what_was_not_registered(client: Client, address: str) -> None:
+    """The imitation refuses what the original refuses: our client always registers first."""
+    with grpc.insecure_channel(address) as channel:
+        stub = flux_pb2_grpc.AgentServiceStub(channel)  # type: ignore[no-untyped-call]
+        package = pb.DeploymentPackage(function_name="never", code_archive=b"", config=pb.FunctionConfig(name="never"))
+        answer = stub.DeployFunction(package)
+    assert (answer.success, answer.message) == (False, "function not registered")
+    client.deploy(name="never")
+    assert client.run("o-never", "echo", "x", name="never").output == b"[x]\n"
+
+
+def test_output_beyond_a_message_is_told(client: Client) -> None:
+    client.deploy(make_zip({"main.sh": "#!/bin/sh\nhead -c 53000000 /dev/zero\n"}), name="large")
+    answer = client.start("o-large", name="large").get(30)
+    assert isinstance(answer, AgentLost)
+    assert "larger than 50 MB" in answer.message
 
 
 def test_one_that_is_given_up_while_it_is_being_sent_is_ended() -> None:

@@ -204,10 +204,25 @@ def old(fleet: Fleet) -> Machine:
 
 
 def test_a_restarted_original_is_known_by_its_age_and_gets_everything(fleet: Fleet, old: Machine) -> None:
+    fleet.executions.calls.clear()
     old.restart()
     assert old.functions == {}
     fleet.round()
     assert "hello" in old.functions
+    # What it ran is lost; its records do not say so.
+    assert ("restarted", "old") in fleet.executions.calls
+    assert fleet.executions.began == pytest.approx(old.up_since - 1, abs=1)
+
+
+def test_an_original_that_took_a_deploy_badly_gets_its_former_code_again(fleet: Fleet, old: Machine) -> None:
+    """It may have unpacked half of the new one over it."""
+    old.refuses["hello"] = "no space left on device"
+    fleet.functions.deploy("hello", make_zip({"run.sh": "#!/bin/sh\necho other"}))
+    assert "hello" in fleet.state("old").lacking
+    old.refuses.clear()
+    old.calls.clear()
+    fleet.functions.deploy("hello", CODE)
+    assert old.calls == ["deploy hello"]
 
 
 def test_an_original_that_tells_no_uptime_is_left_in_service(fleet: Fleet) -> None:

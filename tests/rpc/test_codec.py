@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,23 @@ def test_an_originals_record() -> None:
     assert (record.status, record.output, record.phase) == (ExecutionStatus.SUCCESS, b"hi", Phase.ENDED)
     assert record.started_at == pytest.approx(1714557600.123456, abs=1e-5)
     assert record.status_at == 1714550401.0
+    assert (record.output_bytes, record.exit_code) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind", "exit_code"),
+    [
+        ("failed", "exit code 3", ErrorKind.EXIT_CODE, 3),
+        ("failed", "execution timed out after 1s", ErrorKind.TIMEOUT, None),
+        ("failed", "failed to start: function not found", ErrorKind.INTERNAL, None),
+        ("cancelled", "execution cancelled", ErrorKind.CANCELLED, None),
+    ],
+)
+def test_an_originals_record_of_a_failure(status: str, error: str, kind: ErrorKind, exit_code: int | None) -> None:
+    fields = {"execution_id": "e", "agent_id": "w", "function_name": "f", "status": status, "error": error}
+    record = codec.record_from_json(json.dumps({**fields, "started_at": "2024-05-01T10:00:00Z"}).encode())
+    assert (record.error, record.error_kind, record.exit_code, record.output_bytes) == (error, kind, exit_code, 0)
+    assert not record.error_kind.nothing_started
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"null", b'{"status":"success"}', b"[1]", b"\xff"])

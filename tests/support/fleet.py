@@ -246,6 +246,7 @@ class Executions:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
+        self.began = 0.0
         self.reconciled: dict[str, Collection[str] | None] = {}
 
     def events(self, agent_id: str) -> ConnectionEvents:
@@ -254,6 +255,10 @@ class Executions:
     def reconcile(self, agent_id: str, running: Collection[str] | None) -> None:
         self.calls.append(("reconcile", agent_id))
         self.reconciled[agent_id] = running
+
+    def agent_restarted(self, agent_id: str, began: float) -> None:
+        self.calls.append(("restarted", agent_id))
+        self.began = began
 
     def agent_lost(self, agent_id: str, reason: str) -> None:
         self.calls.append(("lost", agent_id))

@@ -31,11 +31,17 @@ def original_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="session")
 def original_agent(original_environment: dict[str, str]) -> Callable[..., Any]:
-    """``with original_agent(id, tls=(ca, cert, key)) as (process, address)``."""
+    """``with original_agent(id, tls=(ca, cert, key)) as (process, address)``.
+
+    One that is started again with the same ``home`` and ``port`` is the same agent after a restart.
+    """
 
     @contextmanager
-    def start(agent_id: str, tls: tuple[str, str, str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    def start(
+        agent_id: str, tls: tuple[str, str, str] | None = None, *, home: Path | None = None, port: int = 0
+    ) -> Iterator[tuple[subprocess.Popen[str], str]]:
         command = [sys.executable, str(ORIGINAL / "agent.py"), agent_id, *(["--tls", *tls] if tls else [])]
+        command += ["--port", str(port), *(["--home", str(home)] if home else [])]
         process = subprocess.Popen(
             command, env=original_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

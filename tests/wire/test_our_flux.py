@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from tests.support.original_authority import original_certificate, original_directory
-from tests.support.programs import Agent, Flux, wait_until
+from tests.support.programs import Agent, Flux, free_port, wait_until
 
 SCRIPT = """#!/bin/sh
 case "$1" in
@@ -31,6 +32,11 @@ SPEC = {"name": "wired", "handler": "main.sh", "timeout": 20, "max_concurrency":
 class Rig:
     def __init__(self, flux: Flux, process: subprocess.Popen[str], address: str) -> None:
         self.flux, self.process, self.address, self.api = flux, process, address, flux.api
+
+    def tasks(self) -> int:
+        """What the agent runs, by its own last report."""
+        _, agents = self.api.call("GET", "/agents")
+        return int(agents[0]["node_status"]["active_tasks"])
 
 
 @pytest.fixture(scope="module", params=["tls", "plain"])
@@ -96,8 +102,45 @@ def test_at_capacity_with_status_ok_is_never_a_202(rig: Rig) -> None:
 def test_an_async_end_is_learnt(rig: Rig) -> None:
     status, answer = rig.api.call("POST", "/execute/wired/async", {"args": ["you"]})
     assert status == 202, answer
+
+    def listed() -> list[str]:
+        return [one["execution_id"] for one in rig.api.call("GET", "/executions?status=success")[1]["items"]]
+
+    # The list does not ask the agent: Flux has learnt it by itself.
+    wait_until(lambda: answer["execution_id"] in listed(), "its end")
     record = rig.api.ended(answer["execution_id"])
     assert (record["status"], record["output"], record["agent_id"]) == ("success", "hello you\n", "old-1")
+
+
+def test_a_sync_call_is_cancelled(rig: Rig) -> None:
+    """The original has no record of it, and its CancelExecution does not find it."""
+    rig.api.deploy({**SPEC, "name": "waited"}, {"main.sh": SCRIPT})
+    answers: list[Any] = []
+    caller = threading.Thread(target=lambda: answers.append(rig.api.execute("waited", "sleep", "60")))
+    caller.start()
+    (running,) = wait_until(lambda: rig.api.call("GET", "/executions?function=waited")[1]["items"], "it to run")
+    wait_until(lambda: rig.tasks() == 1, "its program to run")
+    status, answer = rig.api.call("DELETE", f"/executions/{running['execution_id']}")
+    assert (status, answer["status"]) == (200, "cancelled"), answer
+    caller.join(10)
+    status, answer = answers[0]
+    assert (status, answer["status"]) == (500, "cancelled"), answer
+    wait_until(lambda: rig.tasks() == 0, "its program to be killed")
+
+
+def test_output_and_end_of_an_async_one_that_fits_no_message(rig: Rig) -> None:
+    """It says nothing of it any more, and must neither stay open for ever nor hide the others."""
+    if rig.flux.tls:
+        pytest.skip("once is enough")
+    rig.api.deploy({**SPEC, "name": "large"}, {"main.sh": "#!/bin/sh\nhead -c 53000000 /dev/zero | tr '\\0' x\n"})
+    status, large = rig.api.call("POST", "/execute/large/async", {"args": []})
+    assert status == 202, large
+    status, small = rig.api.call("POST", "/execute/wired/async", {"args": ["sleep", "1"]})
+    assert status == 202, small
+    assert rig.api.ended(small["execution_id"])["status"] == "success"
+    record = rig.api.ended(large["execution_id"], 40)
+    assert record["status"] == "failed"
+    assert "larger than 50 MB" in record["error"]
 
 
 def test_an_archive_too_large_for_it_fails_no_deploy(rig: Rig) -> None:
@@ -135,8 +178,6 @@ def test_a_lost_original_is_a_502_with_the_execution(tmp_path: Path, original_ag
     ):
         assert flux.api.call("POST", "/agents/register", {"address": address})[0] == 201
         flux.api.deploy(SPEC, {"main.sh": SCRIPT})
-        import threading
-
         answers: list[Any] = []
         caller = threading.Thread(target=lambda: answers.append(flux.api.execute("wired", "sleep", "30")))
         caller.start()
@@ -146,3 +187,30 @@ def test_a_lost_original_is_a_502_with_the_execution(tmp_path: Path, original_ag
         status, answer = answers[0]
         assert status == 502, answer
         assert answer["execution_id"]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_an_original_ran_before_its_restart_is_lost(
+    tmp_path: Path, original_agent: Callable[..., Any], quick: bool
+) -> None:
+    """Its record of it says for an hour that it runs."""
+    agent: dict[str, Any] = {"home": tmp_path / "old", "port": free_port()}
+    with Flux(tmp_path, tls=False, health_interval_sec=0.5) as flux:
+        with original_agent("old-3", **agent) as (process, address):
+            flux.register_at(address)
+            flux.api.deploy(SPEC, {"main.sh": SCRIPT})
+            ended = flux.api.call("POST", "/execute/wired/async", {"args": ["you"]})[1]["execution_id"]
+            flux.api.ended(ended)
+            wait_until(lambda: flux.api.call("GET", "/agents")[1][0]["node_status"]["uptime_seconds"] >= 4, "its age")
+            running = flux.api.call("POST", "/execute/wired/async", {"args": ["sleep", "8"]})[1]["execution_id"]
+            wait_until(lambda: flux.api.call("GET", f"/executions/{running}")[1]["output"], "it to run")
+            process.kill()
+            if not quick:
+                wait_until(lambda: flux.status_of("old-3") == "offline", "it to be offline")
+        with original_agent("old-3", **agent):
+            record = flux.api.ended(running)
+            assert (record["status"], record["agent_id"]) == ("failed", "old-3"), record
+            assert "restarted" in record["error"]
+            wait_until(lambda: flux.api.execute("wired", "you")[0] == 200, "it to take work again")
+            record = flux.api.ended(ended)
+            assert record["output"] == "hello you\n", record

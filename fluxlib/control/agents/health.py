@@ -255,6 +255,11 @@ class HealthPoller:
                 member.polled.counts |= report.figures.uptime_seconds != before.uptime_seconds
                 restarted = member.polled.counts and began > state.last_heartbeat - before.uptime_seconds
         self._registry.report(member.agent_id, report.figures, at=now, instance_id=report.instance_id)
+        if restarted and not ours:
+            try:
+                self._executions.agent_restarted(member.agent_id, began)
+            except StoreUnavailable as error:
+                log.warning("what agent %s ran before its restart cannot be looked up: %s", member.agent_id, error)
         if ours == state.record.original:
             self._joiner.want(member, STEP_IN | Wanted.RECONNECT)
         elif not state.record.status.present:

@@ -126,7 +126,9 @@ class Pusher:
             try:
                 taken = self._send(agent, connection, function)
             except FluxError as error:
-                self._note(agent, name, agent.holds.get(name), error.message)
+                # An original that failed may have unpacked half of it over what it had.
+                held = None if agent.record.original else agent.holds.get(name)
+                self._note(agent, name, held, error.message)
                 log.warning("agent %s did not take %s: %s", agent.agent_id, name, error)
                 return self._failed(agent, error)
             self._note(agent, name, _state(function), "")

@@ -51,6 +51,12 @@ class AgentCalls:
     def known(self, agent_id: str) -> bool:
         return self._registry.get(agent_id) is not None
 
+    def idle_since(self, agent_id: str, moment: float) -> bool:
+        """Whether the agent has said after ``moment`` (epoch seconds) that it runs nothing."""
+        state = self._registry.get(agent_id)
+        figures = state.figures if state is not None else None
+        return figures is not None and figures.collected_at > moment and figures.active_tasks == 0
+
     def connection(self, agent_id: str) -> AgentConnection | None:
         """To ask it something; None while it is away or unknown."""
         state = self._registry.get(agent_id)

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 
 from fluxlib.control.agents.connection import AgentConnection
 from fluxlib.control.executions.agent_calls import AgentCalls
-from fluxlib.errors import AgentError, StoreUnavailable
+from fluxlib.errors import AgentError, AgentRefused, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
+from fluxlib.rpc.status import AnswerTooLarge
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,11 @@ OnEnd = Callable[[ExecutionRecord, ExecutionRecord], None]
 @dataclass(slots=True)
 class _Followed:
     record: ExecutionRecord
+    since: float = field(default_factory=time.time)
     misses: int = 0
     told_to_end: bool = False
+    agent_restarted: bool = False  # since it was sent there: nothing runs it any more
+    unreadable_at: float = 0.0  # since then (epoch seconds) its record does not fit into a message
 
 
 @dataclass(slots=True)
@@ -60,6 +64,14 @@ class Following:
             if record.execution_id not in agent.executions:
                 agent.executions[record.execution_id] = _Followed(record)
                 agent.ticks = 0
+
+    def add_lost(self, record: ExecutionRecord) -> None:
+        """As ``add``, where the agent has restarted since."""
+        self.add(record)
+        with self._lock:
+            agent = self._agents.get(record.agent_id)
+            if agent is not None and record.execution_id in agent.executions:
+                agent.executions[record.execution_id].agent_restarted = True
 
     def agents(self) -> list[str]:
         with self._lock:
@@ -103,7 +115,11 @@ class Following:
             inventory = connection.inventory()
             running = inventory.open_executions if inventory is not None else None
             for one in followed:
-                self._ask_for(one, connection, running, counts)
+                try:
+                    self._ask_for(one, connection, running, counts)
+                except AgentRefused as error:
+                    # One that cannot be told must not hide the others.
+                    log.info("agent %s cannot tell of %s: %s", agent_id, one.record.execution_id, error.message)
         except AgentError as error:
             log.info("agent %s cannot be asked for its executions: %s", agent_id, error.message)
         except StoreUnavailable as error:
@@ -120,12 +136,22 @@ class Following:
             one.misses = 0
             self._end_if_unwanted(one, connection)
             return
-        found = connection.record(record.execution_id, with_output=False)
+        # An original's record may say for an hour after a restart that it runs. Looked at first: it may end meanwhile.
+        idle = running is None and self._calls.idle_since(record.agent_id, one.since)
+        try:
+            found = connection.record(record.execution_id, with_output=False)
+        except AnswerTooLarge as error:
+            found = self._unreadable(one, error.message)
+            if found is None:
+                return
         if found is None:
             one.misses += counts
             if one.misses < _MISSES:
                 return
             text = f"agent lost: {record.agent_id} knows nothing of it (any more)"
+            found = record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.AGENT_LOST)
+        if not found.status.ended and (one.agent_restarted or idle):
+            text = f"agent lost: {record.agent_id} has restarted while it ran"
             found = record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.AGENT_LOST)
         if not found.status.ended:
             one.misses = 0
@@ -133,6 +159,16 @@ class Following:
             return
         if self._drop(record):
             self._on_end(record, found)
+
+    def _unreadable(self, one: _Followed, why: str) -> ExecutionRecord | None:
+        """Its end, once it is certain that it has ended; None until then."""
+        one.misses = 0
+        if not one.unreadable_at:
+            one.unreadable_at = time.time()
+        if not self._calls.idle_since(one.record.agent_id, one.unreadable_at):
+            return None
+        text = f"it has ended, and how is lost: {why}"
+        return one.record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.AGENT_LOST)
 
     def _end_if_unwanted(self, one: _Followed, connection: AgentConnection) -> None:
         """Whoever waited for a synchronous one is gone. Its end is asked for like any other."""

@@ -148,6 +148,18 @@ class Recovery:
                 self._end_given_up(agent_id, execution_id)
         self._following.ask(agent_id)
 
+    def agent_restarted(self, agent_id: str, began: float) -> None:
+        """An original agent's process began then or a second later (epoch seconds): what it was sent before is lost.
+
+        Whichever Flux owns it, as only the leader learns of the restart.
+        """
+        for entry in self._ledger.store.open_executions(agent_id):
+            held = self._ledger.get(entry.execution_id)
+            waited = held.waited_ms / 1000 if held is not None else 0.0
+            if entry.record.started_at + waited < began:
+                self._following.add_lost(entry.record)
+        self._following.ask(agent_id)
+
     def _end_given_up(self, agent_id: str, execution_id: str) -> None:
         entry = self._ledger.entry(execution_id)
         if entry is None:

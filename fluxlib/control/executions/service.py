@@ -183,6 +183,10 @@ class ExecutionService:
         """The agent joined, came back, or began a new life. Asks it in the background."""
         self._recovery.reconcile(agent_id, running)
 
+    def agent_restarted(self, agent_id: str, began: float) -> None:
+        """An agent that says nothing of what it runs has restarted, at ``began`` (epoch seconds)."""
+        self._recovery.agent_restarted(agent_id, began)
+
     def agent_lost(self, agent_id: str, reason: str) -> int:
         """The agent is given up: its open executions have failed for good; how many."""
         return self._recovery.agent_lost(agent_id, reason)

@@ -83,6 +83,8 @@ class AgentClient:
             # Not attached, it is no reason to wait: an agent that has just come back is told by a call of its own.
             with suppress(AgentUnreachable):
                 return self._stream.cancel(execution_id, reason, timeout)
+        if self._original and self._unary.hang_up(execution_id):
+            return ExecutionStatus.CANCELLED
         deadline = Deadline(timeout)
         request = pb.CancelExecutionRequest(execution_id=execution_id, reason=reason, no_wait=timeout <= 0)
         while True:
@@ -143,6 +145,8 @@ class AgentClient:
                 f"agent {self._agent_id} takes archives of at most {MESSAGE_LIMIT // _MB} MB, this one has"
                 f" {len(archive) / _MB:.1f} MB: make it smaller, or install this system's own flux-agent there"
             )
+        # It takes the code of registered functions only, and ignores the settings that come with the code.
+        self.register_function(spec, digest)
         return self._accepted(self._ask("DeployFunction", message, timeout))
 
     def remove_function(self, name: str) -> bool:

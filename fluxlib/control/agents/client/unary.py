@@ -71,6 +71,22 @@ class UnaryExecutions:
                 call.cancelled = yes
             return call is not None
 
+    def hang_up(self, execution_id: str) -> bool:
+        """Cancel a synchronous call by ending it: an original kills what nobody waits for, and knows no other way.
+
+        False when no such call is open.
+        """
+        with self._condition:
+            call = self._calls.get(execution_id)
+        if call is None or call.request.asynchronous:
+            return False
+        now = time.time()
+        record = ExecutionRecord(execution_id, call.request.function_name, self._agent_id, started_at=now)
+        self._settle(call, record.ended(ExecutionStatus.CANCELLED, at=now, error="cancelled", kind=ErrorKind.CANCELLED))
+        if call.future is not None:
+            call.future.cancel()
+        return True
+
     def wait(self, execution_id: str, timeout: float) -> None:
         """Until its call is answered."""
         with self._condition:
@@ -81,7 +97,7 @@ class UnaryExecutions:
         with self._condition:
             calls = list(self._calls.values())
         for call in calls:
-            self._answered(call, AgentLost(f"agent {self._agent_id} was lost: {reason}"))
+            self._settle(call, AgentLost(f"agent {self._agent_id} was lost: {reason}"))
             if call.future is not None:
                 # An original kills what nobody waits for any more.
                 call.future.cancel()
@@ -94,12 +110,6 @@ class UnaryExecutions:
         self.fail("Flux closed the connection")
 
     def _answered(self, call: _Call, answer: Any | FluxError) -> None:
-        with self._condition:
-            # Whoever takes it out answers: a failed call's own end comes later and is too late.
-            if self._calls.get(call.request.execution_id) is not call:
-                return
-            del self._calls[call.request.execution_id]
-            self._condition.notify_all()
         result: ExecutionRecord | FluxError
         if isinstance(answer, FluxError):
             result = answer
@@ -108,6 +118,15 @@ class UnaryExecutions:
                 result = codec.record_from_response(answer, call.request, self._agent_id, time.time())
             except ValueError as error:
                 result = AgentLost(f"agent {self._agent_id} answered what cannot be read: {error}")
+        self._settle(call, result)
+
+    def _settle(self, call: _Call, result: ExecutionRecord | FluxError) -> None:
+        with self._condition:
+            # Whoever takes it out answers: a failed call's own end comes later and is too late.
+            if self._calls.get(call.request.execution_id) is not call:
+                return
+            del self._calls[call.request.execution_id]
+            self._condition.notify_all()
         if isinstance(result, ExecutionRecord):
             if result.error_kind is ErrorKind.AT_CAPACITY:
                 self._events.full(call.request.function_name)
