@@ -71,6 +71,13 @@ def test_it_renews_thirty_days_before_the_end_and_not_earlier(place: Place, monk
     assert len(given) == 1
 
 
+def test_certificates_that_cannot_be_read_any_more_are_a_warning(place: Place) -> None:
+    path = place.authority._directory / "flux" / "flux.pem"
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    assert place.renewal.warnings() == [f"{path} cannot be read: Is a directory"]
+
+
 def test_a_failure_is_told_with_its_reason_and_tried_again_after_a_while(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,15 +80,18 @@ class Renewal:
                 self._renew(state, connection, now)
 
     def warnings(self) -> Sequence[str]:
-        """What ends within 30 days, and why it was not renewed."""
+        """What ends within 30 days, and why it was not renewed; and certificates that cannot be read any more."""
         limit = self._clock() + RENEW_BEFORE
-        ending = [(one.name, one.not_after, "") for one in self._authority.expiries()]
+        found, ending = list[str](), list[tuple[str, float, str]]()
+        try:
+            ending += [(one.name, one.not_after, "") for one in self._authority.expiries()]
+        except FluxError as error:
+            found.append(error.message)
         for state in self._registry.agents():
             if state.certificate_not_after:
                 ending.append(
                     (f"the certificate of agent {state.agent_id}", state.certificate_not_after, state.agent_id)
                 )
-        found = []
         for name, not_after, agent_id in ending:
             if not_after <= limit:
                 _, reason = self._failed.get(agent_id, (0.0, ""))
