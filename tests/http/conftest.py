@@ -1,4 +1,4 @@
-"""A fresh application for each test, with the front and without, and a client that holds answers to the document."""
+"""A fresh application for each test, with and without the fast path; its client checks answers by the document."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(params=["front", "flask"])
-def front(request: pytest.FixtureRequest) -> bool:
-    """Both ways in: the hot routes before Flask, or everything through it."""
-    return bool(request.param == "front")
+@pytest.fixture(params=["fast", "flask"])
+def fast(request: pytest.FixtureRequest) -> bool:
+    """Both ways in: the fast path before Flask, or everything through it."""
+    return bool(request.param == "fast")
 
 
 @pytest.fixture
@@ -128,13 +128,13 @@ def fakes() -> Fakes:
 
 
 @pytest.fixture
-def client(fakes: Fakes, front: bool, clock: Clock) -> Client:
-    return Client(Api(fakes.services(), front=front, attempts=FailedAttempts(clock)))
+def client(fakes: Fakes, fast: bool, clock: Clock) -> Client:
+    return Client(Api(fakes.services(), fast=fast, attempts=FailedAttempts(clock)))
 
 
 @pytest.fixture
-def make_client(front: bool, clock: Clock) -> Callable[[Fakes], Client]:
-    return lambda fakes: Client(Api(fakes.services(), front=front, attempts=FailedAttempts(clock)))
+def make_client(fast: bool, clock: Clock) -> Callable[[Fakes], Client]:
+    return lambda fakes: Client(Api(fakes.services(), fast=fast, attempts=FailedAttempts(clock)))
 
 
 @pytest.fixture(params=["epoll", "poll"])
@@ -145,8 +145,8 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., WebServer]]:
     poller = best_poller if request.param == "epoll" else AskingPoller
     servers: list[WebServer] = []
 
-    def start(fakes: Fakes, *, front: bool = True) -> WebServer:
-        app = Api(fakes.services(), front=front)
+    def start(fakes: Fakes, *, fast: bool = True) -> WebServer:
+        app = Api(fakes.services(), fast=fast)
         servers.append(WebServer(app, replace(fakes.config, port=0), poller).start())
         return servers[-1]
 

@@ -32,7 +32,7 @@ def filled(path: str) -> str:
     return path.replace("{name}", "hello").replace("{agent_id}", "worker-1").replace("{execution_id}", "execution-1")
 
 
-def test_flask_and_the_front_serve_the_table_and_nothing_else(client: Client, front: bool) -> None:
+def test_flask_and_the_fast_path_serve_the_table_and_nothing_else(client: Client, fast: bool) -> None:
     table = {(route.method, route.path) for route in all_routes(client)}
     served = {
         (method, str(rule).replace("<", "{").replace(">", "}"))
@@ -42,8 +42,8 @@ def test_flask_and_the_front_serve_the_table_and_nothing_else(client: Client, fr
     assert served == table
     documented = {(method.upper(), path) for path, item in client.document.document["paths"].items() for method in item}
     assert documented == table
-    if front:
-        hot = {(route.method, route.path) for route in client.app.hot}
+    if fast:
+        hot = {(route.method, route.path) for route in client.app.fast_path.routes}
         assert ("POST", "/execute/{name}") in hot
         assert hot < table
 

@@ -74,9 +74,9 @@ def gate(fakes: Fakes) -> Iterator[Gate]:
     gate.open.set()
 
 
-@pytest.mark.parametrize("front", [True, False])
-def test_a_call_and_its_answer(fakes: Fakes, serve: Serve, front: bool) -> None:
-    with Wire(serve(fakes, front=front).port) as wire:
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_call_and_its_answer(fakes: Fakes, serve: Serve, fast: bool) -> None:
+    with Wire(serve(fakes, fast=fast).port) as wire:
         for word in ("one", "two"):  # on one connection
             wire.send("POST", "/execute/hello", json.dumps({"args": [word]}).encode())
             status, headers, body = wire.answer()
@@ -84,11 +84,11 @@ def test_a_call_and_its_answer(fakes: Fakes, serve: Serve, front: bool) -> None:
             assert headers["server"] == "Flux"
 
 
-@pytest.mark.parametrize("front", [True, False])
-def test_others_are_answered_while_every_place_is_taken(serve: Serve, front: bool) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_others_are_answered_while_every_place_is_taken(serve: Serve, fast: bool) -> None:
     fakes = Fakes(max_blocking=200)
     gate = Gate(fakes)
-    server = serve(fakes, front=front)
+    server = serve(fakes, fast=fast)
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.port)) for _ in range(200)]
         for wire in wires:

@@ -1,17 +1,19 @@
-"""What a handler answers with, before Flask or the front makes a response of it."""
+"""What a handler answers with, before Flask or the fast path makes a response of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, BinaryIO, Protocol
+from wsgiref.util import FileWrapper
 
 from fluxlib.control.services import Nothing
 
 JSON = "application/json"
 Headers = tuple[tuple[str, str], ...]
+StartResponse = Callable[..., Any]
 
 
 class Chunks(Protocol):
@@ -58,6 +60,17 @@ class Answer:
         if self.length is not None:
             fixed.append(("Content-Length", str(self.length)))
         return fixed
+
+    def send(self, environ: Mapping[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        """As a WSGI application answers; a file by the server's wrapper, which sends it without holding a thread."""
+        write = start_response(self.status_line, self.wsgi_headers())
+        if self.file is not None:
+            wrapper: Callable[[BinaryIO], Iterable[bytes]] = environ.get("wsgi.file_wrapper") or FileWrapper
+            return wrapper(self.file)
+        if self.chunks is None:
+            return (self.body,)
+        write(b"")  # the headers: whoever follows an output that is quiet knows that it is there
+        return self.chunks
 
     @property
     def status_line(self) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
-from werkzeug.wsgi import FileWrapper
 
-from fluxlib.control.http.answers import Answer
+from fluxlib.control.http.answers import Answer, StartResponse
 from fluxlib.control.http.pipeline import Pipeline
 from fluxlib.control.http.problems import problem, simple
-from fluxlib.control.http.request import check_path
+from fluxlib.control.http.request import check_path, without_slash
 from fluxlib.control.http.route import Route
 from fluxlib.errors import FluxError
 
@@ -34,9 +33,18 @@ def create_application(pipeline: Pipeline, routes: Sequence[Route]) -> Flask:
     return app
 
 
+def find(app: Flask, routes: Sequence[Route], environ: Mapping[str, Any]) -> tuple[Route, Mapping[str, str]] | None:
+    """The route of a request whose body is still to come, and its parameters; None for what no route answers."""
+    try:
+        name, params = app.url_map.bind("flux").match(without_slash(environ["PATH_INFO"]), environ["REQUEST_METHOD"])
+    except HTTPException:
+        return None
+    return next(route for route in routes if route.name == name), params
+
+
 def _add(app: Flask, route: Route, pipeline: Pipeline) -> None:
     def view(**params: str) -> Response:
-        return _response(pipeline.answer(route, request.environ, params))
+        return _Answered(pipeline.answer(route, request.environ, params))
 
     app.add_url_rule(
         route.path.replace("{", "<").replace("}", ">"),
@@ -52,11 +60,11 @@ def _before(pipeline: Pipeline, literal: Mapping[str, list[str]]) -> Response | 
     try:
         check_path(request.environ)
     except FluxError as error:
-        return _response(problem(error, request.path).with_headers(pipeline.cors.headers(request.environ)))
+        return _Answered(problem(error, request.path).with_headers(pipeline.cors.headers(request.environ)))
     # DELETE /agents/register is not about an agent called register: there can be none.
     methods = sorted(literal.get(request.path, ())) or _methods(request.routing_exception)
     if request.method == "OPTIONS" and pipeline.cors.enabled and methods:
-        return _response(Answer(204, headers=pipeline.cors.preflight(request.environ, methods)))
+        return _Answered(Answer(204, headers=pipeline.cors.preflight(request.environ, methods)))
     if request.path in literal and request.method not in methods:
         raise MethodNotAllowed(valid_methods=methods)
     return None
@@ -76,13 +84,15 @@ def _failed(error: Exception, pipeline: Pipeline) -> Response:
         answer = simple(error.code, about)
     else:
         answer = problem(error, f"{request.method} {request.path}")
-    return _response(answer.with_headers(pipeline.cors.headers(request.environ)))
+    return _Answered(answer.with_headers(pipeline.cors.headers(request.environ)))
 
 
-def _response(answer: Answer) -> Response:
-    body: Any = answer.body
-    if answer.chunks is not None:
-        body = answer.chunks
-    elif answer.file is not None:
-        body = FileWrapper(answer.file)
-    return Response(body, answer.status, answer.wsgi_headers())
+class _Answered(Response):
+    """An Answer on its way through Flask, sent as the fast path sends its own."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(status=answer.status)
+        self._answer = answer
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        return self._answer.send(environ, start_response)

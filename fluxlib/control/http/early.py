@@ -6,15 +6,14 @@ without this, strangers could fill the disk with uploads that are refused later.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fluxlib.control.http.answers import Answer
-from fluxlib.control.http.matcher import Matcher
 from fluxlib.control.http.pipeline import Pipeline
 from fluxlib.control.http.problems import simple
-from fluxlib.control.http.request import too_large, without_slash
+from fluxlib.control.http.request import too_large
 from fluxlib.control.http.route import Route
 
 # Bodies up to this are simply read: they are not worth the look.
@@ -35,13 +34,15 @@ class EarlyCheck:
     Whose limit is more than that has shown a key: no public route takes as much.
     """
 
-    def __init__(self, pipeline: Pipeline, routes: Iterable[Route]) -> None:
+    def __init__(
+        self, pipeline: Pipeline, find: Callable[[Mapping[str, Any]], tuple[Route, Mapping[str, str]] | None]
+    ) -> None:
         self._pipeline = pipeline
-        self._matcher = Matcher(routes)
+        self._find = find
 
     def __call__(self, environ: Mapping[str, Any]) -> Verdict:
         """``environ`` has the method, the path, the address and the headers."""
-        found = self._matcher.find(environ["REQUEST_METHOD"], without_slash(environ["PATH_INFO"]))
+        found = self._find(environ)
         if found is None:
             return Verdict(0, simple(404, "there is no such path that takes a body: GET /openapi.json lists them"))
         route, params = found

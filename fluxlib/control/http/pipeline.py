@@ -1,4 +1,4 @@
-"""The one way every request takes, through Flask or the front: door, checks, budget, handler, answer."""
+"""The one way every request takes, through Flask or the fast path: authentication, checks, budget, handler, answer."""
 
 from __future__ import annotations
 

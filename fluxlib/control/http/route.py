@@ -1,4 +1,4 @@
-"""One route as the table declares it; Flask's rules, the front's, the checks and the document come from it."""
+"""One route as the table declares it; Flask's rules, the fast path's, the checks and the document come from it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Route:
     public: bool = False
     changes: bool = False  # goes to the audit log
     idempotent_key: bool = False  # takes Idempotency-Key
-    hot: bool = False  # the front answers it before Flask
+    fast: bool = False  # answered by the fast path, before Flask
 
     @property
     def statuses(self) -> tuple[int, ...]:

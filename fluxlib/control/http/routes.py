@@ -26,7 +26,7 @@ def _fleet(config: ControlConfig) -> tuple[Route, ...]:
         Route(
             "GET", "/health", "how this Flux is", health.get, "read",
             {200: Content("it serves", ref("Health")), 503: Content("its store is away, or it stops", ref("Health"))},
-            public=True, hot=True,
+            public=True, fast=True,
         ),
         Route(
             "GET", "/agents", "the fleet", agents.get_list, "read",
@@ -98,12 +98,12 @@ def _executions() -> tuple[Route, ...]:
                 200: Content("it succeeded", ref("Result")),
                 500: Content("it failed or was cancelled (or Flux did)", {"anyOf": [ref("Result"), ref("Error")]}),
             },
-            errors=(404, 409, 429, 502), body=CALL_BODY, waits=Waits.CALL, hot=True,
+            errors=(404, 409, 429, 502), body=CALL_BODY, waits=Waits.CALL, fast=True,
         ),
         Route(
             "POST", "/execute/{name}/async", "run a function, ask for it later", execute.submit, "invoke",
             {202: Content("an agent has it, or it is queued for good", ref("Accepted"))},
-            errors=(404, 409, 429, 502), body=CALL_BODY, waits=Waits.CALL, hot=True, idempotent_key=True,
+            errors=(404, 409, 429, 502), body=CALL_BODY, waits=Waits.CALL, fast=True, idempotent_key=True,
         ),
         Route(
             "GET", "/executions", "newest first", execute.get_list, "read",
@@ -112,12 +112,12 @@ def _executions() -> tuple[Route, ...]:
         ),
         Route(
             "GET", "/executions/{execution_id}", "one execution and its output so far", execute.get_one, "read",
-            {200: Content("the record", ref("Record"))}, errors=(404, 502), waits=Waits.ASK, hot=True,
+            {200: Content("the record", ref("Record"))}, errors=(404, 502), waits=Waits.ASK,
         ),
         Route(
             "GET", "/executions/{execution_id}/output", "its output, byte for byte", execute.output, "read",
             {200: Content("the bytes", media_type="application/octet-stream")},
-            errors=(404, 502), query=(OFFSET, FOLLOW), waits=Waits.ASK, hot=True,
+            errors=(404, 502), query=(OFFSET, FOLLOW), waits=Waits.ASK,
         ),
         Route(
             "DELETE", "/executions/{execution_id}", "cancel; answers when it is dead", execute.cancel, "invoke",
