@@ -85,7 +85,7 @@ class Control:
         pusher = Pusher(registry, store.archive)
         self._parts.add("pushes", pusher.stop)
         functions = self._functions = FunctionService(
-            store, registry, pusher, session, shared=shared, max_archive_bytes=config.max_archive_mb * _MB
+            store, registry, pusher, max_archive_bytes=config.max_archive_mb * _MB
         )
         executions = self._executions = ExecutionService(
             store,

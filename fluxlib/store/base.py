@@ -138,10 +138,14 @@ class ControlStore(Protocol):
     def functions_revision(self) -> int:
         """Grows with every change of any function: another process's cache compares it."""
 
-    def save_function(self, function: Function, archive: bytes | None = None) -> None:
+    def function_and_revision(self, name: str) -> tuple[Function | None, int]:
+        """The function and its revision, which each change makes another; 0 when there is none."""
+
+    def save_function(self, function: Function, archive: bytes | None = None, *, revision: int | None = None) -> None:
         """The function and, when given, its code in one step. Durable.
 
-        An archive no function refers to any more goes with the write that orphans it.
+        With a revision, refused (Conflict) unless the function still has it: a change made of what was read is written
+        only over that. An archive no function refers to any more goes with the write that orphans it.
         """
 
     def delete_function(self, name: str) -> bool:
@@ -279,7 +283,7 @@ class ControlStore(Protocol):
     def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
         """Everything a dead Flux process owned goes to a living one, queued ones too; how many."""
 
-    # -- leases and small facts --------------------------------------------------
+    # -- leases and notes --------------------------------------------------
 
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
         """Take or prolong. None when another owner's has not run out.
@@ -294,12 +298,12 @@ class ControlStore(Protocol):
 
     def release_lease(self, lease: Lease) -> None: ...
 
-    def get_fact(self, key: str) -> str | None:
-        """A small string kept under a name (installation notes, autoscaler state)."""
+    def note(self, key: str) -> str | None:
+        """A small text kept under a name (figures a leader shares, the autoscaler's state)."""
 
-    def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None: ...
+    def set_note(self, key: str, text: str, lease: Lease | None = None) -> None: ...
 
-    def delete_fact(self, key: str, lease: Lease | None = None) -> None:
+    def delete_note(self, key: str, lease: Lease | None = None) -> None:
         """One that is not there is no error."""
 
     # -- the store itself --------------------------------------------------------

@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import secrets
+import time
 from typing import Any, cast
 
 from redis import Redis
 
 from fluxlib.archive import digest_of
-from fluxlib.errors import StoreUnavailable
-from fluxlib.model import AgentRecord, Function
+from fluxlib.errors import LeaseLost, StoreUnavailable
+from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store import redis_scripts as scripts
 from fluxlib.store import rows
-from fluxlib.store.base import Lease
-from fluxlib.store.redis_executions import RedisExecutions, fence, in_time
+from fluxlib.store.base import (
+    SMALL_REQUEST,
+    Commit,
+    ExecutionEntry,
+    ExecutionFilter,
+    Lease,
+    Page,
+    QueuedExecutions,
+)
+from fluxlib.store.kv import NO_BLOB, Blob, TypedTables, Value
 from fluxlib.store.redis_import import import_original
 from fluxlib.store.redis_link import RedisLink
 from fluxlib.store.redis_migration import bring_up_to_date
-
-log = logging.getLogger(__name__)
 
 PREFIX = "fluxpy:"
 # A value of Redis holds 512 MB at most, and a command that large would hold up everybody else's.
 _PIECE = 8 * 1024 * 1024
 _UPLOAD_LIFE = 3600  # seconds, of pieces whose function never came
+_FIELDS = (
+    *("id", "seq", "function", "agent", "status", "phase", "async", "started", "owner", "key", "keep"),
+    *("rank", "size", "attempt", "record"),
+)
+# Entries fetched, or forgotten, in one step: others wait for Redis meanwhile.
+_AT_ONCE = 200
 
 
-class RedisControlStore(RedisExecutions):
-    """ControlStore. ``address``: host:port, or a redis://, rediss:// or unix:// URL. Raises StoreUnavailable."""
+class RedisKeyValues:
+    """KeyValues: each table a hash, each blob a list of pieces."""
 
-    def __init__(self, address: str, *, prefix: str = PREFIX) -> None:
-        link = RedisLink(address, prefix, scripts.ALL, "flux-store")
-        super().__init__(link)
-        try:
-            bring_up_to_date(link)
-            import_original(link, self)
-        except BaseException:
-            link.close()
-            raise
+    def __init__(self, link: RedisLink) -> None:
+        self._link = link
 
-    # -- functions and code
+    def get(self, table: str, key: str) -> Value | None:
+        def ask(client: Any) -> list[Any]:
+            pipeline = client.pipeline()
+            pipeline.hget(self._key(table), key)
+            pipeline.hget(self._key(f"{table}:revisions"), key)
+            return list(pipeline.execute())
 
-    def functions(self) -> list[Function]:
-        found = self._link.read(lambda client: client.hgetall(self._key("functions")))
-        return [_function(found[name]) for name in sorted(found)]
+        text, revision = self._link.read(ask)
+        return Value(text.decode(), int(revision or 1)) if text is not None else None
 
-    def function(self, name: str) -> Function | None:
-        found = self._link.read(lambda client: client.hget(self._key("functions"), name))
-        return _function(found) if found is not None else None
+    def all(self, table: str) -> dict[str, Value]:
+        def ask(client: Any) -> list[Any]:
+            pipeline = client.pipeline()
+            pipeline.hgetall(self._key(table))
+            pipeline.hgetall(self._key(f"{table}:revisions"))
+            return list(pipeline.execute())
 
-    def functions_revision(self) -> int:
-        return int(self._link.read(lambda client: client.get(self._key("functions:revision"))) or 0)
+        texts, revisions = self._link.read(ask)
+        return {key.decode(): Value(texts[key].decode(), int(revisions.get(key, 1))) for key in sorted(texts)}
 
-    def save_function(self, function: Function, archive: bytes | None = None) -> None:
-        upload = self._upload(archive) if archive is not None else ""
-        self._link.write(
-            scripts.SAVE_FUNCTION,
-            function.spec.name,
-            rows.dump(function.to_fields()),
-            function.code_digest,
-            upload,
-        ).wait()
+    def put(self, table: str, key: str, text: str, blob: Blob = NO_BLOB, lease: Lease | None = None) -> None:
+        self._put(table, key, text, "", blob, lease)
+
+    def update(self, table: str, key: str, text: str, lease: Lease | None = None) -> bool:
+        return self._put(table, key, text, "known", NO_BLOB, lease)
+
+    def compare_and_set(
+        self, table: str, key: str, text: str, revision: int, blob: Blob = NO_BLOB, lease: Lease | None = None
+    ) -> bool:
+        return self._put(table, key, text, str(revision), blob, lease)
+
+    def _put(self, table: str, key: str, text: str, revision: str, blob: Blob, lease: Lease | None) -> bool:
+        upload = self._upload(blob.data) if blob.data is not None else ""
+        pending = self._link.write(
+            scripts.PUT, table, key, text, revision, blob.digest, upload, *fence(lease), read=in_time(lease)
+        )
+        return bool(pending.value())
 
     def _upload(self, archive: bytes) -> str:
         key = self._key(f"upload:{secrets.token_hex(8)}")
@@ -74,11 +93,14 @@ class RedisControlStore(RedisExecutions):
                 raise StoreUnavailable("Redis has lost a part of the code while it was being saved: try again")
         return key
 
-    def delete_function(self, name: str) -> bool:
-        return bool(self._link.write(scripts.DELETE_FUNCTION, name).value())
+    def delete(self, table: str, key: str, lease: Lease | None = None) -> bool:
+        return bool(self._link.write(scripts.DELETE, table, key, *fence(lease), read=in_time(lease)).value())
 
-    def archive(self, code_digest: str) -> bytes | None:
-        key = self._key(f"archive:{code_digest}")
+    def revision(self, table: str) -> int:
+        return int(self._link.read(lambda client: client.get(self._key(f"{table}:revision"))) or 0)
+
+    def blob(self, digest: str) -> bytes | None:
+        key = self._key(f"archive:{digest}")
 
         def pull(client: Redis) -> bytes | None:
             pieces: list[bytes] = []
@@ -89,35 +111,191 @@ class RedisControlStore(RedisExecutions):
                 pieces += found
 
         found: bytes | None = self._link.read(pull)
-        if found is not None and digest_of(found) != code_digest:
-            raise StoreUnavailable(f"the code {code_digest} in Redis is damaged: deploy it again")
+        if found is not None and digest_of(found) != digest:
+            raise StoreUnavailable(f"the code {digest} in Redis is damaged: deploy it again")
         return found
 
-    # -- agents
+    def _key(self, name: str) -> str:
+        return self._link.prefix + name
 
-    def agents(self) -> list[AgentRecord]:
-        found = self._link.read(lambda client: client.hgetall(self._key("agents")))
-        return [_agent(found[agent_id]) for agent_id in sorted(found)]
 
-    def agent(self, agent_id: str) -> AgentRecord | None:
-        found = self._link.read(lambda client: client.hget(self._key("agents"), agent_id))
-        return _agent(found) if found is not None else None
+class RedisControlStore(TypedTables):
+    """ControlStore. ``address``: host:port, or a redis://, rediss:// or unix:// URL. Raises StoreUnavailable.
 
-    def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
-        self._set("agents", agent.agent_id, rows.dump(agent.to_fields()), lease)
+    Executions are found by key or by index, never by a search.
+    """
 
-    def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
-        text = rows.dump(agent.to_fields())
+    def __init__(self, address: str, *, prefix: str = PREFIX) -> None:
+        self._link = RedisLink(address, prefix, scripts.ALL, "flux-store")
+        super().__init__(RedisKeyValues(self._link))
+        try:
+            bring_up_to_date(self._link)
+            import_original(self._link, self)
+        except BaseException:
+            self._link.close()
+            raise
+
+    # -- executions
+
+    def create_execution(self, entry: ExecutionEntry, *, durable: bool) -> tuple[str, Commit]:
+        record = entry.record
         pending = self._link.write(
-            scripts.UPDATE_FIELD, "agents", agent.agent_id, text, *fence(lease), read=in_time(lease)
+            scripts.CREATE,
+            record.execution_id,
+            record.function_name,
+            record.agent_id,
+            record.phase.value,
+            int(record.asynchronous),
+            repr(record.started_at),
+            entry.owner,
+            entry.idempotency_key,
+            record.attempt,
+            repr(entry.rank) if entry.rank else "",
+            int(entry.request is not None),
+            rows.request_to_bytes(entry.request) if entry.request is not None else b"",
+            read=lambda answer: answer.decode(),
         )
-        return bool(pending.value())
+        return (str(pending.value()) if entry.idempotency_key else record.execution_id), pending
 
-    def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
-        pending = self._link.write(scripts.DELETE_FIELD, "agents", agent_id, *fence(lease), read=in_time(lease))
-        return bool(pending.value())
+    def claim_executions(self, owner: str, function_name: str, limit: int) -> list[ExecutionEntry]:
+        found = self._link.write(scripts.CLAIM, owner, function_name, limit, SMALL_REQUEST).value()
+        return [entry for values in found if (entry := _entry(values)) is not None]
 
-    # -- leases and facts
+    def assign_attempt(self, execution_id: str, attempt: int, agent_id: str, owner: str) -> Commit:
+        return self._move(execution_id, attempt, owner, agent_id, Phase.STARTING, owner)
+
+    def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
+        return self._move(execution_id, attempt, owner, "", Phase.QUEUED, owner if claimed else "")
+
+    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
+        return self.assign_attempt(execution_id, 0, agent_id, owner)
+
+    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
+        return self.return_execution(execution_id, 0, owner, claimed=True)
+
+    def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
+        def read(answer: int) -> None:
+            if not answer:
+                raise rows.not_current(execution_id)
+
+        pending: Commit = self._link.write(
+            scripts.MOVE, execution_id, attempt, owner, agent_id, phase.value, new_owner, read=read
+        )
+        return pending
+
+    def end_attempt(
+        self, record: ExecutionRecord, attempt: int, keep_for: float, *, keep_request: bool = False
+    ) -> Commit:
+        pending: Commit = self._link.write(
+            scripts.END,
+            record.execution_id,
+            attempt,
+            record.status.value,
+            record.agent_id,
+            repr(keep_for),
+            rows.record_to_text(record),
+            int(keep_request),
+            read=bool,
+        )
+        return pending
+
+    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+        return self.end_attempt(record, 0, keep_until - time.time())
+
+    def forget_execution(self, execution_id: str, owner: str) -> Commit:
+        pending: Commit = self._link.write(scripts.FORGET, execution_id, owner)
+        return pending
+
+    def execution(self, execution_id: str) -> ExecutionEntry | None:
+        return _entry(self._link.read(lambda client: client.hmget(self._key(f"execution:{execution_id}"), _FIELDS)))
+
+    def request(self, execution_id: str) -> ExecutionRequest | None:
+        def ask(client: Any) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.hmget(self._key(f"execution:{execution_id}"), ("function", "async"))
+            pipeline.get(self._key(f"request:{execution_id}"))
+            return list(pipeline.execute())
+
+        (function, asynchronous), data = self._link.read(ask)
+        if function is None or data is None:
+            return None
+        return rows.request_from_bytes(data, execution_id, function.decode(), asynchronous == b"1")
+
+    def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
+        key = self._key(f"idempotent:{function_name}:{idempotency_key}")
+        known = self._link.read(lambda client: client.get(key))
+        return self.execution(known.decode()) if known else None
+
+    def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
+        index = _index(where)
+        if index is None:
+            return Page()
+        highest = f"({int(cursor)}" if cursor else "+inf"
+        found = [_entry(values) for values in self._link.run(scripts.PAGE, index, highest, limit + 1)]
+        entries = [entry for entry in found[:limit] if entry is not None]
+        return Page(tuple(entries), str(entries[-1].sequence) if len(found) > limit else "")
+
+    def open_executions(self, agent_id: str) -> list[ExecutionEntry]:
+        return self._open(f"open:agent:{agent_id}", 0, 0)
+
+    def executions_of(self, owner: str, after: int = 0, limit: int = 0) -> list[ExecutionEntry]:
+        return self._open(f"open:owner:{owner}", after, limit)
+
+    def _open(self, index: str, after: int, limit: int) -> list[ExecutionEntry]:
+        entries: list[ExecutionEntry] = []
+        while True:
+            part = min(_AT_ONCE, limit - len(entries)) if limit else _AT_ONCE
+            found = [_entry(values) for values in self._link.run(scripts.OPEN, index, after, part)]
+            entries += [entry for entry in found if entry is not None]
+            if len(found) < part or len(entries) == limit:
+                return entries
+            after = entries[-1].sequence
+
+    def open_ids(self, owner: str) -> set[str]:
+        ids = self._link.read(lambda client: client.zrange(self._key(f"open:owner:{owner}"), 0, -1))
+        return {execution_id.decode() for execution_id in ids}
+
+    def queued(self) -> dict[str, QueuedExecutions]:
+        def ask(client: Any) -> list[Any]:
+            # In one transaction: the three belong together.
+            pipeline = client.pipeline()
+            for name in ("queues", "queues:ready", "queues:bytes"):
+                pipeline.hgetall(self._key(name))
+            return list(pipeline.execute())
+
+        waiting, ready, size = self._link.read(ask)
+        return {
+            name.decode(): QueuedExecutions(int(count), int(ready.get(name, 0)), int(size.get(name, 0)))
+            for name, count in sorted(waiting.items())
+        }
+
+    def adopt_session(self, dead_owner: str, owner: str, lease: Lease | None = None) -> int:
+        return self._adopt(dead_owner, owner, lease, everything=False)
+
+    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
+        return self._adopt(from_owner, to_owner, lease, everything=True)
+
+    def _adopt(self, dead_owner: str, owner: str, lease: Lease | None, *, everything: bool) -> int:
+        pending = self._link.write(
+            scripts.ADOPT, dead_owner, owner, int(everything), *fence(lease), read=in_time(lease)
+        )
+        return int(pending.value())
+
+    def expire_executions(self, max_records: int = 0, limit: int = 1000) -> int:
+        count = 0
+        while count < limit:
+            part = min(_AT_ONCE, limit - count)
+            gone = int(self._link.write(scripts.EXPIRE, max_records, part).value())
+            count += gone
+            if gone < part:
+                break
+        return count
+
+    def count_open(self, function_name: str) -> int:
+        key = self._key(f"executions:fs:{function_name}:running")
+        return int(self._link.read(lambda client: client.zcard(key)))
+
+    # -- leases
 
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
         del now  # Redis has a clock of its own
@@ -139,19 +317,6 @@ class RedisControlStore(RedisExecutions):
 
     def release_lease(self, lease: Lease) -> None:
         self._link.write(scripts.RELEASE, lease.name, str(lease.token)).wait()
-
-    def get_fact(self, key: str) -> str | None:
-        found = self._link.read(lambda client: client.hget(self._key("facts"), key))
-        return found.decode() if found is not None else None
-
-    def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None:
-        self._set("facts", key, value, lease)
-
-    def delete_fact(self, key: str, lease: Lease | None = None) -> None:
-        self._link.write(scripts.DELETE_FIELD, "facts", key, *fence(lease), read=in_time(lease)).wait()
-
-    def _set(self, table: str, field: str, value: str, lease: Lease | None) -> None:
-        self._link.write(scripts.SET_FIELD, table, field, value, *fence(lease), read=in_time(lease)).wait()
 
     # -- the store itself
 
@@ -211,10 +376,66 @@ class RedisControlStore(RedisExecutions):
     def close(self, timeout: float = 30.0) -> None:
         self._link.close(timeout)
 
+    def _key(self, name: str) -> str:
+        return self._link.prefix + name
 
-def _function(text: str | bytes) -> Function:
-    return Function.from_fields(json.loads(text))
+
+def fence(lease: Lease | None) -> tuple[str, str]:
+    """What a script is told of the lease a write is made under."""
+    return (lease.name, str(lease.token)) if lease is not None else ("", "")
 
 
-def _agent(text: str | bytes) -> AgentRecord:
-    return AgentRecord.from_fields(json.loads(text))
+def in_time(lease: Lease | None) -> Any:
+    """Reads the answer of a fenced script: LeaseLost when it came too late."""
+
+    def read(answer: Any) -> Any:
+        if answer == b"late":
+            raise LeaseLost(f"another process holds {lease.name if lease is not None else 'the lease'} now")
+        return answer
+
+    return read
+
+
+def _index(where: ExecutionFilter) -> str | None:
+    """The set that holds exactly what fits; None when nothing can."""
+    if where.queued:
+        if where.status not in (None, ExecutionStatus.RUNNING):
+            return None
+        return f"queued:f:{where.function_name}" if where.function_name else "queued"
+    if where.function_name and where.status is not None:
+        return f"executions:fs:{where.function_name}:{where.status.value}"
+    if where.function_name:
+        return f"executions:f:{where.function_name}"
+    return f"executions:s:{where.status.value}" if where.status is not None else "executions"
+
+
+def _entry(values: list[bytes | None]) -> ExecutionEntry | None:
+    if values[0] is None:
+        return None
+    texts = [value.decode() if value is not None else "" for value in values[:14]]
+    execution_id, sequence, function, agent, status, phase, asynchronous, started, owner, key, keep = texts[:11]
+    rank, size, attempt = texts[11:]
+    record = values[14]
+    request = values[15] if len(values) > 15 else None
+    if status == ExecutionStatus.RUNNING.value:
+        kept = rows.open_record(
+            execution_id, function, agent, phase, asynchronous == "1", float(started), int(attempt or 1)
+        )
+    elif record is None:
+        raise StoreUnavailable(f"the store's record of {execution_id} is damaged")
+    else:
+        kept = rows.record_from_text(record)
+    return ExecutionEntry(
+        record=kept,
+        request=(
+            rows.request_from_bytes(request, execution_id, function, asynchronous == "1")
+            if request is not None
+            else None
+        ),
+        owner=owner,
+        sequence=int(sequence),
+        idempotency_key=key,
+        keep_until=float(keep) if keep else 0.0,
+        rank=float(rank or sequence),
+        request_bytes=int(size or 0),
+    )

@@ -75,6 +75,8 @@ def _migrate(link: RedisLink, lock: str) -> None:
     link.run(scripts.COUNT_QUEUED)
     for start in range(0, len(queued), _PAGE):
         link.run(scripts.COUNT_QUEUED, *queued[start : start + _PAGE])
+    if link.read(lambda client: client.exists(link.prefix + "facts")):
+        link.read(lambda client: client.rename(link.prefix + "facts", link.prefix + "notes"))
     if count:
         log.info("brought %d executions in Redis to schema %d", count, SCHEMA)
 

@@ -2,11 +2,11 @@
 
 Keys, all behind one prefix (P):
 
-    functions, functions:code        hash: name → JSON, name → digest of its archive
-    functions:revision               counts changes
-    archive:DIGEST                   list: the zip in pieces
-    archive:DIGEST:users             set of the functions whose code it is
-    agents, facts                    hash
+    functions, agents, notes         tables, each a hash: key → text
+    TABLE:revisions, TABLE:revision  hash: key → its revision; counts changes
+    TABLE:code                       hash: key → digest of the blob it refers to (functions alone refer to some)
+    archive:DIGEST                   list: the blob in pieces
+    archive:DIGEST:users             set of the keys that refer to it
     lease:NAME                       hash: owner, token, expires (by Redis's clock); leases: names by when they run out
     tokens                           the last fencing token given
     execution:ID                     hash; its request in request:ID, so that nobody reads it with the rest
@@ -107,68 +107,64 @@ redis.call('EXPIRE', key, life)
 return redis.call('LLEN', key)
 """
 )
-# P, name, JSON, digest, key of the uploaded pieces or ''
-SAVE_FUNCTION = Script.of(
-    """
-local P, name, text, digest, upload = unpack(ARGV)
-local former = redis.call('HGET', P..'functions:code', name) or ''
-if former ~= digest and former ~= '' then
-  redis.call('SREM', P..'archive:'..former..':users', name)
-  if redis.call('SCARD', P..'archive:'..former..':users') == 0 then redis.call('DEL', P..'archive:'..former) end
+_KV = """
+local function drop_blob(P, digest, key)
+  if digest == '' then return end
+  redis.call('SREM', P..'archive:'..digest..':users', key)
+  if redis.call('SCARD', P..'archive:'..digest..':users') == 0 then redis.call('DEL', P..'archive:'..digest) end
 end
-if upload ~= '' and redis.call('EXISTS', upload) == 1 then
-  redis.call('PERSIST', upload)
-  redis.call('RENAME', upload, P..'archive:'..digest)
+local function revision_of(P, tab, key)
+  if redis.call('HEXISTS', P..tab, key) == 0 then return '0' end
+  return redis.call('HGET', P..tab..':revisions', key) or '1'
 end
-if digest ~= '' then redis.call('SADD', P..'archive:'..digest..':users', name) end
-redis.call('HSET', P..'functions:code', name, digest)
-redis.call('HSET', P..'functions', name, text)
-redis.call('INCR', P..'functions:revision')
 """
-)
-# P, name → 1 when there was one
-DELETE_FUNCTION = Script.of(
+# P, table, key, text, what the revision must be ('': any; 'known': any but 0), digest of the blob, key of its uploaded
+# pieces or '', lease, token -> 'late', 0 when the revision is another, 1
+PUT = Script.of(
+    _FENCE,
+    _KV,
     """
-local P, name = unpack(ARGV)
-local former = redis.call('HGET', P..'functions:code', name) or ''
-if former ~= '' then
-  redis.call('SREM', P..'archive:'..former..':users', name)
-  if redis.call('SCARD', P..'archive:'..former..':users') == 0 then redis.call('DEL', P..'archive:'..former) end
+local P, tab, key, text, revision, digest, upload, lease, token = unpack(ARGV)
+if too_late(P, lease, token) then return 'late' end
+local former = revision_of(P, tab, key)
+if revision == 'known' then
+  if former == '0' then return 0 end
+elseif revision ~= '' and revision ~= former then
+  -- What this would write is there: an earlier run of this script, whose answer was lost, has written it.
+  return redis.call('HGET', P..tab, key) == text and 1 or 0
 end
-redis.call('HDEL', P..'functions:code', name)
-local found = redis.call('HDEL', P..'functions', name)
-if found == 1 then redis.call('INCR', P..'functions:revision') end
-return found
-"""
-)
-
-# P, hash, field, value, lease, token → 'late' or how many fields are new
-SET_FIELD = Script.of(
-    _FENCE,
-    """
-local P, hash, field, value, lease, token = unpack(ARGV)
-if too_late(P, lease, token) then return 'late' end
-return redis.call('HSET', P..hash, field, value)
-""",
-)
-# P, hash, field, value, lease, token → 'late', or whether there was such a field to write
-UPDATE_FIELD = Script.of(
-    _FENCE,
-    """
-local P, hash, field, value, lease, token = unpack(ARGV)
-if too_late(P, lease, token) then return 'late' end
-if redis.call('HEXISTS', P..hash, field) == 0 then return 0 end
-redis.call('HSET', P..hash, field, value)
+if revision ~= 'known' then
+  local former_digest = redis.call('HGET', P..tab..':code', key) or ''
+  if former_digest ~= digest then drop_blob(P, former_digest, key) end
+  if upload ~= '' and redis.call('EXISTS', upload) == 1 then
+    redis.call('PERSIST', upload)
+    redis.call('RENAME', upload, P..'archive:'..digest)
+  end
+  if digest ~= '' then
+    redis.call('SADD', P..'archive:'..digest..':users', key)
+    redis.call('HSET', P..tab..':code', key, digest)
+  else
+    redis.call('HDEL', P..tab..':code', key)
+  end
+end
+redis.call('HSET', P..tab, key, text)
+redis.call('HSET', P..tab..':revisions', key, redis.call('INCR', P..tab..':revision'))
 return 1
 """,
 )
-# P, hash, field, lease, token → 'late' or how many fields went
-DELETE_FIELD = Script.of(
+# P, table, key, lease, token -> 'late', or how many went
+DELETE = Script.of(
     _FENCE,
+    _KV,
     """
-local P, hash, field, lease, token = unpack(ARGV)
+local P, tab, key, lease, token = unpack(ARGV)
 if too_late(P, lease, token) then return 'late' end
-return redis.call('HDEL', P..hash, field)
+drop_blob(P, redis.call('HGET', P..tab..':code', key) or '', key)
+redis.call('HDEL', P..tab..':code', key)
+redis.call('HDEL', P..tab..':revisions', key)
+local found = redis.call('HDEL', P..tab, key)
+if found == 1 then redis.call('INCR', P..tab..':revision') end
+return found
 """,
 )
 
@@ -412,11 +408,9 @@ PING = Script.of("redis.call('SET', ARGV[1]..'ping', '1', 'EX', 60)")
 
 ALL = (
     UPLOAD,
-    SAVE_FUNCTION,
-    DELETE_FUNCTION,
-    SET_FIELD,
-    UPDATE_FIELD,
-    DELETE_FIELD,
+    PUT,
+    DELETE,
+    COUNT_QUEUED,
     CREATE,
     CLAIM,
     MOVE,

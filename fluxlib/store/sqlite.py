@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
+import time
 from pathlib import Path
+from typing import Any
 
-from fluxlib.errors import StoreUnavailable
+from fluxlib.errors import LeaseLost, StoreUnavailable
 from fluxlib.filelock import ExclusiveLock
-from fluxlib.model import AgentRecord, Function
+from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store import rows
-from fluxlib.store.base import LEASE_MEMORY, Lease
-from fluxlib.store.sqlite_executions import SCHEMA_2, SqliteExecutions, check_lease, find_lease
+from fluxlib.store.base import (
+    LEASE_MEMORY,
+    SMALL_REQUEST,
+    Commit,
+    ExecutionEntry,
+    ExecutionFilter,
+    Lease,
+    Page,
+    QueuedExecutions,
+)
+from fluxlib.store.kv import NO_BLOB, Blob, TypedTables, Value
 from fluxlib.store.sqlite_file import SqliteFile, reason_of
 
 _ADVICE = (
     "stop that Flux, or give this one a `state_dir` of its own;"
     " several Flux share their state through Redis (`redis_addr`)"
 )
-_SCHEMA = """
+_COLUMNS = (
+    "sequence, id, function, agent, status, phase, asynchronous, started_at, owner, idempotency_key, keep_until,"
+    " rank, request_bytes, attempt, record"
+)
+_READY = "function = ? AND status = 'running' AND phase = 'queued' AND owner = ''"
+
+_SCHEMA_1 = """
 CREATE TABLE functions (name TEXT PRIMARY KEY, code_digest TEXT NOT NULL, data TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE archives (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE agents (id TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
@@ -53,12 +69,141 @@ CREATE UNIQUE INDEX executions_idempotent ON executions (function, idempotency_k
 CREATE INDEX executions_expiring ON executions (keep_until) WHERE keep_until IS NOT NULL;
 INSERT INTO counters VALUES ('functions', 0), ('lease-tokens', 0)
 """
+# Requests have a table of their own: an update of a row writes the whole of it, and to read what stands behind a large
+# value SQLite follows its pages. Triggers keep the counters of ``queued`` and ``expire_executions``, so that no write
+# can forget them. The column ``request`` of the first schema stays empty: old SQLites cannot drop it.
+_SCHEMA_2 = (
+    "CREATE TABLE requests (sequence INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+    "ALTER TABLE executions ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE executions ADD COLUMN rank REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE executions ADD COLUMN request_bytes INTEGER NOT NULL DEFAULT 0",
+    "INSERT INTO requests SELECT sequence, named_request(request) FROM executions WHERE request IS NOT NULL",
+    "UPDATE executions SET record = named_record(record) WHERE record IS NOT NULL",
+    "UPDATE executions SET rank = sequence, request = NULL, request_bytes ="
+    " coalesce((SELECT length(data) FROM requests WHERE requests.sequence = executions.sequence), 0)"
+    " WHERE status = 'running'",
+    "CREATE INDEX executions_ready ON executions (function, rank, sequence)"
+    " WHERE status = 'running' AND phase = 'queued' AND owner = ''",
+    "CREATE INDEX executions_ended ON executions (sequence) WHERE status <> 'running' AND status <> 'success'",
+    "CREATE TABLE queues (function TEXT PRIMARY KEY, waiting INTEGER NOT NULL, ready INTEGER NOT NULL,"
+    " bytes INTEGER NOT NULL) WITHOUT ROWID",
+    "INSERT INTO queues SELECT function, count(*), sum(owner = ''), sum(request_bytes) FROM executions"
+    " WHERE status = 'running' AND phase = 'queued' GROUP BY function",
+    "CREATE TABLE entries (tab TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, revision INTEGER NOT NULL,"
+    " blob TEXT NOT NULL, PRIMARY KEY (tab, key)) WITHOUT ROWID",
+    "CREATE INDEX entries_blobs ON entries (blob) WHERE blob <> ''",
+    "INSERT INTO entries SELECT 'functions', name, data, 1, code_digest FROM functions",
+    "INSERT INTO entries SELECT 'agents', id, data, 1, '' FROM agents",
+    "INSERT INTO entries SELECT 'notes', key, value, 1, '' FROM facts",
+    "DROP TABLE functions",
+    "DROP TABLE agents",
+    "DROP TABLE facts",
+    "UPDATE counters SET value = value + 1 WHERE name = 'functions'",
+    "INSERT INTO counters VALUES ('agents', 1), ('notes', 1)",
+    "INSERT INTO counters SELECT 'ended', count(*) FROM executions WHERE status <> 'running'",
+    """CREATE TRIGGER queued_in AFTER INSERT ON executions WHEN NEW.phase = 'queued' BEGIN
+        INSERT OR IGNORE INTO queues VALUES (NEW.function, 0, 0, 0);
+        UPDATE queues SET waiting = waiting + 1, ready = ready + (NEW.owner = ''), bytes = bytes + NEW.request_bytes
+            WHERE function = NEW.function;
+    END""",
+    """CREATE TRIGGER queued_moved AFTER UPDATE OF phase, owner ON executions
+        WHEN NEW.phase = 'queued' OR OLD.phase = 'queued' BEGIN
+        INSERT OR IGNORE INTO queues VALUES (NEW.function, 0, 0, 0);
+        UPDATE queues SET
+            waiting = waiting + (NEW.phase = 'queued') - (OLD.phase = 'queued'),
+            ready = ready + (NEW.phase = 'queued' AND NEW.owner = '') - (OLD.phase = 'queued' AND OLD.owner = ''),
+            bytes = bytes + NEW.request_bytes * (NEW.phase = 'queued') - OLD.request_bytes * (OLD.phase = 'queued')
+            WHERE function = NEW.function;
+        DELETE FROM queues WHERE function = NEW.function AND waiting = 0;
+    END""",
+    """CREATE TRIGGER queued_out AFTER DELETE ON executions WHEN OLD.phase = 'queued' BEGIN
+        UPDATE queues SET waiting = waiting - 1, ready = ready - (OLD.owner = ''), bytes = bytes - OLD.request_bytes
+            WHERE function = OLD.function;
+        DELETE FROM queues WHERE function = OLD.function AND waiting = 0;
+    END""",
+    """CREATE TRIGGER ended_in AFTER UPDATE OF status ON executions WHEN NEW.status <> OLD.status BEGIN
+        UPDATE counters SET value = value + 1 WHERE name = 'ended';
+    END""",
+    """CREATE TRIGGER ended_out AFTER DELETE ON executions WHEN OLD.status <> 'running' BEGIN
+        UPDATE counters SET value = value - 1 WHERE name = 'ended';
+    END""",
+    """CREATE TRIGGER request_out AFTER DELETE ON executions WHEN OLD.request_bytes > 0 BEGIN
+        DELETE FROM requests WHERE sequence = OLD.sequence;
+    END""",
+)
 
 
-class SqliteControlStore(SqliteExecutions):
+class SqliteKeyValues:
+    """KeyValues in one table, with the blobs in another."""
+
+    def __init__(self, file: SqliteFile) -> None:
+        self._file = file
+
+    def get(self, table: str, key: str) -> Value | None:
+        found = self._file.read("SELECT value, revision FROM entries WHERE tab = ? AND key = ?", (table, key))
+        return Value(*found[0]) if found else None
+
+    def all(self, table: str) -> dict[str, Value]:
+        found = self._file.read("SELECT key, value, revision FROM entries WHERE tab = ? ORDER BY key", (table,))
+        return {key: Value(text, revision) for key, text, revision in found}
+
+    def put(self, table: str, key: str, text: str, blob: Blob = NO_BLOB, lease: Lease | None = None) -> None:
+        self._write(table, key, text, None, blob, lease)
+
+    def update(self, table: str, key: str, text: str, lease: Lease | None = None) -> bool:
+        def write(db: sqlite3.Connection) -> bool:
+            _check_lease(db, lease)
+            sql = "UPDATE entries SET value = ?, revision = ? WHERE tab = ? AND key = ?"
+            return db.execute(sql, (text, _next_revision(db, table), table, key)).rowcount > 0
+
+        return bool(self._file.write(write, durable=True).value())
+
+    def compare_and_set(
+        self, table: str, key: str, text: str, revision: int, blob: Blob = NO_BLOB, lease: Lease | None = None
+    ) -> bool:
+        return self._write(table, key, text, revision, blob, lease)
+
+    def _write(self, table: str, key: str, text: str, revision: int | None, blob: Blob, lease: Lease | None) -> bool:
+        def write(db: sqlite3.Connection) -> bool:
+            _check_lease(db, lease)
+            former, former_blob = _entry_of(db, table, key)
+            if revision is not None and revision != former:
+                return False
+            if blob.data is not None:
+                db.execute("INSERT OR IGNORE INTO archives VALUES (?, ?)", (blob.digest, blob.data))
+            values = (table, key, text, _next_revision(db, table), blob.digest)
+            db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)", values)
+            _drop_orphan(db, former_blob)
+            return True
+
+        return bool(self._file.write(write, durable=True).value())
+
+    def delete(self, table: str, key: str, lease: Lease | None = None) -> bool:
+        def write(db: sqlite3.Connection) -> bool:
+            _check_lease(db, lease)
+            former, former_blob = _entry_of(db, table, key)
+            if not former:
+                return False
+            db.execute("DELETE FROM entries WHERE tab = ? AND key = ?", (table, key))
+            _next_revision(db, table)
+            _drop_orphan(db, former_blob)
+            return True
+
+        return bool(self._file.write(write, durable=True).value())
+
+    def revision(self, table: str) -> int:
+        return int(self._file.read("SELECT value FROM counters WHERE name = ?", (table,))[0][0])
+
+    def blob(self, digest: str) -> bytes | None:
+        found = self._file.read("SELECT data FROM archives WHERE digest = ?", (digest,))
+        return bytes(found[0][0]) if found else None
+
+
+class SqliteControlStore(TypedTables):
     """ControlStore in ``flux.db``, for one process alone: it keeps in memory what it believes nobody else changes.
 
-    Raises StoreUnavailable, Conflict when another process has the directory.
+    Executions are found by key or by index, never by a search. Raises StoreUnavailable, Conflict when another process
+    has the directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,82 +213,228 @@ class SqliteControlStore(SqliteExecutions):
         except OSError as error:
             raise StoreUnavailable(f"the store {path} cannot be opened: {reason_of(error)}") from error
         try:
-            super().__init__(SqliteFile(path, [_SCHEMA.split(";"), SCHEMA_2], "flux-store"))
+            self._file = SqliteFile(path, [_SCHEMA_1.split(";"), _SCHEMA_2], "flux-store")
         except BaseException:
             self._lock.release()
             raise
+        super().__init__(SqliteKeyValues(self._file))
 
-    # -- functions and code
+    # -- executions
 
-    def functions(self) -> list[Function]:
-        return [_function(data) for (data,) in self._file.read("SELECT data FROM functions ORDER BY name")]
+    def create_execution(self, entry: ExecutionEntry, *, durable: bool) -> tuple[str, Commit]:
+        record = entry.record
+        key = entry.idempotency_key or None
+        request = rows.request_to_bytes(entry.request) if entry.request is not None else b""
+        values = (
+            record.execution_id,
+            record.function_name,
+            record.agent_id,
+            record.phase.value,
+            record.asynchronous,
+            record.started_at,
+            entry.owner,
+            key,
+            record.attempt,
+            entry.rank,
+            len(request),
+        )
 
-    def function(self, name: str) -> Function | None:
-        found = self._file.read("SELECT data FROM functions WHERE name = ?", (name,))
-        return _function(found[0][0]) if found else None
+        def write(db: sqlite3.Connection) -> str:
+            if key is not None:
+                found = db.execute(
+                    "SELECT id FROM executions WHERE function = ? AND idempotency_key = ?", (record.function_name, key)
+                ).fetchone()
+                if found is not None:
+                    return str(found[0])
+            made = db.execute(
+                "INSERT INTO executions (id, function, agent, status, phase, asynchronous, started_at, owner,"
+                " idempotency_key, attempt, rank, request_bytes) VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO NOTHING",
+                values,
+            )
+            if made.rowcount > 0:
+                if not entry.rank:
+                    db.execute("UPDATE executions SET rank = sequence WHERE sequence = ?", (made.lastrowid,))
+                if request:
+                    db.execute("INSERT INTO requests VALUES (?, ?)", (made.lastrowid, request))
+            return record.execution_id
 
-    def functions_revision(self) -> int:
-        return int(self._file.read("SELECT value FROM counters WHERE name = 'functions'")[0][0])
+        pending = self._file.write(write, durable=durable)
+        return (record.execution_id if key is None else str(pending.value())), pending
 
-    def save_function(self, function: Function, archive: bytes | None = None) -> None:
+    def claim_executions(self, owner: str, function_name: str, limit: int) -> list[ExecutionEntry]:
+        def write(db: sqlite3.Connection) -> list[ExecutionEntry]:
+            sql = f"SELECT {_COLUMNS} FROM executions WHERE {_READY} ORDER BY rank, sequence LIMIT ?"
+            claimed = []
+            for row in db.execute(sql, (function_name, limit)).fetchall():
+                db.execute("UPDATE executions SET owner = ? WHERE sequence = ?", (owner, row[0]))
+                claimed.append(_entry(row, owner, _small_request(db, row)))
+            return claimed
+
+        found: list[ExecutionEntry] = self._file.write(write).value()
+        return found
+
+    def assign_attempt(self, execution_id: str, attempt: int, agent_id: str, owner: str) -> Commit:
+        return self._move(execution_id, attempt, owner, agent_id, Phase.STARTING, owner)
+
+    def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
+        return self._move(execution_id, attempt, owner, "", Phase.QUEUED, owner if claimed else "")
+
+    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
+        return self.assign_attempt(execution_id, 0, agent_id, owner)
+
+    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
+        return self.return_execution(execution_id, 0, owner, claimed=True)
+
+    def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
         def write(db: sqlite3.Connection) -> None:
-            values = (function.spec.name, function.code_digest, rows.dump(function.to_fields()))
-            db.execute("INSERT OR REPLACE INTO functions VALUES (?, ?, ?)", values)
-            if archive is not None:
-                db.execute("INSERT OR IGNORE INTO archives VALUES (?, ?)", (function.code_digest, archive))
-            _functions_changed(db)
+            moved = db.execute(
+                "UPDATE executions SET agent = ?, phase = ?, owner = ?"
+                " WHERE id = ? AND status = 'running' AND owner = ? AND (attempt = ? OR ? = 0)",
+                (agent_id, phase.value, new_owner, execution_id, owner, attempt, attempt),
+            ).rowcount
+            if not moved:
+                raise rows.not_current(execution_id)
 
-        self._file.write(write, durable=True).wait()
+        return self._file.write(write)
 
-    def delete_function(self, name: str) -> bool:
+    def end_attempt(
+        self, record: ExecutionRecord, attempt: int, keep_for: float, *, keep_request: bool = False
+    ) -> Commit:
+        text = rows.record_to_text(record)
+
         def write(db: sqlite3.Connection) -> bool:
-            deleted = db.execute("DELETE FROM functions WHERE name = ?", (name,)).rowcount > 0
-            if deleted:
-                _functions_changed(db)
-            return deleted
+            found = db.execute(
+                "SELECT sequence, request_bytes FROM executions"
+                " WHERE id = ? AND status = 'running' AND (attempt = ? OR ? = 0)",
+                (record.execution_id, attempt, attempt),
+            ).fetchone()
+            if found is None:
+                return False
+            sequence, request_bytes = found
+            kept = request_bytes if keep_request else 0
+            db.execute(
+                "UPDATE executions SET status = ?, phase = 'ended', agent = ?, keep_until = ?, record = ?,"
+                " request_bytes = ? WHERE sequence = ?",
+                (record.status.value, record.agent_id, time.time() + keep_for, text, kept, sequence),
+            )
+            if request_bytes and not kept:
+                db.execute("DELETE FROM requests WHERE sequence = ?", (sequence,))
+            return True
 
-        return bool(self._file.write(write, durable=True).value())
+        return self._file.write(write, patient=True)
 
-    def archive(self, code_digest: str) -> bytes | None:
-        found = self._file.read("SELECT data FROM archives WHERE digest = ?", (code_digest,))
-        return bytes(found[0][0]) if found else None
+    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
+        return self.end_attempt(record, 0, keep_until - time.time())
 
-    # -- agents
+    def forget_execution(self, execution_id: str, owner: str) -> Commit:
+        sql = "DELETE FROM executions WHERE id = ? AND owner = ?"
+        return self._file.write(lambda db: db.execute(sql, (execution_id, owner)))
 
-    def agents(self) -> list[AgentRecord]:
-        return [_agent(data) for (data,) in self._file.read("SELECT data FROM agents ORDER BY id")]
+    def execution(self, execution_id: str) -> ExecutionEntry | None:
+        found = self._file.read(f"SELECT {_COLUMNS} FROM executions WHERE id = ?", (execution_id,))
+        return _entry(found[0]) if found else None
 
-    def agent(self, agent_id: str) -> AgentRecord | None:
-        found = self._file.read("SELECT data FROM agents WHERE id = ?", (agent_id,))
-        return _agent(found[0][0]) if found else None
+    def request(self, execution_id: str) -> ExecutionRequest | None:
+        found = self._file.read(
+            "SELECT function, asynchronous, data FROM executions JOIN requests USING (sequence) WHERE id = ?",
+            (execution_id,),
+        )
+        if not found:
+            return None
+        function, asynchronous, data = found[0]
+        return rows.request_from_bytes(data, execution_id, function, bool(asynchronous))
 
-    def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
-        def write(db: sqlite3.Connection) -> None:
-            check_lease(db, lease)
-            db.execute("INSERT OR REPLACE INTO agents VALUES (?, ?)", (agent.agent_id, rows.dump(agent.to_fields())))
+    def execution_by_key(self, function_name: str, idempotency_key: str) -> ExecutionEntry | None:
+        found = self._file.read(
+            f"SELECT {_COLUMNS} FROM executions WHERE function = ? AND idempotency_key = ?",
+            (function_name, idempotency_key),
+        )
+        return _entry(found[0]) if found else None
 
-        self._file.write(write, durable=True).wait()
+    def executions(self, where: ExecutionFilter, cursor: str, limit: int) -> Page:
+        conditions, values = ["sequence < ?"], [int(cursor) if cursor else 2**62]
+        extra: list[Any] = []
+        if where.function_name:
+            conditions.append("function = ?")
+            extra.append(where.function_name)
+        if where.status is not None:
+            conditions.append("status = ?")
+            extra.append(where.status.value)
+        if where.queued:
+            conditions.append("status = 'running' AND phase = 'queued'")
+        found = self._file.read(
+            f"SELECT {_COLUMNS} FROM executions WHERE {' AND '.join(conditions)} ORDER BY sequence DESC LIMIT ?",
+            (*values, *extra, limit + 1),
+        )
+        entries = [_entry(row) for row in found[:limit]]
+        return Page(tuple(entries), str(entries[-1].sequence) if len(found) > limit else "")
 
-    def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
-        def write(db: sqlite3.Connection) -> bool:
-            check_lease(db, lease)
-            data = rows.dump(agent.to_fields())
-            return db.execute("UPDATE agents SET data = ? WHERE id = ?", (data, agent.agent_id)).rowcount > 0
+    def open_executions(self, agent_id: str) -> list[ExecutionEntry]:
+        sql = f"SELECT {_COLUMNS} FROM executions WHERE status = 'running' AND agent = ? ORDER BY sequence"
+        return [_entry(row) for row in self._file.read(sql, (agent_id,))]
 
-        return bool(self._file.write(write, durable=True).value())
+    def executions_of(self, owner: str, after: int = 0, limit: int = 0) -> list[ExecutionEntry]:
+        sql = (
+            f"SELECT {_COLUMNS} FROM executions WHERE status = 'running' AND owner = ? AND sequence > ?"
+            " ORDER BY sequence LIMIT ?"
+        )
+        return [_entry(row) for row in self._file.read(sql, (owner, after, limit or -1))]
 
-    def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
-        def write(db: sqlite3.Connection) -> bool:
-            check_lease(db, lease)
-            return db.execute("DELETE FROM agents WHERE id = ?", (agent_id,)).rowcount > 0
+    def open_ids(self, owner: str) -> set[str]:
+        sql = "SELECT id FROM executions WHERE status = 'running' AND owner = ?"
+        return {execution_id for (execution_id,) in self._file.read(sql, (owner,))}
 
-        return bool(self._file.write(write, durable=True).value())
+    def queued(self) -> dict[str, QueuedExecutions]:
+        sql = "SELECT function, waiting, ready, bytes FROM queues ORDER BY function"
+        return {function: QueuedExecutions(*counts) for function, *counts in self._file.read(sql)}
 
-    # -- leases and facts
+    def adopt_session(self, dead_owner: str, owner: str, lease: Lease | None = None) -> int:
+        def write(db: sqlite3.Connection) -> int:
+            _check_lease(db, lease)
+            if dead_owner == owner:
+                return 0
+            of_dead = "owner = ? AND status = 'running'"
+            returned = db.execute(
+                f"UPDATE executions SET owner = '' WHERE {of_dead} AND phase = 'queued' AND asynchronous", (dead_owner,)
+            ).rowcount
+            return (
+                returned + db.execute(f"UPDATE executions SET owner = ? WHERE {of_dead}", (owner, dead_owner)).rowcount
+            )
+
+        return int(self._file.write(write).value())
+
+    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
+        def write(db: sqlite3.Connection) -> int:
+            _check_lease(db, lease)
+            sql = "UPDATE executions SET owner = ? WHERE owner = ? AND status = 'running'"
+            return db.execute(sql, (to_owner, from_owner)).rowcount
+
+        return int(self._file.write(write).value())
+
+    def expire_executions(self, max_records: int = 0, limit: int = 1000) -> int:
+        def write(db: sqlite3.Connection) -> int:
+            gone = _delete(db, "SELECT sequence FROM executions WHERE keep_until <= ? LIMIT ?", time.time(), limit)
+            (kept,) = db.execute("SELECT value FROM counters WHERE name = 'ended'").fetchone()
+            for which in ("status = 'success'", "status <> 'running' AND status <> 'success'"):
+                surplus = min(limit - gone, kept - max_records) if max_records else 0
+                if surplus > 0:
+                    sql = f"SELECT sequence FROM executions WHERE {which} ORDER BY sequence LIMIT ?"
+                    more = _delete(db, sql, surplus)
+                    gone, kept = gone + more, kept - more
+            return gone
+
+        return int(self._file.write(write).value())
+
+    def count_open(self, function_name: str) -> int:
+        sql = "SELECT count(*) FROM executions WHERE function = ? AND status = 'running'"
+        return int(self._file.read(sql, (function_name,))[0][0])
+
+    # -- leases
 
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:
         def write(db: sqlite3.Connection) -> Lease | None:
-            held = find_lease(db, name, now)
+            held = _find_lease(db, name, now)
             live = held is not None and held.seconds_left > 0
             if held is not None and live and held.owner != owner:
                 return None
@@ -166,24 +457,6 @@ class SqliteControlStore(SqliteExecutions):
         sql = "UPDATE leases SET expires_at = 0 WHERE name = ? AND token = ?"
         self._file.write(lambda db: db.execute(sql, (lease.name, lease.token))).wait()
 
-    def get_fact(self, key: str) -> str | None:
-        found = self._file.read("SELECT value FROM facts WHERE key = ?", (key,))
-        return str(found[0][0]) if found else None
-
-    def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None:
-        def write(db: sqlite3.Connection) -> None:
-            check_lease(db, lease)
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
-
-        self._file.write(write, durable=True).wait()
-
-    def delete_fact(self, key: str, lease: Lease | None = None) -> None:
-        def write(db: sqlite3.Connection) -> None:
-            check_lease(db, lease)
-            db.execute("DELETE FROM facts WHERE key = ?", (key,))
-
-        self._file.write(write, durable=True).wait()
-
     # -- the store itself
 
     def ping(self) -> None:
@@ -197,11 +470,6 @@ class SqliteControlStore(SqliteExecutions):
             self._lock.release()
 
 
-def _functions_changed(db: sqlite3.Connection) -> None:
-    db.execute("DELETE FROM archives WHERE digest NOT IN (SELECT code_digest FROM functions)")
-    db.execute("UPDATE counters SET value = value + 1 WHERE name = 'functions'")
-
-
 def _new_token(db: sqlite3.Connection, now: float) -> int:
     """A fencing token larger than any before; and names of dead processes are forgotten."""
     db.execute(
@@ -213,9 +481,63 @@ def _new_token(db: sqlite3.Connection, now: float) -> int:
     return int(db.execute("SELECT value FROM counters WHERE name = 'lease-tokens'").fetchone()[0])
 
 
-def _function(text: str | bytes) -> Function:
-    return Function.from_fields(json.loads(text))
+def _find_lease(db: sqlite3.Connection, name: str, now: float = 0.0) -> Lease | None:
+    found = db.execute("SELECT name, owner, token, expires_at - ? FROM leases WHERE name = ?", (now, name)).fetchone()
+    return Lease(*found) if found else None
 
 
-def _agent(text: str | bytes) -> AgentRecord:
-    return AgentRecord.from_fields(json.loads(text))
+def _check_lease(db: sqlite3.Connection, lease: Lease | None) -> None:
+    if lease is not None:
+        held = _find_lease(db, lease.name)
+        if held is None or held.token != lease.token:
+            raise LeaseLost(f"another process holds {lease.name} now")
+
+
+def _entry_of(db: sqlite3.Connection, table: str, key: str) -> tuple[int, str]:
+    """Its revision and blob; 0 and none of one that is not there."""
+    found = db.execute("SELECT revision, blob FROM entries WHERE tab = ? AND key = ?", (table, key)).fetchone()
+    return found if found is not None else (0, "")
+
+
+def _next_revision(db: sqlite3.Connection, table: str) -> int:
+    db.execute("INSERT OR IGNORE INTO counters VALUES (?, 0)", (table,))
+    db.execute("UPDATE counters SET value = value + 1 WHERE name = ?", (table,))
+    return int(db.execute("SELECT value FROM counters WHERE name = ?", (table,)).fetchone()[0])
+
+
+def _drop_orphan(db: sqlite3.Connection, digest: str) -> None:
+    if digest:
+        sql = "DELETE FROM archives WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM entries WHERE blob = ?)"
+        db.execute(sql, (digest, digest))
+
+
+def _delete(db: sqlite3.Connection, which: str, *values: float) -> int:
+    return db.execute(f"DELETE FROM executions WHERE sequence IN ({which})", values).rowcount
+
+
+def _small_request(db: sqlite3.Connection, row: tuple[Any, ...]) -> bytes | None:
+    if not 0 < row[12] <= SMALL_REQUEST:
+        return None
+    found = db.execute("SELECT data FROM requests WHERE sequence = ?", (row[0],)).fetchone()
+    return bytes(found[0]) if found else None
+
+
+def _entry(row: tuple[Any, ...], owner: str | None = None, request: bytes | None = None) -> ExecutionEntry:
+    sequence, execution_id, function, agent, status, phase, asynchronous, started_at, former = row[:9]
+    key, keep, rank, request_bytes, attempt, record = row[9:]
+    if status == ExecutionStatus.RUNNING.value:
+        kept = rows.open_record(execution_id, function, agent, phase, bool(asynchronous), started_at, attempt)
+    elif record is None:
+        raise StoreUnavailable(f"the store's row of {execution_id} is damaged")
+    else:
+        kept = rows.record_from_text(record)
+    return ExecutionEntry(
+        record=kept,
+        request=rows.request_from_bytes(request, execution_id, function, bool(asynchronous)) if request else None,
+        owner=former if owner is None else owner,
+        sequence=sequence,
+        idempotency_key=key or "",
+        keep_until=keep or 0.0,
+        rank=rank,
+        request_bytes=request_bytes,
+    )

@@ -15,7 +15,7 @@ from fluxlib.agent.runs import Runs
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ExecutionRecord, ExecutionRequest, FunctionSpec
 from fluxlib.store.base import RecordStore
-from fluxlib.store.records_memory import MemoryRecordStore
+from tests.support.memory_records import MemoryRecordStore
 from tests.support.programs import make_zip
 
 CODE = make_zip({"main.sh": "#!/bin/sh\necho hello\n"})

@@ -14,8 +14,8 @@ from fluxlib.agent.output import IN_MEMORY
 from fluxlib.agent.records import Records, new_record
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import RecordStore
-from fluxlib.store.records_memory import MemoryRecordStore
 from fluxlib.store.records_sqlite import SqliteRecordStore
+from tests.support.memory_records import MemoryRecordStore
 
 Open = Callable[[], Records]
 

@@ -13,9 +13,9 @@ import pytest
 from fluxlib.agent.executor.base import Exit
 from fluxlib.errors import InvalidInput, Stopping, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus, FunctionSpec
-from fluxlib.store.records_memory import MemoryRecordStore
 from fluxlib.store.records_sqlite import SqliteRecordStore
 from tests.agent.fakes import OK, Ends, FakeJob, Rooms, asked, rooms
+from tests.support.memory_records import MemoryRecordStore
 
 
 @pytest.fixture

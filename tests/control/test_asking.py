@@ -12,8 +12,8 @@ from fluxlib.control.executions.execution import new_execution_id
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ExecutionStatus
 from fluxlib.store.base import Commit, ExecutionEntry
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.fake_agents import succeed
+from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import Plane, until
 
 

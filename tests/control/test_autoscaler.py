@@ -12,9 +12,9 @@ from fluxlib.control.nodes.scaler_state import ScalerState
 from fluxlib.control.nodes.scaling import Sample
 from fluxlib.errors import ProviderError, StoreUnavailable, Unavailable
 from fluxlib.model import AgentStatus, Behavior, Platform
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.clouds import CloudFleet, cloud, with_scaling
 from tests.support.fleet import spec
+from tests.support.memory_store import MemoryControlStore
 from tests.support.programs import make_zip, wait_until
 
 CODE = make_zip({"run.sh": "#!/bin/sh\n"})
@@ -195,7 +195,7 @@ def test_a_wish_that_was_refused_is_not_kept(fleet: CloudFleet, monkeypatch: pyt
         raise StoreUnavailable("the store is away")
 
     with monkeypatch.context() as broken:
-        broken.setattr(fleet.store, "set_fact", away)
+        broken.setattr(fleet.store, "set_note", away)
         with pytest.raises(StoreUnavailable):
             fleet.nodes.remove_all()
     assert fleet.autoscaler.report()["providers"]["aws"]["wish"] == "kept"
@@ -341,12 +341,12 @@ def test_what_a_flux_that_has_gone_told_is_deleted_and_told_again_should_it_come
         follower.demand.publish(leader.now)
         leader.leadership.tick(leader.now)
         leader.demand.read()
-        assert store.get_fact("waiting/s2") is not None
+        assert store.note("waiting/s2") is not None
         leader.pass_time(60)
         leader.demand.read()
-        assert store.get_fact("waiting/s2") is None
+        assert store.note("waiting/s2") is None
         follower.demand.publish(leader.now)
-        assert store.get_fact("waiting/s2") is not None
+        assert store.note("waiting/s2") is not None
     finally:
         follower.close()
         leader.close()
@@ -459,7 +459,7 @@ def test_a_store_that_is_away_scales_nothing(fleet: CloudFleet, monkeypatch: pyt
         raise StoreUnavailable("the store is away")
 
     with monkeypatch.context() as broken:
-        broken.setattr(fleet.store, "set_fact", away)
+        broken.setattr(fleet.store, "set_note", away)
         fleet.load(95)
         fleet.time[0] += 10
         fleet.autoscaler.tick(fleet.now)
@@ -535,14 +535,14 @@ def test_what_a_clock_that_was_ahead_has_left_holds_nothing_up() -> None:
     for second in range(3):
         state.sample("w1", Sample(103_600.0 + second, 10, 10), 60)
     assert [one.at for one in state.sample("w1", Sample(100_000.0, 10, 10), 60)] == [100_000.0]
-    store.set_fact("autoscaler/aws", state.to_text())
+    store.set_note("autoscaler/aws", state.to_text())
     fleet = fleet_of(store=store)
     try:
         fleet.later(1)
         assert "cooling down" in fleet.last()["reason"]
         fleet.later(600)
         assert "cooling down" not in fleet.last()["reason"]
-        stored = ScalerState.from_text(store.get_fact("autoscaler/aws"))
+        stored = ScalerState.from_text(store.note("autoscaler/aws"))
         assert stored.last_change_at <= 100_001
         assert stored.paused_until <= 100_601
     finally:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from fluxlib import archive as archives
 from fluxlib.control.agents.pushes import Archives
 from fluxlib.control.services import PushResult
 from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import Platform
+from fluxlib.model import Function, Platform
 from tests.support.fleet import Fleet, Machine, spec
 from tests.support.programs import make_zip, wait_until
 
@@ -247,18 +251,62 @@ def test_a_change_through_another_flux_is_seen_and_reaches_the_agents(fleet: Fle
         other.close()
 
 
-def test_two_flux_do_not_change_one_function_at_once(fleet: Fleet) -> None:
+def test_what_two_flux_change_at_once_holds_both(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Fleet(fleet.store, fleet.wire, session="s2", shared=True, clock=fleet.time)
     try:
-        lease = fleet.store.acquire_lease("function/hello", "s1", 10, fleet.now)
-        assert lease is not None
-        with pytest.raises(Conflict, match="another Flux"):
-            other.functions.put(spec())
-        other.functions.put(spec("second"))
-        fleet.store.release_lease(lease)
-        other.functions.put(spec())
+        fleet.functions.put(spec(memory_mb=64))
+        save = fleet.store.save_function
+        meanwhile = [lambda: other.functions.put(spec(memory_mb=512))]
+
+        def slow_upload(function: Function, archive: bytes | None = None, **fields: Any) -> None:
+            if archive is not None and meanwhile:
+                fleet.time[0] += 60  # whatever it takes
+                meanwhile.pop()()
+            save(function, archive, **fields)
+
+        monkeypatch.setattr(fleet.store, "save_function", slow_upload)
+        deployed = fleet.functions.deploy("hello", CODE)
+        assert not meanwhile
+        for found in (deployed.function, fleet.store.function("hello"), fleet.functions.lookup("hello")):
+            assert found is not None
+            assert (found.spec.memory_mb, bool(found.code_digest)) == (512, True)
     finally:
         other.close()
+
+
+def test_one_that_others_outrun_each_time_is_told_so(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = fleet.store.save_function
+
+    def outrun(function: Function, archive: bytes | None = None, **fields: Any) -> None:
+        save(replace(function, updated_at=fleet.now))
+        save(function, archive, **fields)
+
+    monkeypatch.setattr(fleet.store, "save_function", outrun)
+    with pytest.raises(Conflict, match="hello was changed by somebody else at the same time: try again"):
+        fleet.functions.put(spec())
+
+
+def test_an_unknown_name_is_answered_while_a_zip_is_inspected(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspect, begun, gate = archives.inspect, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **fields: Any) -> Any:
+        begun.set()
+        gate.wait(20)
+        return inspect(*arguments, **fields)
+
+    fleet.functions.put(spec())
+    fleet.store.save_function(Function(spec("elsewhere"), "digest"))
+    monkeypatch.setattr(archives, "inspect", slow)
+    deploying = threading.Thread(target=lambda: fleet.functions.deploy("hello", CODE), name="deploying")
+    deploying.start()
+    try:
+        assert begun.wait(10)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(fleet.functions.lookup, "elsewhere").result(5).spec.name == "elsewhere"
+    finally:
+        gate.set()
+        deploying.join(10)
+    assert fleet.functions.lookup("hello").code_digest
 
 
 def test_archives_are_read_once_and_kept_within_their_bound() -> None:

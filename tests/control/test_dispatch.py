@@ -18,8 +18,8 @@ from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput,
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import AgentStatus, ErrorKind, ExecutionStatus, NodeFigures
 from fluxlib.store.base import ExecutionFilter
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.fake_agents import Asked, FakeConnection, FakeFunctions, accept, fail, join, refuse, succeed
+from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Client, Plane, until
 
 

@@ -32,9 +32,9 @@ from fluxlib.model import (
     Platform,
 )
 from fluxlib.store.base import ControlStore, ExecutionFilter
-from fluxlib.store.memory import MemoryControlStore
 from fluxlib.store.sqlite import SqliteControlStore
 from tests.support.fake_agents import FakeConnection, accept, fail, join, refuse, succeed
+from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Client, Plane, until
 
 

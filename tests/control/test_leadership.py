@@ -7,7 +7,7 @@ import pytest
 from fluxlib.control.agents.leadership import LEASE_SECONDS, RENEW_EVERY, Leadership
 from fluxlib.errors import LeaseLost
 from fluxlib.model import AgentRecord
-from fluxlib.store.memory import MemoryControlStore
+from tests.support.memory_store import MemoryControlStore
 
 
 class Clock:

@@ -14,8 +14,8 @@ from fluxlib.control.executions.tracker import Ledger
 from fluxlib.errors import FluxError, InvalidInput, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import Committed, ExecutionEntry
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.fake_agents import accept, refuse
+from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import Plane, until
 
 

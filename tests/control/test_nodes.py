@@ -18,8 +18,8 @@ from fluxlib.control.nodes.provisioner import new_agent_id
 from fluxlib.errors import Conflict, NotFound, ProviderError, StoreUnavailable, Unavailable
 from fluxlib.model import AGENT_ID, AgentStatus
 from fluxlib.pki import Authority
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.clouds import STEPS, CloudFleet, cloud
+from tests.support.memory_store import MemoryControlStore
 from tests.support.programs import wait_until
 
 
@@ -654,8 +654,8 @@ def test_forgetting_a_node_takes_its_key_and_what_it_has_shown(tmp_path: Path) -
     for agent_id in ("web-1", "web-2"):
         authority.issue_agent(agent_id)
         kept[agent_id] = shown_id_fact(agent_id)
-        store.set_fact(kept[agent_id], "yes")
+        store.set_note(kept[agent_id], "yes")
     forget_node(authority, store, "web-1")
     assert [one.name for one in (tmp_path / "agents").iterdir()] == ["web-2"]
-    assert (store.get_fact(kept["web-1"]), store.get_fact(kept["web-2"])) == (None, "yes")
+    assert (store.note(kept["web-1"]), store.note(kept["web-2"])) == (None, "yes")
     forget_node(authority, store, "web-1")

@@ -13,8 +13,8 @@ from fluxlib.errors import AgentLost, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus, ErrorKind, ExecutionRecord, ExecutionStatus, Phase
 from fluxlib.store.base import ExecutionEntry
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.fake_agents import FakeConnection, accept, join
+from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Plane, until
 
 

@@ -12,8 +12,8 @@ from fluxlib.control.agents.connection import refusal
 from fluxlib.errors import AgentLost, InvalidInput, StoreUnavailable, Unavailable
 from fluxlib.model import ErrorKind, ExecutionStatus
 from fluxlib.store.base import Committed
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.fake_agents import Asked, FakeConnection, accept, join
+from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Plane, until
 
 

@@ -10,7 +10,7 @@ from fluxlib.control.agents.registry import Registry
 from fluxlib.control.status import StatusService
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop
-from fluxlib.store.memory import MemoryControlStore
+from tests.support.memory_store import MemoryControlStore
 
 
 def service(store: MemoryControlStore, *, tls: bool = True) -> StatusService:

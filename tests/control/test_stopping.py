@@ -13,8 +13,8 @@ import pytest
 from fluxlib.errors import AgentLost, Stopping, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ErrorKind, ExecutionStatus, Phase
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.fake_agents import accept, join
+from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Plane, until
 
 

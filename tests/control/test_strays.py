@@ -9,8 +9,8 @@ import pytest
 from fluxlib.errors import ProviderError, StoreUnavailable
 from fluxlib.model import AgentStatus
 from fluxlib.providers.base import NodeState
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.clouds import CloudFleet, cloud
+from tests.support.memory_store import MemoryControlStore
 
 LONG_AGO = 5000.0  # after the store's records began, and well over 15 minutes before NOW
 NOW = 10_000.0

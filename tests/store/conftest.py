@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from fluxlib.store.base import ControlStore, RecordStore
-from fluxlib.store.memory import MemoryControlStore
-from fluxlib.store.records_memory import MemoryRecordStore
 from fluxlib.store.records_redis import RedisRecordStore
 from fluxlib.store.records_sqlite import SqliteRecordStore
 from fluxlib.store.redis import RedisControlStore
 from fluxlib.store.sqlite import SqliteControlStore
+from tests.support.memory_records import MemoryRecordStore
+from tests.support.memory_store import MemoryControlStore
 from tests.support.redis_server import RedisServer
 
 

@@ -14,8 +14,8 @@ from fluxlib.archive import digest_of
 from fluxlib.errors import Conflict, LeaseLost, StoreUnavailable
 from fluxlib.model import AgentRecord, AgentStatus, ErrorKind, ExecutionRequest, ExecutionStatus, Phase, Platform
 from fluxlib.store.base import LEASE_MEMORY, SMALL_REQUEST, ControlStore, ExecutionFilter, Lease
-from fluxlib.store.memory import MemoryControlStore
 from tests.support.entries import end, entry, function, keep
+from tests.support.memory_store import MemoryControlStore
 
 # -- functions and code
 
@@ -61,6 +61,50 @@ def test_code_lives_as_long_as_a_function_refers_to_it(store: ControlStore) -> N
     assert store.archive(second) == small
     store.delete_function("a")
     assert store.archive(second) is None
+
+
+def test_a_function_is_written_over_what_was_read_only(store: ControlStore) -> None:
+    code = digest_of(b"zip")
+    assert store.function_and_revision("f") == (None, 0)
+    with pytest.raises(Conflict):
+        store.save_function(function(), revision=3)
+    store.save_function(function(), revision=0)
+    with pytest.raises(Conflict):
+        store.save_function(function(updated_at=1.0), revision=0)
+    found, revision = store.function_and_revision("f")
+    assert (found, revision > 0) == (function(), True)
+    store.save_function(function(updated_at=2.0, code_digest=code), b"zip", revision=revision)
+    with pytest.raises(Conflict):
+        store.save_function(function(updated_at=3.0, code_digest=digest_of(b"other")), b"other", revision=revision)
+    assert store.archive(code) == b"zip"
+    assert store.archive(digest_of(b"other")) is None
+    found, newer = store.function_and_revision("f")
+    assert (found, newer > revision) == (function(updated_at=2.0, code_digest=code), True)
+    # A name that comes back is another function.
+    store.delete_function("f")
+    store.save_function(function())
+    with pytest.raises(Conflict):
+        store.save_function(function(updated_at=4.0), revision=newer)
+
+
+def test_of_many_changes_made_of_one_reading_one_is_written(store: ControlStore) -> None:
+    store.save_function(function())
+    _, revision = store.function_and_revision("f")
+    barrier = threading.Barrier(8)
+
+    def race(number: int) -> bool:
+        barrier.wait(10)
+        try:
+            store.save_function(function(updated_at=float(number)), revision=revision)
+        except Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(race, range(1, 9)))
+    found = store.function("f")
+    assert found is not None
+    assert [number for number, one in enumerate(won, 1) if one] == [found.updated_at]
 
 
 # -- agents
@@ -530,7 +574,7 @@ def test_a_former_owner_moves_and_forgets_nothing(store: ControlStore) -> None:
     assert [one.execution_id for one in store.open_executions("")] == ["e-1"]
 
 
-# -- leases and facts
+# -- leases and notes
 
 
 def acquire(store: ControlStore, name: str, owner: str, seconds: float = 15.0) -> Lease | None:
@@ -588,7 +632,7 @@ def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
     assert late is not None
     assert now is not None
     store.save_agent(AgentRecord("w", "h:1"), now)
-    store.set_fact("key", "new", now)
+    store.set_note("key", "new", now)
     keep(store, "e-1", owner="dead")
     with pytest.raises(LeaseLost):
         store.save_agent(AgentRecord("w", "h:2"), late)
@@ -597,15 +641,15 @@ def test_a_late_leader_changes_nothing(store: ControlStore) -> None:
     with pytest.raises(LeaseLost):
         store.delete_agent("w", late)
     with pytest.raises(LeaseLost):
-        store.set_fact("key", "old", late)
+        store.set_note("key", "old", late)
     with pytest.raises(LeaseLost):
-        store.delete_fact("key", late)
+        store.delete_note("key", late)
     with pytest.raises(LeaseLost):
         store.adopt_session("dead", "a", late)
     assert store.agents() == [AgentRecord("w", "h:1")]
-    assert store.get_fact("key") == "new"
-    store.delete_fact("key", now)
-    assert store.get_fact("key") is None
+    assert store.note("key") == "new"
+    store.delete_note("key", now)
+    assert store.note("key") is None
     assert store.adopt_session("dead", "b", now) == 1
     assert store.delete_agent("w", now) is True
 
@@ -629,15 +673,15 @@ def test_old_names_go_unless_something_is_left_to_adopt(store: ControlStore) -> 
     assert back.token > token.token
 
 
-def test_facts(store: ControlStore) -> None:
-    assert store.get_fact("scale") is None
-    store.set_fact("scale", "ö")
-    store.set_fact("scale", "b")
-    assert store.get_fact("scale") == "b"
-    store.set_fact("other", "c")
-    store.delete_fact("scale")
-    store.delete_fact("scale")
-    assert (store.get_fact("scale"), store.get_fact("other")) == (None, "c")
+def test_notes(store: ControlStore) -> None:
+    assert store.note("scale") is None
+    store.set_note("scale", "ö")
+    store.set_note("scale", "b")
+    assert store.note("scale") == "b"
+    store.set_note("other", "c")
+    store.delete_note("scale")
+    store.delete_note("scale")
+    assert (store.note("scale"), store.note("other")) == (None, "c")
 
 
 # -- the store itself
@@ -664,9 +708,9 @@ def test_a_closed_store_is_away_never_empty(store: ControlStore) -> None:
         lambda: store.count_open("f"),
         lambda: store.lease("leader", 1.0),
         lambda: store.leases("f", 1.0),
-        lambda: store.get_fact("k"),
-        lambda: store.set_fact("k", "v"),
-        lambda: store.delete_fact("k"),
+        lambda: store.note("k"),
+        lambda: store.set_note("k", "v"),
+        lambda: store.delete_note("k"),
         lambda: store.save_function(function()),
         lambda: store.create_execution(entry("e-2"), durable=False),
         lambda: store.assign_attempt("e-1", 1, "w", "o").wait(),

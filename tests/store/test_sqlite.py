@@ -137,7 +137,7 @@ def test_no_query_searches_the_executions(store: SqliteControlStore, state_dir: 
 
 def test_one_faulty_write_harms_no_other(store: SqliteControlStore) -> None:
     def broken(db: sqlite3.Connection) -> Any:
-        db.execute("INSERT INTO facts VALUES ('half', 'done')")
+        db.execute("INSERT INTO entries VALUES ('notes', 'half', 'done', 1, '')")
         raise RuntimeError("a fault of ours")
 
     hold = store._file.write(lambda db: db.execute("SELECT 1"))
@@ -149,7 +149,7 @@ def test_one_faulty_write_harms_no_other(store: SqliteControlStore) -> None:
     after.wait()
     with pytest.raises(StoreUnavailable, match="a fault of ours"):
         fault.wait()
-    assert store.get_fact("half") is None
+    assert store.note("half") is None
     assert store.count_open("f") == 2
 
 

@@ -48,7 +48,7 @@ for name, phase in (("ended", Phase.STARTING), ("thawing", Phase.THAWING)):
     store.create_execution(ExecutionEntry(record, None, "flux-new"), durable=True)[1].wait()
 record = ExecutionRecord("ended", "new", "w").ended(ExecutionStatus.SKIPPED, at=5.0, kind=ErrorKind.TOO_HOT)
 store.end_attempt(record, 1, 1000.0).wait()
-store.set_fact("figures", json.dumps(asdict(NodeFigures(gpu_percent=7.0, max_tasks=3))))
+store.set_note("figures", json.dumps(asdict(NodeFigures(gpu_percent=7.0, max_tasks=3))))
 print(json.dumps(spec.digest()))
 """
 _NEWER_READS = """
@@ -61,7 +61,7 @@ store = RedisControlStore(sys.argv[1])
 (function,) = store.functions()
 (record,) = [entry.record for entry in store.executions(ExecutionFilter(), "", 9).entries]
 (claimed,) = store.claim_executions("flux-new", "f", 9) or [None]
-figures = NodeFigures.from_fields(json.loads(store.get_fact("figures")))
+figures = NodeFigures.from_fields(json.loads(store.note("figures")))
 print(json.dumps([agent.zone, agent.address, function.spec.gpus, record.joules, record.status.value, record.exit_code,
     figures.gpu_percent, figures.max_tasks]))
 """
@@ -116,7 +116,7 @@ def test_a_store_that_a_newer_version_writes_to_is_read(
     assert (ended.record.status, ended.record.error_kind) == (ExecutionStatus.UNKNOWN, ErrorKind.UNKNOWN)
     assert ended.record.status.ended
     assert ended.record.to_json()["error_kind"] == "unknown"
-    figures = NodeFigures.from_fields(json.loads(redis_store.get_fact("figures") or ""))
+    figures = NodeFigures.from_fields(json.loads(redis_store.note("figures") or ""))
     assert figures.max_tasks == 3
     # What it left open goes on here.
     redis_store.assign_attempt("thawing", 1, "w", "flux-new").wait()
@@ -128,7 +128,7 @@ def test_a_newer_version_reads_what_this_one_writes(
     redis_store.save_agent(AgentRecord("old", "h:1"))
     redis_store.save_function(function())
     end(redis_store, keep(redis_store, "e-1", agent="w", phase=Phase.STARTING))
-    redis_store.set_fact("figures", json.dumps(asdict(NodeFigures(max_tasks=3))))
+    redis_store.set_note("figures", json.dumps(asdict(NodeFigures(max_tasks=3))))
     read = newer.run(_NEWER_READS, redis_server.address)
     assert read == ["nowhere", "h:1", 0, 0.5, "success", None, 0.0, 3]
 

@@ -42,7 +42,7 @@ from fluxlib.model import (
 )
 from fluxlib.rpc.codec import NodeReport
 from fluxlib.store.base import ControlStore, Lease
-from fluxlib.store.memory import MemoryControlStore
+from tests.support.memory_store import MemoryControlStore
 
 LINUX = Platform("linux", "amd64")
 
@@ -296,8 +296,6 @@ class Fleet:
             self.store,
             self.registry,
             self.pusher,
-            session,
-            shared=shared,
             max_archive_bytes=max_archive_bytes,
             clock=self.clock,
         )

@@ -119,14 +119,14 @@ class Joiner:
         if not self.tls:
             return
         fact = shown_id_fact(introduction.agent_id)
-        shown = self._store.get_fact(fact) is not None
+        shown = self._store.note(fact) is not None
         if introduction.legacy_certificate and shown:
             raise Conflict(
                 f"agent {introduction.agent_id} has shown a certificate with its ID before: one without is not"
                 f" accepted any more; enrol it again (flux enroll {introduction.agent_id})"
             )
         if not introduction.legacy_certificate and not shown:
-            self._store.set_fact(fact, "yes")
+            self._store.set_note(fact, "yes")
 
     # -- one agent's worker ----------------------------------------------------------
 

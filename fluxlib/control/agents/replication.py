@@ -60,13 +60,13 @@ class Sharing:
         if lease is None:
             return
         try:
-            self._store.set_fact(FACT, json.dumps(agents, separators=(",", ":")), lease)
+            self._store.set_note(FACT, json.dumps(agents, separators=(",", ":")), lease)
         except LeaseLost as error:
             self._leadership.lost(error)
 
     def take_figures(self) -> None:
         """A follower's: the figures the leader last shared. Raises StoreUnavailable."""
-        text = self._store.get_fact(FACT)
+        text = self._store.note(FACT)
         if text is None or text == self._read_last:
             return
         self._read_last = text
@@ -78,7 +78,7 @@ class Sharing:
         """Whether the records have changed through another process, or this one. Raises StoreUnavailable."""
         if not self._leadership.others:
             return False
-        before, self._changed = self._changed, self._store.get_fact(CHANGED) or ""
+        before, self._changed = self._changed, self._store.note(CHANGED) or ""
         return self._changed != before
 
     def take_records(self, now: float) -> None:

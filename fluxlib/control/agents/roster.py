@@ -195,7 +195,7 @@ class Roster:
         """Other processes read the records again within a second; without this, with their next round."""
         if self._leadership.others:
             with suppress(StoreUnavailable):
-                self._store.set_fact(CHANGED, secrets.token_hex(8))
+                self._store.set_note(CHANGED, secrets.token_hex(8))
 
 
 def _unknown(one: Member | AgentRecord) -> NotFound:

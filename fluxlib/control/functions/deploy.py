@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fluxlib import archive as archives
@@ -20,8 +19,8 @@ from fluxlib.store.base import ControlStore
 log = logging.getLogger(__name__)
 
 REFRESH_EVERY = 1.0
-# Longer than a save takes; a process that dies within one blocks that function for no longer.
-_LOCK_SECONDS = 10.0
+# How often a change is made again of what another Flux has saved meanwhile.
+_TRIES = 5
 
 
 class FunctionService:
@@ -38,9 +37,7 @@ class FunctionService:
         store: ControlStore,
         registry: Registry,
         pusher: Pusher,
-        session: str,
         *,
-        shared: bool,
         max_archive_bytes: int,
         count_open: Callable[[str], int] | None = None,
         clock: Callable[[], float] = time.time,
@@ -48,12 +45,11 @@ class FunctionService:
         self._store = store
         self._registry = registry
         self._pusher = pusher
-        self._session = session
-        self._shared = shared
         self._max_archive_bytes = max_archive_bytes
         self._count_open = count_open if count_open is not None else store.count_open
         self._clock = clock
-        self._lock = threading.Lock()  # one change at a time in this process
+        self._changing = threading.Lock()  # one change at a time in this process, however long it takes
+        self._lock = threading.Lock()  # what is in memory; held for no longer than a read of the store
         self._functions: dict[str, Function] = {}
         self._stored_revision = -1
         self._revision = 0
@@ -110,24 +106,23 @@ class FunctionService:
     # -- changing ------------------------------------------------------------------
 
     def put(self, spec: FunctionSpec) -> PushResult:
-        with self._changing(spec.name):
-            known = self._store.function(spec.name)
+        def made_of(known: Function | None) -> tuple[Function, None]:
             function = Function(spec, spec.digest(), updated_at=self._clock())
-            if known is not None and known.code_digest:
-                function = self._with_code_of(function, known)
-            self._store.save_function(function)
-            self._take(function)
-        self._registry.function_changed(spec.name)
-        return self._push(function)
+            return self._with_code_of(function, known) if known is not None and known.code_digest else function, None
+
+        return self._push(self._change(spec.name, made_of))
 
     def deploy(self, name: str, archive: bytes) -> PushResult:
         if len(archive) > self._max_archive_bytes:
             raise TooLarge(f"the zip has {len(archive)} bytes, more than {self._max_archive_bytes} (max_archive_mb)")
-        with self._changing(name):
-            known = self._store.function(name)
+        warnings: tuple[str, ...] = ()
+
+        def made_of(known: Function | None) -> tuple[Function, bytes]:
+            nonlocal warnings
             if known is None:
                 raise NotFound(f"there is no function {name}: PUT /functions first, then deploy its code")
             info = archives.inspect(archive, known.spec.handler)
+            warnings = info.warnings
             function = replace(
                 known,
                 code_digest=info.digest,
@@ -135,15 +130,35 @@ class FunctionService:
                 detected_platforms=info.platforms,
                 updated_at=self._clock(),
             )
-            self._store.save_function(function, archive)
-            self._take(function)
-        self._registry.function_changed(name)
-        result = self._push(function)
+            return function, archive
+
+        result = self._push(self._change(name, made_of))
         # What Flux saw in the zip, the agents saw as well.
-        return replace(result, warnings=tuple(dict.fromkeys((*info.warnings, *result.warnings))))
+        return replace(result, warnings=tuple(dict.fromkeys((*warnings, *result.warnings))))
+
+    def _change(self, name: str, made_of: Callable[[Function | None], tuple[Function, bytes | None]]) -> Function:
+        """Save what ``made_of`` makes of the function as it is stored; made again when another Flux was quicker.
+
+        Raises Conflict when others are quicker each time.
+        """
+        with self._changing:
+            for tries_left in reversed(range(_TRIES)):
+                known, revision = self._store.function_and_revision(name)
+                function, archive = made_of(known)
+                try:
+                    self._store.save_function(function, archive, revision=revision)
+                except Conflict:
+                    if not tries_left:
+                        raise
+                    continue
+                with self._lock:
+                    self._take(function)
+                break
+        self._registry.function_changed(name)
+        return function
 
     def delete(self, name: str, *, force: bool) -> PushResult:
-        with self._changing(name):
+        with self._changing:
             known = self._store.function(name)
             if known is None:
                 raise NotFound(f"there is no function {name}")
@@ -151,8 +166,9 @@ class FunctionService:
             if running and not force:
                 raise Conflict(f"{running} executions of {name} run or wait: cancel them, or delete with ?force=1")
             self._store.delete_function(name)
-            self._functions = {one: function for one, function in self._functions.items() if one != name}
-            self._revision += 1
+            with self._lock:
+                self._functions = {one: function for one, function in self._functions.items() if one != name}
+                self._revision += 1
         agents = self._agents()
         results = tuple(one.result for one in self._pusher.remove_all(agents, name))
         keeping = [agent.agent_id for agent in agents if agent.record.original]
@@ -191,21 +207,6 @@ class FunctionService:
         # A new mapping: readers take no lock.
         self._functions = {**self._functions, function.spec.name: function}
         self._revision += 1
-
-    @contextmanager
-    def _changing(self, name: str) -> Iterator[None]:
-        """One change of a function at a time, over all Flux processes: a save is made from what was read before."""
-        with self._lock:
-            if not self._shared:
-                yield
-                return
-            lease = self._store.acquire_lease(f"function/{name}", self._session, _LOCK_SECONDS, self._clock())
-            if lease is None:
-                raise Conflict(f"{name} is being changed through another Flux: try again")
-            try:
-                yield
-            finally:
-                self._store.release_lease(lease)
 
 
 def _problem(name: str, pushed: Sequence[Pushed]) -> str:

@@ -151,7 +151,7 @@ class Autoscaler:
                 self._load()
             answer = {}
             for name, fleet in self._fleets.items():
-                state = fleet.state if leads else ScalerState.from_text(self._store.get_fact(_fact(name)))
+                state = fleet.state if leads else ScalerState.from_text(self._store.note(_fact(name)))
                 answer[name] = fleet_json(fleet.cloud, state, self._nodes(fleet, state, self._clock()), self._clock())
             return {"leader": leads, "providers": answer}
 
@@ -328,7 +328,7 @@ class Autoscaler:
             return
         self.catch_up()
         for name, fleet in self._fleets.items():
-            fleet.state = ScalerState.from_text(self._store.get_fact(_fact(name)))
+            fleet.state = ScalerState.from_text(self._store.note(_fact(name)))
             fleet.state.begin(self._clock(), _LONGEST_PAUSE)
             fleet.due_at = 0.0
         self._loaded = lease.token if lease is not None else None
@@ -338,7 +338,7 @@ class Autoscaler:
         lease = self._leadership.lease
         if lease is None:
             raise LeaseLost("this process does not lead any more")
-        self._store.set_fact(_fact(fleet.cloud.name), fleet.state.to_text(), lease)
+        self._store.set_note(_fact(fleet.cloud.name), fleet.state.to_text(), lease)
 
 
 def _fact(provider: str) -> str:

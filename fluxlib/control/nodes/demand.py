@@ -44,7 +44,7 @@ class Demand:
         # Told again: a process that was frozen for long was taken for gone, and what it had told was deleted.
         again = bool(waiting) and now - self._published_at >= _AGAIN_AFTER
         if waiting != self._published or again:
-            self._store.set_fact(_fact(self._leadership.session), json.dumps(waiting, separators=(",", ":")))
+            self._store.set_note(_fact(self._leadership.session), json.dumps(waiting, separators=(",", ":")))
             self._published, self._published_at = waiting, now
 
     def read(self) -> tuple[Wait, ...]:
@@ -52,7 +52,7 @@ class Demand:
         self._forget_gone()
         counts = Counter(self._waiting())
         for session in self._leadership.others:
-            counts.update(json.loads(self._store.get_fact(_fact(session)) or "{}"))
+            counts.update(json.loads(self._store.note(_fact(session)) or "{}"))
         found = (self._wait(name, count) for name, count in sorted(counts.items()) if count > 0)
         return tuple(wait for wait in found if wait is not None)
 
@@ -60,7 +60,7 @@ class Demand:
         gone, lease = self._leadership.gone, self._leadership.lease
         self._forgotten &= gone
         for session in gone - self._forgotten if lease is not None else ():
-            self._store.delete_fact(_fact(session), lease)
+            self._store.delete_note(_fact(session), lease)
             self._forgotten |= {session}
 
     def _wait(self, name: str, count: int) -> Wait | None:

@@ -130,13 +130,13 @@ class Strays:
 
     def _since(self, now: float) -> float:
         """When this store began to keep this installation's nodes. Raises StoreUnavailable."""
-        known = self._store.get_fact(self._fact)
+        known = self._store.note(self._fact)
         if known is not None:
             return float(known)
         lease = self._leadership.lease
         if lease is not None:
             try:
-                self._store.set_fact(self._fact, repr(now), lease)
+                self._store.set_note(self._fact, repr(now), lease)
             except LeaseLost as error:
                 self._leadership.lost(error)
         return now

@@ -134,4 +134,4 @@ def build_nodes(
 def forget_node(authority: Authority, store: ControlStore, agent_id: str) -> None:
     """Its private key, and the note that it has shown its ID. Raises CertificatesUnusable, StoreUnavailable."""
     authority.forget_agent(agent_id)
-    store.delete_fact(shown_id_fact(agent_id))
+    store.delete_note(shown_id_fact(agent_id))

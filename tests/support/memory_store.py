@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fluxlib.errors import LeaseLost, StoreUnavailable
-from fluxlib.model import AgentRecord, ExecutionRecord, ExecutionRequest, ExecutionStatus, Function, Phase
+from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store.base import (
     COMMIT_TIMEOUT,
     LEASE_MEMORY,
@@ -23,6 +23,7 @@ from fluxlib.store.base import (
     Page,
     QueuedExecutions,
 )
+from fluxlib.store.kv import NO_BLOB, Blob, TypedTables, Value
 from fluxlib.store.rows import not_current, request_to_bytes
 
 _DONE = Committed()
@@ -44,92 +45,86 @@ class Refused:
         call(self._error)
 
 
-class MemoryControlStore:
+class MemoryKeyValues:
+    """KeyValues under the lock and the leases of its store."""
+
+    def __init__(self, store: MemoryControlStore) -> None:
+        self._store = store
+        self._tables: dict[str, dict[str, tuple[Value, str]]] = {}
+        self._blobs: dict[str, bytes] = {}
+        self._revisions: dict[str, int] = {}
+
+    def get(self, table: str, key: str) -> Value | None:
+        return self.all(table).get(key)
+
+    def all(self, table: str) -> dict[str, Value]:
+        with self._store._lock:
+            self._store.ping()
+            entries = self._tables.get(table, {})
+            return {key: entries[key][0] for key in sorted(entries)}
+
+    def put(self, table: str, key: str, text: str, blob: Blob = NO_BLOB, lease: Lease | None = None) -> None:
+        with self._store._lock:
+            self._store._check(lease)
+            revision = self._revisions[table] = self._revisions.get(table, 0) + 1
+            self._tables.setdefault(table, {})[key] = Value(text, revision), blob.digest
+            if blob.data is not None:
+                self._blobs[blob.digest] = blob.data
+            self._drop_orphans()
+
+    def update(self, table: str, key: str, text: str, lease: Lease | None = None) -> bool:
+        with self._store._lock:
+            self._store._check(lease)
+            known = self._tables.get(table, {}).get(key)
+            if known is not None:
+                self.put(table, key, text, Blob(known[1]), lease)
+            return known is not None
+
+    def compare_and_set(
+        self, table: str, key: str, text: str, revision: int, blob: Blob = NO_BLOB, lease: Lease | None = None
+    ) -> bool:
+        with self._store._lock:
+            self._store._check(lease)
+            known = self.get(table, key)
+            if revision != (known.revision if known is not None else 0):
+                return False
+            self.put(table, key, text, blob, lease)
+            return True
+
+    def delete(self, table: str, key: str, lease: Lease | None = None) -> bool:
+        with self._store._lock:
+            self._store._check(lease)
+            found = self._tables.get(table, {}).pop(key, None)
+            self._revisions[table] = self._revisions.get(table, 0) + (found is not None)
+            self._drop_orphans()
+            return found is not None
+
+    def revision(self, table: str) -> int:
+        self._store.ping()
+        return self._revisions.get(table, 0)
+
+    def blob(self, digest: str) -> bytes | None:
+        self._store.ping()
+        return self._blobs.get(digest)
+
+    def _drop_orphans(self) -> None:
+        used = {digest for entries in self._tables.values() for _, digest in entries.values()}
+        self._blobs = {digest: data for digest, data in self._blobs.items() if digest in used}
+
+
+class MemoryControlStore(TypedTables):
     """ControlStore with nothing behind it. One lock; every operation is a few dictionary steps."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._functions: dict[str, Function] = {}
-        self._archives: dict[str, bytes] = {}
-        self._revision = 0
-        self._agents: dict[str, AgentRecord] = {}
+        super().__init__(MemoryKeyValues(self))
         self._entries: dict[str, ExecutionEntry] = {}  # by order of acceptance
         self._sequence = 0
         self._keys: dict[tuple[str, str], str] = {}
         self._open: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._leases: dict[str, tuple[Lease, float]] = {}  # and when it runs out
         self._tokens = 0
-        self._facts: dict[str, str] = {}
         self._closed = False
-
-    # -- functions and code
-
-    def functions(self) -> list[Function]:
-        with self._lock:
-            self.ping()
-            return [self._functions[name] for name in sorted(self._functions)]
-
-    def function(self, name: str) -> Function | None:
-        self.ping()
-        return self._functions.get(name)
-
-    def functions_revision(self) -> int:
-        self.ping()
-        return self._revision
-
-    def save_function(self, function: Function, archive: bytes | None = None) -> None:
-        with self._lock:
-            self.ping()
-            self._functions[function.spec.name] = function
-            if archive is not None:
-                self._archives[function.code_digest] = archive
-            self._drop_orphans()
-            self._revision += 1
-
-    def delete_function(self, name: str) -> bool:
-        with self._lock:
-            self.ping()
-            found = self._functions.pop(name, None)
-            self._drop_orphans()
-            self._revision += found is not None
-            return found is not None
-
-    def archive(self, code_digest: str) -> bytes | None:
-        self.ping()
-        return self._archives.get(code_digest)
-
-    def _drop_orphans(self) -> None:
-        used = {function.code_digest for function in self._functions.values()}
-        self._archives = {digest: data for digest, data in self._archives.items() if digest in used}
-
-    # -- agents
-
-    def agents(self) -> list[AgentRecord]:
-        with self._lock:
-            self.ping()
-            return [self._agents[name] for name in sorted(self._agents)]
-
-    def agent(self, agent_id: str) -> AgentRecord | None:
-        self.ping()
-        return self._agents.get(agent_id)
-
-    def save_agent(self, agent: AgentRecord, lease: Lease | None = None) -> None:
-        with self._lock:
-            self._check(lease)
-            self._agents[agent.agent_id] = agent
-
-    def update_agent(self, agent: AgentRecord, lease: Lease | None = None) -> bool:
-        with self._lock:
-            self._check(lease)
-            known = agent.agent_id in self._agents
-            if known:
-                self._agents[agent.agent_id] = agent
-            return known
-
-    def delete_agent(self, agent_id: str, lease: Lease | None = None) -> bool:
-        with self._lock:
-            self._check(lease)
-            return self._agents.pop(agent_id, None) is not None
 
     # -- executions
 
@@ -363,20 +358,6 @@ class MemoryControlStore:
             held, _ = self._leases.get(lease.name, (None, 0.0))
             if held is not None and held.token == lease.token:
                 self._leases[lease.name] = held, 0.0
-
-    def get_fact(self, key: str) -> str | None:
-        self.ping()
-        return self._facts.get(key)
-
-    def set_fact(self, key: str, value: str, lease: Lease | None = None) -> None:
-        with self._lock:
-            self._check(lease)
-            self._facts[key] = value
-
-    def delete_fact(self, key: str, lease: Lease | None = None) -> None:
-        with self._lock:
-            self._check(lease)
-            self._facts.pop(key, None)
 
     # -- the store itself
 
