@@ -126,7 +126,12 @@ class Unavailable(FluxError):
 
 
 class StoreUnavailable(Unavailable):
-    """The store cannot be reached or used; what was asked may well exist."""
+    """The store cannot be reached or used; what was asked may well exist.
+
+    ``nothing_written``: the write that failed cannot have been made (nobody was connected, or it was rolled back).
+    """
+
+    nothing_written = False
 
 
 class AtCapacity(Unavailable):

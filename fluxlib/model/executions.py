@@ -64,6 +64,7 @@ class ErrorKind(IntEnum):
     AGENT_LOST = 13
     STOPPING = 14
     INTERNAL = 15
+    MACHINE_FAULT = 16
     UNKNOWN = -1  # one that only a newer version knows; whether anything was started is not known either
 
     @classmethod
@@ -94,6 +95,7 @@ _REFUSALS = frozenset(
         ErrorKind.UNENFORCEABLE,
         ErrorKind.INVALID,
         ErrorKind.STOPPING,
+        ErrorKind.MACHINE_FAULT,
     }
 )
 

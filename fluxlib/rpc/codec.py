@@ -211,10 +211,10 @@ def record_from_response(
     A refusal has an ``error_kind`` with ``nothing_started``. Raises ValueError for a broken answer of ours.
     """
     if message.HasField("ended_record"):
-        return _ended_from_message(message.ended_record, message.output, agent_id)
+        return _machine_fault(_ended_from_message(message.ended_record, message.output, agent_id))
     if message.record:
         # Of an agent that is not upgraded yet.
-        record = record_from_json(message.record, message.output)
+        record = _machine_fault(record_from_json(message.record, message.output))
         if record.agent_id == agent_id and record.output is not None:
             return record
         return replace(record, output=message.output, agent_id=agent_id)
@@ -300,6 +300,16 @@ def _ended_from_message(message: pb.ExecutionRecord, output: bytes, agent_id: st
         tuple(message.warnings),
         message.attempt or 1,
     )
+
+
+# How agents before ERROR_KIND_MACHINE_FAULT said that their machine, not the program, is at fault.
+_MACHINE_FAULTS = ("the agent's machine cannot: ", "the store ")
+
+
+def _machine_fault(record: ExecutionRecord) -> ExecutionRecord:
+    if record.error_kind in (ErrorKind.CANNOT_START, ErrorKind.INTERNAL) and record.error.startswith(_MACHINE_FAULTS):
+        return replace(record, error_kind=ErrorKind.MACHINE_FAULT)
+    return record
 
 
 _EXIT_CODE = re.compile(r"exit code (-?\d+)")

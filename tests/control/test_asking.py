@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fluxlib.control.executions import asking
 from fluxlib.control.executions.execution import new_execution_id
 from fluxlib.errors import StoreUnavailable
 from fluxlib.model import ExecutionStatus
@@ -63,10 +62,13 @@ def test_nobody_is_asked_before_it_is_written(plane: Plane, store: SlowStore) ->
 
 
 def test_what_is_written_too_late_is_not_sent(plane: Plane, store: SlowStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "COMMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("fluxlib.control.executions.dispatcher.COMMIT_SECONDS", 0.05)
     agent = plane.agent(script=succeed)
-    with pytest.raises(StoreUnavailable, match="too slow"):
-        plane.execute("f", "x")
+    running = plane.pool.submit(plane.execute, "f", "x")
+    until(lambda: store.later.calls)
+    until(lambda: plane.service.tick(0.0) or running.done())
+    with pytest.raises(StoreUnavailable, match="did not commit the write within"):
+        running.result(5)
     store.later.calls[0](None)
     assert agent.asked == []
     assert plane.registry.agents()[0].total == 0

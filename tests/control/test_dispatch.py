@@ -13,7 +13,7 @@ import pytest
 
 from fluxlib.control.agents.connection import refusal
 from fluxlib.control.agents.registry import Registry
-from fluxlib.control.executions.slots import Slots
+from fluxlib.control.executions.placement import Placement
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput, NoAgentFits, StoreUnavailable
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import AgentStatus, ErrorKind, ExecutionStatus, NodeFigures
@@ -140,7 +140,7 @@ class TestStore:
     def test_a_queued_one_goes_on_and_runs_once(
         self, plane: Plane, store: TrickyStore, write: str, after: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("fluxlib.control.executions.dispatcher._STORE_PAUSE", 0.02)
+        monkeypatch.setattr("fluxlib.control.executions.dispatcher._STORE_RETRY_SECONDS", 0.02)
         execution_id = plane.submit("w", "x")
         store.fails, store.after = [write], after
         refused = threading.Event()
@@ -234,8 +234,8 @@ class TestStops:
 
         def cancel() -> None:
             cancelled.append(plane.pool.submit(plane.service.cancel, execution_id))
-            held = plane.service._ledger.get(execution_id)
-            until(lambda: held is not None and held.stop_reason)
+            held = plane.service._tracker.get(execution_id)
+            until(lambda: held is not None and held.cancel_reason)
 
         store.hooks["assign"] = cancel
         agent = plane.agent(script=accept)
@@ -297,10 +297,10 @@ def test_a_lost_queued_one_is_never_sent_again(plane: Plane, store: TrickyStore)
 
 class TestLargeFleets:
     @pytest.fixture
-    def slots(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Slots, list[str]]]:
+    def slots(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Placement, list[str]]]:
         """Slots whose every walk counts as a long one, and the walks."""
-        monkeypatch.setattr("fluxlib.control.executions.slots._LONG_WALK", 0.0)
-        monkeypatch.setattr("fluxlib.control.executions.slots._REST", 1e6)
+        monkeypatch.setattr("fluxlib.control.executions.placement._SLOW_SCAN", 0.0)
+        monkeypatch.setattr("fluxlib.control.executions.placement._SCAN_BACKOFF", 1e6)
         registry, functions, walks = Registry(), FakeFunctions(), list[str]()
         functions.add("big", memory_mb=1000)
         functions.add("small")
@@ -314,10 +314,12 @@ class TestLargeFleets:
 
         monkeypatch.setattr(registry, "place", counted)
         timers = Timers("test-timers").start()
-        yield Slots(registry, functions, timers, lambda agent_id, name: None), walks
+        yield Placement(registry, functions, timers, lambda agent_id, name: None), walks
         timers.stop(Deadline(5))
 
-    def test_a_flood_nobody_can_take_does_not_walk_the_fleet_each_time(self, slots: tuple[Slots, list[str]]) -> None:
+    def test_a_flood_nobody_can_take_does_not_walk_the_fleet_each_time(
+        self, slots: tuple[Placement, list[str]]
+    ) -> None:
         mine, walks = slots
         need = mine.need("big")
         assert [mine.place(need) for _ in range(50)] == [None] * 50
@@ -328,7 +330,7 @@ class TestLargeFleets:
         assert errors[0].retry_after == errors[2].retry_after
         assert mine.place(mine.need("small")) is not None
 
-    def test_one_that_waits_overlooks_nothing(self, slots: tuple[Slots, list[str]]) -> None:
+    def test_one_that_waits_overlooks_nothing(self, slots: tuple[Placement, list[str]]) -> None:
         mine, walks = slots
         assert mine.place(mine.need("big")) is None
         assert mine.place_waiting("big", "") is None
@@ -341,7 +343,7 @@ def test_a_storm_leaves_nothing_open_and_runs_nothing_twice(
     store: TrickyStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Agents that answer at random and late, clients that leave, cancels, a full room: every end is written once."""
-    monkeypatch.setattr("fluxlib.control.executions.slots._SHUN", 0.02)
+    monkeypatch.setattr("fluxlib.control.executions.placement.EXCLUDE_SECONDS", 0.02)
     chance = random.Random(seed)
     plane = Plane(store, max_waiting=40)
     plane.functions.add("f", max_concurrency=2)
@@ -404,12 +406,12 @@ def test_a_storm_leaves_nothing_open_and_runs_nothing_twice(
         agent.script = succeed
         plane.registry.freed(agent.agent_id, "")
     until(lambda: not plane.service.waiting())
-    # One that was turned down has no slot and waits nowhere until it is placed again: it is in hand.
-    until(lambda: idle(plane) and not plane.service._ledger.all())
+    # A lost one stays in flight without a slot, until its agent is given up.
+    until(lambda: idle(plane) and all(one.watch for one in plane.service._tracker.all()))
     for agent in agents:
         plane.service.agent_lost(agent.agent_id, "the test is over")
     plane.service.tick(0.0)
     assert not store.open_ids()
-    assert not plane.service._ledger.all()
+    assert not plane.service._tracker.all()
     assert all(count == 1 for count in started.values())
     plane.close()

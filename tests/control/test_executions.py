@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.executions.outputs import Following
+from fluxlib.control.executions.outputs import LiveOutput
 from fluxlib.control.services import AgentAway
 from fluxlib.errors import (
     AgentLost,
@@ -316,7 +316,7 @@ class TestWaiting:
             plane.execute("big")
 
     def test_an_unreachable_agent_is_tried_again_by_itself(self, plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fluxlib.control.executions.slots._SHUN", 0.02)
+        monkeypatch.setattr("fluxlib.control.executions.placement.EXCLUDE_SECONDS", 0.02)
         plane.functions.add("w", **WAIT)
         agent = plane.agent(script=fail(AgentUnreachable("restarting")))
         plane.submit("w", "x")
@@ -328,7 +328,7 @@ class TestWaiting:
         self, plane: Plane, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Others fill it, and it has no way to say that they have finished."""
-        monkeypatch.setattr("fluxlib.control.executions.slots._SHUN", 0.02)
+        monkeypatch.setattr("fluxlib.control.executions.placement.EXCLUDE_SECONDS", 0.02)
         plane.functions.add("w", **WAIT)
         agent = plane.agent(script=refuse(ErrorKind.AT_CAPACITY), original=True)
         plane.submit("w", "x")
@@ -521,8 +521,8 @@ class TestReading:
         plane.queued(1, "w")
         (entry,) = plane.store.executions(ExecutionFilter(), "", 10).entries
         stream = plane.service.output(entry.execution_id, 0, follow=True)
-        assert isinstance(stream, Following)
-        send, wait, looked = plane.service._dispatcher._asking._send, stream._changed.wait, threading.Event()
+        assert isinstance(stream, LiveOutput)
+        send, wait, looked = plane.service._dispatcher._send, stream._changed.wait, threading.Event()
 
         def sent_late(*arguments: Any) -> None:
             assert looked.wait(10)
@@ -534,7 +534,7 @@ class TestReading:
                 looked.set()
             return wait(timeout)
 
-        monkeypatch.setattr(plane.service._dispatcher._asking, "_send", sent_late)
+        monkeypatch.setattr(plane.service._dispatcher, "_send", sent_late)
         monkeypatch.setattr(stream._changed, "wait", wait_again)
         reading = plane.pool.submit(lambda: next(iter(stream)))
         agent = plane.agent()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxlib.control.agents.registry import AgentState, Registry, free_share
-from fluxlib.control.executions.placement import BUSY_CPU_PERCENT, Need, chooser, fits, misfit, need_of, refusal
+from fluxlib.control.executions.placement import BUSY_CPU_PERCENT, Need, chooser, fits, need_of, refusal, reject_reason
 from fluxlib.errors import AgentUnreachable, AtCapacity, NoAgentFits
 from fluxlib.model import AgentStatus, Behavior, Function, FunctionSpec, Network, NodeFigures, Platform
 from tests.support.fake_agents import join
@@ -57,7 +57,7 @@ def test_memory_promised_since_the_report_counts() -> None:
     assert isinstance(refused.error, NoAgentFits)
     assert "1000 MB" in refused.error.message
     assert "72 MB" in refused.error.message
-    assert refused.pressed
+    assert refused.for_resources
 
 
 def test_cpu_matters_only_to_those_that_ask_for_it() -> None:
@@ -104,7 +104,7 @@ class TestRefusals:
     def test_a_missing_platform_is_final_and_names_both_sides(self) -> None:
         registry = Registry()
         agents(registry, 5)
-        need = replace(NEED, platforms=(WINDOWS,), when_full=Behavior.WAIT, when_pressed=Behavior.WAIT)
+        need = replace(NEED, platforms=(WINDOWS,), when_full=Behavior.WAIT, when_resources_exhausted=Behavior.WAIT)
         refused = refusal(need, registry.agents(), {})
         assert isinstance(refused.error, NoAgentFits)
         assert "windows/amd64" in refused.error.message
@@ -127,7 +127,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"in_step": False}, "being brought in step"),
+            ({"in_step": False}, "synchronizing functions"),
             ({"reachable": False}, "not reachable"),
             ({"lacking": {"f": "the disk is full"}}, "the disk is full"),
         ],
@@ -136,7 +136,7 @@ class TestRefusals:
         registry = Registry()
         agents(registry, 1)
         registry.update("a00000", **change)
-        refused = refusal(replace(NEED, when_pressed=Behavior.WAIT), registry.agents(), {})
+        refused = refusal(replace(NEED, when_resources_exhausted=Behavior.WAIT), registry.agents(), {})
         assert words in refused.error.message
         assert refused.wait
 
@@ -188,7 +188,7 @@ def test_what_is_placed_fits_and_a_refusal_is_true(
         registry.update(state.agent_id, in_step=in_step, lacking={"f": "no"} if lacks else {})
     taken: list[str] = []
     for _ in range(calls):
-        before = {agent.agent_id: misfit(need, agent, {}) for agent in registry.agents()}
+        before = {agent.agent_id: reject_reason(need, agent, {}) for agent in registry.agents()}
         free = [agent_id for agent_id, reason in before.items() if reason is None]
         headroom = {agent.agent_id: free_share(agent) for agent in registry.agents()}
         chosen = place(registry, need)

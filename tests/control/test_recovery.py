@@ -84,7 +84,7 @@ class TestDeparted:
             assert (record.status, record.error_kind) == (ExecutionStatus.FAILED, ErrorKind.AGENT_LOST)
             assert "no longer registered" in record.error
         assert new.service.count_open("f") == 0
-        assert not new.service._recovery._following.agents()
+        assert not new.service._tracker.all()
         agent.end(agent.asked[1])
 
     def test_one_that_is_not_reached_yet_has_not_left(self, planes: list[Plane], store: Store) -> None:
@@ -106,7 +106,7 @@ class TestDeparted:
         running = here.submit()
         here.registry.remove("a1")
         assert here.record(running).error_kind is ErrorKind.AGENT_LOST
-        assert not here.service._ledger.all()
+        assert not here.service._tracker.all()
 
     def test_a_call_in_flight_there_is_not_asked_for_for_ever(self, planes: list[Plane], store: Store) -> None:
         here = plane(planes, store, "s1")
@@ -119,7 +119,7 @@ class TestDeparted:
         with pytest.raises(AgentLost) as caught:
             waiting.result(10)
         here.service.tick(0.0)
-        assert not here.service._recovery._following.agents()
+        assert not here.service._tracker.all()
         assert here.record(caught.value.execution_id).error == "agent lost: it was deregistered"
 
     def test_one_accepted_after_its_end_was_written_is_let_go(self, planes: list[Plane], store: Store) -> None:
@@ -132,7 +132,7 @@ class TestDeparted:
         submitting.result(10)
         here.registry.remove("a1")
         here.service.tick(0.0)
-        assert not here.service._ledger.all()
+        assert not here.service._tracker.all()
 
 
 class TestTakingOver:
@@ -180,7 +180,7 @@ class TestTakingOver:
         monkeypatch.setattr(new.functions, "lookup", away_once)
         with pytest.raises(StoreUnavailable):
             new.service.start()
-        assert not new.service._ledger.all(), "in hand and in no queue, nobody would look for them again"
+        assert not new.service._tracker.all(), "in hand and in no queue, nobody would look for them again"
         new.service.tick(0.0)
         assert new.service.waiting() == {"w": 2}
 
@@ -219,7 +219,7 @@ class TestFrozen:
         leader.service.adopt("old", None)
         assert quick.wait_asked().request.execution_id == queued
         slow.end(slow.asked[0])
-        until(lambda: frozen.service._ledger.get(queued) is None)
+        until(lambda: frozen.service._tracker.get(queued) is None)
         assert len(slow.asked) == 1
         kept = store.execution(queued)
         assert kept is not None
@@ -235,7 +235,7 @@ class TestFrozen:
         leader.queued(1, "w")
         frozen.service.tick(time.time() + 60)
         assert not frozen.service.waiting()
-        until(lambda: not frozen.service._ledger.all())
+        until(lambda: not frozen.service._tracker.all())
         assert waiting.result(10).error_kind is ErrorKind.STOPPING
         assert leader.record(queued).phase is Phase.QUEUED
 
@@ -249,7 +249,7 @@ class TestFrozen:
         with pytest.raises(AgentLost, match="another one has taken the call over") as caught:
             waiting.result(10)
         assert entry(store, caught.value.execution_id).status is ExecutionStatus.RUNNING
-        assert not frozen.service._ledger.all()
+        assert not frozen.service._tracker.all()
 
     def test_what_runs_goes_on(self, frozen: Plane, leader: Plane, store: Store) -> None:
         agent = frozen.agent(script=accept)
@@ -257,9 +257,9 @@ class TestFrozen:
         join(leader.registry, "a1", agent)
         leader.service.adopt("old", None)
         frozen.service.tick(time.time() + 60)
-        assert not frozen.service._ledger.all()
+        assert not frozen.service._tracker.all()
         assert frozen.registry.get("a1").total == 0  # type: ignore[union-attr]
-        frozen.service._calls.close(Deadline(5))
+        frozen.service._reconciler.close(Deadline(5))
         assert not agent.cancels
         assert entry(store, running).status is ExecutionStatus.RUNNING
 
@@ -304,10 +304,10 @@ class TestFollowing:
         new = plane(planes, store, "new")
         join(new.registry, "a1", agent)
         new.service.start()
-        following = new.service._recovery._following
+        reconciler = new.service._reconciler
         for _ in range(300):
             new.service.tick(0.0)
-            until(lambda: not following._agents["a1"].asking)
+            until(lambda: not reconciler._polls["a1"].asking)
         assert agent.inventories < 100
         agent.records[running] = agent.asked[0].record.ended(ExecutionStatus.SUCCESS, at=9.0)
         until(lambda: new.record(running).status is ExecutionStatus.SUCCESS)
@@ -322,7 +322,7 @@ class TestFollowing:
         join(new.registry, "a1", agent)
         new.service.start()
         for count in range(2, 7):
-            until(lambda: not new.service._recovery._following._agents["a1"].asking)
+            until(lambda: not new.service._reconciler._polls["a1"].asking)
             new.service.reconcile("a1", [])
             until(lambda count=count: len(agent.looks) >= count)  # type: ignore[misc]
         assert entry(store, on_its_way).status is ExecutionStatus.RUNNING

@@ -21,6 +21,9 @@ class Failed(Committed):
     def wait(self, timeout: float | None = None) -> None:
         raise StoreUnavailable("away")
 
+    def then(self, call: Callable[[Exception | None], None]) -> None:
+        call(StoreUnavailable("away"))
+
 
 class Store(MemoryControlStore):
     """``away`` fails what is to be forgotten; ``on_create`` is called once, before the next is created."""
@@ -68,7 +71,7 @@ def soon(plane: Plane) -> Future[str]:
 def repeated(plane: Plane, first: Asked) -> Future[str]:
     """Submitted again, and waiting for the first."""
     again = soon(plane)
-    until(lambda: first.request.execution_id in plane.service._ledger.watched())
+    until(lambda: first.request.execution_id in plane.service._tracker.watched())
     return again
 
 
@@ -134,7 +137,7 @@ class TestHere:
         assert again.result(10) == own.request.execution_id
 
     def test_it_waits_no_longer_than_for_a_write(self, plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fluxlib.control.executions.service.COMMIT_PATIENCE", 0.05)
+        monkeypatch.setattr("fluxlib.control.executions.service.COMMIT_SECONDS", 0.05)
         agent = plane.agent()
         first = soon(plane)
         asked = agent.wait_asked()
@@ -149,7 +152,7 @@ class TestHere:
         store.on_create.append(lambda: others.append(plane.submit("w")))
         queued = plane.submit("w", idempotency_key="k")
         assert plane.submit("w", idempotency_key="k") == queued
-        assert plane.service.waiting() == {"w": 2}
+        until(lambda: plane.service.waiting() == {"w": 2})
         with pytest.raises(Unavailable):
             plane.submit("w")
 

@@ -43,7 +43,7 @@ class TestWaiting:
         asked = agent.wait_asked()
         began = time.monotonic()
         stopping = plane.pool.submit(plane.service.stop, Deadline(8))
-        until(lambda: plane.service._ledger._draining)
+        until(lambda: plane.service._tracker.draining)
         agent.records[asked.request.execution_id] = asked.record
         asked.accept()
         stopping.result(10)
@@ -63,7 +63,7 @@ class TestWaiting:
         assert written.wait(10)
         began = time.monotonic()
         stopping = plane.pool.submit(plane.service.stop, Deadline(8))
-        until(lambda: plane.service._ledger._draining)
+        until(lambda: plane.service._tracker.draining)
         gate.set()
         stopping.result(10)
         assert elapsed(began) < 4
@@ -82,7 +82,7 @@ class TestWaiting:
         with pytest.raises(Stopping):
             plane.soon("w").result(5)
         assert not plane.service.waiting()
-        assert not plane.service._ledger.all()
+        assert not plane.service._tracker.all()
         assert plane.service.count_open("w") == 0
 
     def test_never_outlasts_its_deadline_by_a_call_that_hangs(self, plane: Plane) -> None:
@@ -92,14 +92,14 @@ class TestWaiting:
             begun.wait(10)
             hangs.wait(20)
 
-        plane.service._calls.soon("hanging", hang)
+        plane.service._reconciler._pool.submit(hang)
         plane.service._dispatcher._pool.submit(hang)
         begun.wait(10)
         began = time.monotonic()
         plane.service.stop(Deadline(0.2))
         assert elapsed(began) < 4
         hangs.set()
-        plane.service._calls.close(Deadline(5))
+        plane.service._reconciler.close(Deadline(5))
         plane.service._dispatcher.close(Deadline(5))
 
 
@@ -131,7 +131,7 @@ class TestCallsInProgress:
     def test_that_do_not_die_in_time_are_ended_by_the_next_life(
         self, plane: Plane, store: MemoryControlStore, monkeypatch: Any
     ) -> None:
-        monkeypatch.setattr("fluxlib.control.executions.service._FAREWELL_SECONDS", 0.05)
+        monkeypatch.setattr("fluxlib.control.executions.service._SHUTDOWN_CANCEL_SECONDS", 0.05)
         agent = plane.agent()
         waiting = plane.soon()
         asked = agent.wait_asked()
@@ -216,6 +216,5 @@ class TestWhatWasRefused:
         monkeypatch.setattr(plane.functions, "lookup", away)
         asked.answer(asked.record.ended(ExecutionStatus.FAILED, at=1.0, error="full", kind=ErrorKind.AT_CAPACITY))
         assert tried.wait(10)
-        until(lambda: plane.service._dispatcher._paused)
         plane.service.stop(Deadline(0.05))
         assert self.is_queued(plane, execution_id)

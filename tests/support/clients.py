@@ -69,9 +69,13 @@ class Told:
         record: ExecutionRecord = self.wait(fits, f"the end of {execution_id}", seconds)
         return record
 
+    def missing(self, execution_id: str) -> None:
+        self.wait(lambda name, value: (name, value) == ("missing", execution_id), f"{execution_id} is missing")
+
     def events(self) -> ConnectionEvents:
         return ConnectionEvents(
             ended=lambda record: self.say("ended", record),
+            missing=lambda execution_id: self.say("missing", execution_id),
             full=lambda name: self.say("full", name),
             greeted=lambda instance_id: self.say("greeted", instance_id),
             freed=lambda name: self.say("freed", name),

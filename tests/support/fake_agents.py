@@ -132,6 +132,16 @@ class FakeConnection:
             self._condition.notify_all()
         return self.on_cancel(execution_id)
 
+    def request_cancel(
+        self, execution_id: str, *, reason: str, on_answer: Callable[[ExecutionStatus | FluxError | None], None]
+    ) -> None:
+        try:
+            status = self.cancel(execution_id, reason=reason, timeout=0)
+        except FluxError as error:
+            on_answer(error)
+        else:
+            on_answer(status)
+
     def record(self, execution_id: str, *, with_output: bool) -> ExecutionRecord | None:
         if self.down is not None:
             raise self.down
@@ -198,6 +208,9 @@ class FakeFunctions:
         declared = FunctionSpec(name, "run.sh", **spec)  # type: ignore[arg-type]
         self.known[name] = Function(declared, declared.digest(), "code", 1, detected)
         return self.known[name]
+
+    def cached(self, name: str) -> Function | None:
+        return self.known.get(name)
 
     def lookup(self, name: str) -> Function:
         if name not in self.known:

@@ -18,6 +18,7 @@ from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, Executio
 from fluxlib.rpc.codec import NodeReport
 
 OnAnswer = Callable[[ExecutionRecord | FluxError], None]
+OnCancelled = Callable[[ExecutionStatus | FluxError | None], None]
 OnReport = Callable[[NodeReport | FluxError], None]
 
 
@@ -26,6 +27,7 @@ class ConnectionEvents:
     """What a connection tells unasked, from threads of its own. Callbacks must not block.
 
     ``ended(record)``: the end of an asynchronous execution of this life of Flux (no output).
+    ``missing(execution_id)``: it was accepted, and after a break of the stream the agent neither runs nor owes it.
     ``full(function_name)``: the agent refused one at capacity; called before that refusal's ``on_answer``.
     ``freed(function_name)``: the agent can take such work again; "" = ``max_tasks`` has room again.
     ``greeted(instance_id)``: this life of the agent is there (feature ``attach``); called before ``attached(True)``.
@@ -34,6 +36,7 @@ class ConnectionEvents:
     """
 
     ended: Callable[[ExecutionRecord], None] = lambda record: None
+    missing: Callable[[str], None] = lambda execution_id: None
     full: Callable[[str], None] = lambda function_name: None
     freed: Callable[[str], None] = lambda function_name: None
     greeted: Callable[[str], None] = lambda instance_id: None
@@ -78,6 +81,9 @@ class AgentConnection(Protocol):
         RUNNING: it was told and is not dead yet; with ``timeout`` 0 nothing is waited for.
         An execution that had ended before answers the status it ended with.
         """
+
+    def request_cancel(self, execution_id: str, *, reason: str, on_answer: OnCancelled) -> None:
+        """``cancel`` without waiting: ``on_answer`` is told once it is dead, or an AgentError, perhaps at once."""
 
     def record(self, execution_id: str, *, with_output: bool) -> ExecutionRecord | None:
         """The agent's own record; None when it knows no such execution.

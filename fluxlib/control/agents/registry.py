@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxlib.control.agents.agent_state import AgentState, free_share
+from fluxlib.control.agents.connection import AgentConnection
 from fluxlib.control.agents.ranking import Key, Ranking
-from fluxlib.model import NodeFigures, Platform
+from fluxlib.model import AgentStatus, NodeFigures, Platform
 
 __all__ = ["AgentState", "Choose", "Headroom", "Registry", "Reservation", "free_share"]
 
@@ -65,6 +66,11 @@ class Registry:
 
     def get(self, agent_id: str) -> AgentState | None:
         return self._agents.get(agent_id)
+
+    def connection(self, agent_id: str) -> AgentConnection | None:
+        """To ask the agent something; None while it is offline or unknown."""
+        agent = self._agents.get(agent_id)
+        return None if agent is None or agent.record.status is AgentStatus.OFFLINE else agent.connection
 
     def agents(self) -> Sequence[AgentState]:
         """Every agent, by ID."""

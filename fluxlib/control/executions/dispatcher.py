@@ -1,30 +1,38 @@
-"""From an accepted execution to an agent's answer: place, write, send, and go on to the next agent when refused.
+"""From acceptance to an agent's answer, as events: placed, committed, answered, ended, cancelled, due.
 
-:meth:`Dispatcher.drive` does this for every execution. A call somebody waits
-for is driven by its own thread; one that was accepted and queued by a thread of
-the pool, and only while there is something to do.
+Each event takes an execution one step on and returns: it reserves a slot, hands a write to the store or a request to a
+connection, and what comes of that is the next event. Nothing here waits. What must (reading a request or an unknown
+function from the store) is done on the dispatcher's own threads; an event on the store's writer thread only enqueues.
 
-Nothing is sent twice: another agent is asked only when the last one answered
-that it started nothing, or cannot have seen the request.
+Nothing is sent twice: another agent is tried only when the last one answered that it started nothing, or cannot have
+seen the request.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from fluxlib.control.agents.registry import Registry, Reservation
-from fluxlib.control.executions.asking import Asking, check_wanted
-from fluxlib.control.executions.backlog import WaitingRoom
-from fluxlib.control.executions.execution import AlreadyKnown, Execution, Outcome, Stage, Withdrawn, worth_keeping
-from fluxlib.control.executions.placement import Need
-from fluxlib.control.executions.slots import Lookup, Slots
-from fluxlib.control.executions.tracker import COMMIT_PATIENCE, Ledger
+from fluxlib.control.executions.backlog import Backlog
+from fluxlib.control.executions.execution import (
+    AlreadyKnown,
+    Cancelled,
+    Execution,
+    Reply,
+    State,
+    Watch,
+    worth_keeping,
+)
+from fluxlib.control.executions.placement import Functions, Need, Placement
+from fluxlib.control.executions.tracker import COMMIT_SECONDS, ExecutionTracker
 from fluxlib.errors import (
+    AgentError,
     AgentLost,
     AgentUnreachable,
-    AtCapacity,
     Conflict,
     FluxError,
     Internal,
@@ -34,310 +42,532 @@ from fluxlib.errors import (
     StoreUnavailable,
 )
 from fluxlib.lifecycle import Deadline, Timers
-from fluxlib.model import ErrorKind, ExecutionRecord, Phase
+from fluxlib.model import Behavior, ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.pool import Pool
+from fluxlib.store.base import ExecutionEntry
 
 log = logging.getLogger(__name__)
 
 # A queued execution is tried again after so long when the store was away (seconds).
-_STORE_PAUSE = 1.0
-_DISPATCH_THREADS = 8
+_STORE_RETRY_SECONDS = 1.0
+_THREADS = 8
+# A larger standard input is not made into a message on the store's writer thread.
+_INLINE_BYTES = 64 * 1024
+
+CancelAnswer = ExecutionStatus | FluxError | None
+OnCancelled = Callable[[CancelAnswer], None]
 
 
 class Dispatcher:
-    """Places, sends and waits.
-
-    ``cancel(execution, reason)`` ends a run at its agent without blocking. ``on_capacity`` of the
-    registry is taken here.
-    """
+    """Places, sends and cancels. Every method may be called from any thread."""
 
     def __init__(
         self,
         registry: Registry,
-        functions: Lookup,
-        ledger: Ledger,
+        functions: Functions,
+        tracker: ExecutionTracker,
         timers: Timers,
-        cancel: Callable[[Execution, str], None],
         max_waiting: int,
     ) -> None:
-        self._ledger = ledger
+        self._registry = registry
+        self._tracker = tracker
         self._timers = timers
-        self._cancel = cancel
         self._stopping = False
-        # The agent may have come back before its call was found to be lost: then nobody else asks for its end.
-        self.on_lost: Callable[[ExecutionRecord], None] = lambda record: None
-        self._pool = Pool("dispatch", _DISPATCH_THREADS)
-        self._lock = threading.Lock()
-        self._paused: dict[str, Execution] = {}  # the store was away when they were to go on
-        self.slots = Slots(registry, functions, timers, self._on_capacity)
-        self._asking = Asking(self.slots, ledger, cancel, self._answered)
-        self.room = WaitingRoom(self._place_waiting, self._on_slot, max_waiting)
+        self._pool = Pool("dispatch", _THREADS)
+        self.placement = Placement(registry, functions, timers, self._on_capacity)
+        self.backlog = Backlog(self._place_waiting, self.placement.is_full, self._placed, max_waiting)
         registry.on_capacity(self._on_capacity)
 
-    # -- slots -------------------------------------------------------------------------
-
-    def take(self, need: Need) -> Reservation | None:
-        """A slot for a newcomer; None when there is none, or when others wait for it already."""
-        return None if self.room.has(need.function_name) else self.slots.place(need)
+    # -- capacity ------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """What no announcement tells: functions changed or deleted while executions wait for them."""
-        for name in self.room.counts():
+        """What no event tells: functions changed or deleted while executions wait, commits that are overdue."""
+        now = time.monotonic()
+        for execution in self._tracker.all():
+            if execution.state in (State.QUEUED, State.ASSIGNED) and 0 < execution.deadline < now:
+                self._overdue(execution)
+        for name in self.backlog.counts():
             self._refresh(name)
-        self.slots.tidy()
-
-    def _on_capacity(self, agent_id: str, function_name: str | None) -> None:
-        if function_name is not None and self.room.has(function_name):
-            self._refresh(function_name)
-        self.room.capacity(agent_id, function_name)
+        self.placement.tidy()
 
     def _refresh(self, name: str) -> None:
         try:
-            self.slots.need(name)
+            self.placement.need(name)
         except NotFound:
-            for execution in self.room.leave_all(name):
-                self._turn_away(execution, NotFound(f"function {name} was deleted while this waited for it"))
+            for execution in self.backlog.remove_all(name):
+                self._fail(execution, NotFound(f"function {name} was deleted while this waited for it"))
         except StoreUnavailable as error:
-            log.debug("the queue of %s is served by what is known of it: %s", name, error.message)
+            log.debug("the backlog of %s is served by what is known of it: %s", name, error.message)
 
-    def _turn_away(self, execution: Execution, error: FluxError) -> None:
-        if execution.detached:
-            self.give_up(execution, error)
-        else:
-            execution.deliver(error)
+    def _on_capacity(self, agent_id: str, function_name: str | None) -> None:
+        self.backlog.capacity(agent_id, function_name)
 
     def _place_waiting(self, function_name: str, agent_id: str) -> Reservation | None:
-        return None if self._stopping else self.slots.place_waiting(function_name, agent_id)
+        return None if self._stopping else self.placement.place_waiting(function_name, agent_id)
 
-    def _on_slot(self, execution: Execution, reservation: Reservation) -> None:
-        if execution.detached:
-            self._drive_soon(execution, reservation, None)
-        else:
-            execution.deliver(reservation)
+    # -- start: the caller's thread --------------------------------------------------------
 
-    # -- driving -----------------------------------------------------------------------
+    def start(self, execution: Execution) -> None:
+        """Take on a new execution; its caller is told the rest. Raises AlreadyKnown (its idempotency key was used).
 
-    def drive(
-        self, execution: Execution, reservation: Reservation | None, turned_down: Outcome | None = None
-    ) -> ExecutionRecord | None:
-        """Take it to its end (synchronous) or to an agent that accepts it (asynchronous).
-
-        ``turned_down`` is the answer of an agent that was asked before. Answers the record; None for an
-        asynchronous one that waits, detached from its caller, or whose answer comes later. Raises what its caller
-        is to be told: it was not accepted then, except with AgentLost. AlreadyKnown: its idempotency key was
-        used before.
+        Only a submission with an idempotency key waits here, for the store to say whether the key is new.
         """
         try:
-            while True:
-                if turned_down is not None:
-                    self._raise_unless_another_may_be_asked(execution, turned_down)
-                    reservation = self.slots.place(self.slots.need(execution.function_name))
-                if reservation is None:
-                    reservation = self._wait_for_slot(execution)
-                    if reservation is None:
-                        return None
-                answer = self._asking.ask(execution, reservation)
-                if answer is None:
-                    return None
-                if isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started:
-                    return self.finish(execution, answer) if answer.status.ended else answer
-                turned_down = answer
-        except Withdrawn as reason:
-            return self.give_up(execution, reason)
-        except Conflict:
-            return self._ended_elsewhere(execution)
-        except AgentLost as error:
-            # It may be running: its record stays open until the agent says its end or is given up.
-            error.execution_id = execution.execution_id
-            self._ledger.drop(execution.execution_id)
-            self._ledger.changed(execution.execution_id)
-            self.on_lost(execution.record(Phase.STARTING))
-            raise
+            need = self.placement.need(execution.function_name)
+            overtakes = self.backlog.has(need.function_name)
+            reservation = None if overtakes else self.placement.place(need)
+            if reservation is None and execution.idempotency_key:
+                self._check_key(execution)
+            self._place(execution, need, reservation)
         except FluxError as error:
-            if not (execution.detached and isinstance(error, StoreUnavailable)):
-                self.give_up(execution, error)
-            raise
+            self._fail(execution, error)
         except AlreadyKnown:
             raise
         except Exception as error:
-            self.give_up(execution, Internal(f"{type(error).__name__}: {error}"))
-            raise
+            self._broken(execution, error)
 
-    def _ended_elsewhere(self, execution: Execution) -> ExecutionRecord | None:
-        """Another Flux cancelled it or gave its agent up before an agent had it, or took it over: we were frozen."""
-        self._ledger.drop(execution.execution_id)
-        entry = self._ledger.entry(execution.execution_id)
-        if entry is not None and not entry.record.status.ended and not execution.asynchronous:
-            # Whoever has it now writes its end, which this caller can ask for.
-            error = AgentLost("this Flux was away for too long: another one has taken the call over")
-            error.execution_id = execution.execution_id
-            raise error
-        return entry.record if entry is not None else None
+    def _check_key(self, execution: Execution) -> None:
+        """What was accepted before needs neither a slot nor a place in the backlog. Raises AlreadyKnown."""
+        known = self._tracker.store.execution_by_key(execution.function_name, execution.idempotency_key)
+        if known is not None and not (known.record.status.ended and known.keep_until <= time.time()):
+            raise AlreadyKnown(known.execution_id)
 
-    def drive_detached(
-        self, execution: Execution, reservation: Reservation | None, turned_down: Outcome | None = None
-    ) -> None:
-        """``drive`` for one that was accepted before: whatever happens is written, and told to nobody."""
+    def queue_again(self, execution: Execution) -> None:
+        """One that waited in an earlier process, and no agent has had. Raises StoreUnavailable."""
+        name = execution.function_name
+        execution.state = State.QUEUED
         try:
-            self.drive(execution, reservation, turned_down)
+            # Before it is in flight: a store that is away leaves it to the next try.
+            self.placement.need(name)
+        except NotFound:
+            self._tracker.end(execution, execution.failed(NotFound(f"function {name} was deleted")))
+            return
+        self._tracker.add(execution)
+        self.backlog.admit(name, already_accepted=True)
+        self.backlog.add(execution, waits_for_resources=True)
+
+    def _place(self, execution: Execution, need: Need, reservation: Reservation | None) -> None:
+        """``reservation`` was just made for it, or there is none. Raises why it is neither assigned nor queued."""
+        try:
+            with execution.lock:
+                _check_wanted(execution)
+        except Cancelled:
+            if reservation is not None:
+                self.placement.release(reservation)
+            raise
+        if reservation is not None:
+            self._assign(execution, reservation, need)
+        else:
+            self._queue(execution, need)
+
+    def _assign(self, execution: Execution, reservation: Reservation, need: Need | None = None) -> None:
+        """Write who gets it; it is sent once that holds. ``need`` only of a new one."""
+        with execution.lock:
+            if execution.state is State.ENDED:
+                former = None
+            else:
+                former, execution.state = execution.state, State.ASSIGNED
+                execution.agent_id = reservation.agent_id
+                execution.reservation = reservation
+                execution.deadline = time.monotonic() + COMMIT_SECONDS
+        if former is None:
+            self.placement.release(reservation)
+            return
+        committed = partial(self._guarded, self._committed, execution, reservation)
+        if former is State.NEW:
+            assert need is not None
+            may_wait = Behavior.WAIT in (need.when_full, need.when_resources_exhausted)
+            self._create(execution, Phase.STARTING, execution.asynchronous and may_wait, committed)
+            return
+        self._tracker.changed(execution.execution_id)
+        try:
+            commit = self._tracker.store.assign_execution(
+                execution.execution_id, reservation.agent_id, self._tracker.session
+            )
         except StoreUnavailable as error:
-            log.warning("execution %s goes on waiting: %s", execution.execution_id, error.message)
-            self._pause(execution)
-        except FluxError as error:
-            log.info("execution %s: %s", execution.execution_id, error.message)
-        except Exception:
-            log.exception("execution %s cannot be dispatched", execution.execution_id)
+            self._soon(self._go_on, execution, reservation, error)
+            return
+        commit.then(committed)
 
-    def _drive_soon(self, execution: Execution, reservation: Reservation | None, turned_down: Outcome | None) -> None:
-        if not self._pool.submit(self.drive_detached, execution, reservation, turned_down):
-            self._put_back(execution)
-
-    def _pause(self, execution: Execution) -> None:
-        with self._lock:
-            self._paused[execution.execution_id] = execution
-        self._timers.after(_STORE_PAUSE, lambda: self._resume(execution))
-
-    def _resume(self, execution: Execution) -> None:
-        with self._lock:
-            mine = self._paused.pop(execution.execution_id, None) is not None
-        if mine:
-            self._drive_soon(execution, None, None)
-
-    def _put_back(self, execution: Execution) -> None:
-        """Nobody has it and nobody will send it in this life: the next one must not look for it at an agent."""
-        if execution.agent_id:
-            self._ledger.put_back(execution)
-
-    def _wait_for_slot(self, execution: Execution) -> Reservation | None:
-        """A slot, or None: it waits without a thread (asynchronous). Raises why it may not wait."""
-        accepted = execution.detached
-        need = self.slots.need(execution.function_name)
-        refused = self.slots.refusal(need)
-        if not accepted:
-            if not refused.wait:
-                raise refused.error
-            self.room.refuse_if_full(execution.function_name)
-        check_wanted(execution)
-        if not execution.created:
-            self._ledger.create(execution, queued=True, keep_request=execution.asynchronous).wait(COMMIT_PATIENCE)
-        elif execution.agent_id:
-            self._ledger.requeue(execution)
-        execution.agent_id = ""
-        if execution.request is not None and execution.asynchronous and not worth_keeping(execution.request):
-            execution.request = None
-        execution.detached = execution.asynchronous
-        self._ledger.changed(execution.execution_id)
+    def _queue(self, execution: Execution, need: Need) -> None:
+        """Write that it waits; it looks for a slot once that holds. Raises why it may not wait."""
+        refusal = self.placement.refusal(need)
+        if not execution.accepted:
+            if not refusal.wait:
+                raise refusal.error
+            if self._stopping:
+                raise _stopping()
+        # One with a key may be known already, to a submission at the same moment: it is counted once it is written.
+        counted_later = bool(execution.idempotency_key) and execution.state is State.NEW
+        if counted_later:
+            self.backlog.refuse_if_full(execution.function_name)
+        else:
+            self.backlog.admit(execution.function_name, already_accepted=execution.accepted)
+        for_resources = refusal.for_resources or bool(need.memory_mb or need.cpu_millicores)
+        queued = partial(self._queue_committed, execution, for_resources)
+        with execution.lock:
+            former = execution.state
+            if former is not State.ENDED:
+                execution.state = State.QUEUED
+                execution.deadline = time.monotonic() + COMMIT_SECONDS
         try:
-            pressed = refused.pressed or bool(need.memory_mb or need.cpu_millicores)
-            # One with a key was perhaps answered for already, to a repeated submission: it has its place.
-            self.room.join(execution, pressed=pressed, invited=accepted or bool(execution.idempotency_key))
-        except AtCapacity:
-            execution.detached = accepted
+            if former is State.ENDED:
+                self.backlog.give_up_place()
+            elif former is State.NEW:
+                self._create(execution, Phase.QUEUED, execution.asynchronous, queued)
+                if counted_later:
+                    self.backlog.admit(execution.function_name, already_accepted=True)
+            elif execution.agent_id:
+                store, session = self._tracker.store, self._tracker.session
+                store.requeue_execution(execution.execution_id, session).then(queued)
+            else:
+                queued(None)
+        except BaseException:
+            if not counted_later:
+                self.backlog.give_up_place()
             raise
-        if execution.stop_reason and self.room.leave(execution):
-            # Told to stop before it was in the room: whoever told could not take it out.
-            raise Withdrawn(execution.stop_reason)
-        if execution.detached:
-            return None
-        if self._stopping and self.room.leave(execution):
+
+    def _create(
+        self, execution: Execution, phase: Phase, keep_request: bool, committed: Callable[[Exception | None], None]
+    ) -> None:
+        """Write a new execution; nothing may be done about it before that holds. Raises AlreadyKnown."""
+        execution_id = execution.execution_id
+        self._tracker.add(execution)
+        entry = ExecutionEntry(
+            execution.record(phase),
+            execution.request if keep_request else None,
+            self._tracker.session,
+            idempotency_key=execution.idempotency_key,
+        )
+        try:
+            known, commit = self._tracker.store.create_execution(entry, durable=execution.asynchronous)
+        except StoreUnavailable as error:
+            # Without a key nothing is waited for: what is refused here was not even enqueued.
+            error.nothing_written = error.nothing_written or not execution.idempotency_key
+            raise
+        if known != execution_id:
+            self._tracker.let_go(execution)
+            raise AlreadyKnown(known)
+        commit.then(committed)
+
+    # -- committed: the store's writer thread -----------------------------------------------
+
+    def _committed(self, execution: Execution, reservation: Reservation, error: Exception | None) -> None:
+        request = execution.request
+        if error is None and request is not None and len(request.stdin) <= _INLINE_BYTES:
+            self._send(execution, reservation, request)
+        else:
+            self._soon(self._go_on, execution, reservation, error)
+
+    def _queue_committed(self, execution: Execution, for_resources: bool, error: Exception | None) -> None:
+        self._soon(self._queued, execution, for_resources, error)
+
+    # -- what follows a commit, and may wait: the dispatcher's threads -----------------------
+
+    def _queued(self, execution: Execution, for_resources: bool, error: Exception | None) -> None:
+        if error is not None:
+            self.backlog.give_up_place()
+            self._write_failed(execution, error)
+            return
+        with execution.lock:
+            ended = execution.state is not State.QUEUED
+            execution.deadline = 0.0
+            execution.agent_id = ""  # not before the store says so: who returns it must know
+            request, reply = execution.request, None
+            if not ended and execution.asynchronous:
+                if request is not None and not worth_keeping(request):
+                    execution.request = None
+                reply, execution.on_reply = execution.on_reply, None
+        if ended:
+            self.backlog.give_up_place()
+            return
+        if reply is not None:
+            reply(execution.record(Phase.QUEUED))
+        self._tracker.changed(execution.execution_id)
+        self.backlog.add(execution, waits_for_resources=for_resources)
+        if execution.cancel_reason and self.backlog.remove(execution):
+            # Cancelled before it was in the backlog: whoever cancelled it could not take it out.
+            self._fail(execution, Cancelled(execution.cancel_reason))
+        elif self._stopping and not execution.accepted and self.backlog.remove(execution):
             # It came after ``stop`` had told everybody there.
-            raise _stopping()
-        outcome = execution.wait()
-        if isinstance(outcome, Reservation):
-            return outcome
-        assert isinstance(outcome, FluxError)
-        raise outcome
+            self._fail(execution, _stopping())
+
+    def _go_on(self, execution: Execution, reservation: Reservation, error: Exception | None) -> None:
+        if error is None:
+            try:
+                request = self._tracker.request_of(execution)
+            except StoreUnavailable as unavailable:
+                self._write_failed(execution, unavailable)
+            else:
+                if request is None:
+                    self._fail(execution, NotFound("its request is no longer in the store"))
+                else:
+                    self._send(execution, reservation, request)
+        else:
+            self._write_failed(execution, error)
+
+    def _write_failed(self, execution: Execution, error: Exception) -> None:
+        if isinstance(error, Conflict):
+            self.ended_elsewhere(execution)
+        elif isinstance(error, FluxError):
+            self._fail(execution, error)
+        else:
+            self._fail(execution, Internal(f"{type(error).__name__}: {error}"))
+
+    def ended_elsewhere(self, execution: Execution) -> None:
+        """Another Flux cancelled it or failed its agent before an agent had it, or took it over: we were frozen."""
+        try:
+            entry = self._tracker.entry(execution.execution_id)
+        except StoreUnavailable as error:
+            self._fail(execution, error)
+            return
+        if entry is None:
+            reply: Reply = NotFound(f"execution {execution.execution_id} is gone from the store")
+        elif entry.record.status.ended:
+            reply = entry.record
+        else:
+            # Whoever has it now writes its end, which this caller can ask for.
+            reply = _lost(execution, "this Flux was away for too long: another one has taken the call over")
+        self._tracker.let_go(execution, reply)
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def _send(self, execution: Execution, reservation: Reservation, request: ExecutionRequest) -> None:
+        """Hand it to the agent's connection, which only enqueues it."""
+        connection = reservation.agent.connection
+        with execution.lock:
+            if execution.state is not State.ASSIGNED or execution.reservation is not reservation:
+                return
+            cancelled = execution.cancel_reason
+            if not cancelled and connection is not None:
+                execution.state = State.SENT
+                execution.deadline = 0.0
+                execution.waited_ms = execution.age_ms()
+        if cancelled:
+            self._soon(self._fail, execution, Cancelled(cancelled))
+            return
+        if connection is None:
+            error = AgentUnreachable(f"agent {reservation.agent_id} has just left")
+            self._soon(self._rejected, execution, reservation, error)
+            return
+        if execution.attempt > 1:
+            request = replace(request, execution_id=execution.attempt_id)
+        calling = True
+
+        def answered(answer: ExecutionRecord | FluxError) -> None:
+            if calling:
+                # The connection refused it at once: not on this thread, which may be the store's writer.
+                self._soon(self._answered, execution, reservation, answer)
+            else:
+                self._guarded(self._answered, execution, reservation, answer)
+
+        connection.execute(request, answered)
+        calling = False
+        if execution.cancel_reason and execution.state is State.SENT:
+            # It may have been cancelled before the request was on its way, and unknown to the agent then.
+            self._cancel_at_agent(execution)
+
+    # -- answered: a thread of the connection ------------------------------------------------
 
     def _answered(self, execution: Execution, reservation: Reservation, answer: ExecutionRecord | FluxError) -> None:
-        """On a thread of the connection: give the slot back at once, so that the next one starts."""
-        taken = answer if isinstance(answer, ExecutionRecord) and not answer.error_kind.nothing_started else None
-        execution.stage = Stage.HERE if taken is None else Stage.ANSWERED
-        self._give_back(reservation, answer)
-        if not execution.detached:
-            execution.deliver(answer)
-            if execution.accepted:
-                self._ledger.changed(execution.execution_id)
-        elif taken is not None and taken.status.ended:
-            self.finish(execution, taken)
-        elif taken is not None:
-            self._ledger.changed(execution.execution_id)
-        elif self._stopping:
-            self._put_back(execution)
-        else:
-            self._drive_soon(execution, None, answer)
+        """The agent's answer to this one request; one that comes too late changes nothing."""
+        if isinstance(answer, AgentUnreachable) or (
+            isinstance(answer, ExecutionRecord) and answer.error_kind.nothing_started
+        ):
+            self._rejected(execution, reservation, answer)
+            return
+        if isinstance(answer, FluxError):
+            self._lost(execution, reservation, answer)
+            return
+        self.placement.succeeded(reservation.agent_id)
+        if answer.status.ended:
+            if execution.reservation is reservation:
+                self._tracker.end(execution, execution.merged(answer))
+            return
+        connection = reservation.agent.connection
+        with execution.lock:
+            if execution.state is not State.SENT or execution.reservation is not reservation:
+                return
+            execution.state = State.RUNNING
+            if connection is not None and connection.original:
+                execution.watch = Watch()
+            reply, execution.on_reply = execution.on_reply, None
+        if reply is not None:
+            reply(answer)
+        self._tracker.changed(execution.execution_id)
 
-    def _give_back(self, reservation: Reservation, answer: ExecutionRecord | FluxError) -> None:
-        """The slot, unless the agent has accepted the execution and keeps it."""
-        if isinstance(answer, AgentUnreachable):
-            self.slots.unusable(reservation, answer)
-        elif isinstance(answer, FluxError):
-            self.slots.release(reservation)
-        elif answer.error_kind.nothing_started:
-            self.slots.refused(reservation, answer)
-        elif answer.status.ended:
-            self.slots.release(reservation)
-
-    def _raise_unless_another_may_be_asked(self, execution: Execution, answer: Outcome) -> None:
+    def _rejected(self, execution: Execution, reservation: Reservation, answer: ExecutionRecord | FluxError) -> None:
+        """Nothing was started there. The slot is given back at once, so that the next one starts."""
+        with execution.lock:
+            mine = execution.reservation is reservation
+            if mine:
+                execution.reservation = None
+                execution.state = State.ASSIGNED
+        if not mine:
+            return
         if isinstance(answer, ExecutionRecord):
-            if answer.error_kind is ErrorKind.INVALID:
+            self.placement.rejected(reservation, answer)
+        else:
+            self.placement.unusable(reservation, answer)
+        if not self._soon(self._place_again, execution, answer):
+            self._return(execution)
+
+    def _place_again(self, execution: Execution, answer: ExecutionRecord | FluxError | None = None) -> None:
+        """Try the next agent, or queue it. ``answer`` is the last agent's."""
+        if self._stopping and execution.accepted:
+            self._return(execution)
+            return
+        try:
+            with execution.lock:
+                if execution.state is State.ENDED:
+                    return
+                _check_wanted(execution)
+            if isinstance(answer, ExecutionRecord) and answer.error_kind is ErrorKind.INVALID:
                 raise InvalidInput(answer.error or "the agent cannot take these arguments")
-        elif isinstance(answer, FluxError) and not isinstance(answer, AgentUnreachable):
-            # Whatever else a connection says, it may have been started. An error of its own, which names it: a
-            # stream that breaks says one and the same to all whose answers went down with it.
-            raise answer if isinstance(answer, (Withdrawn, NotFound)) else AgentLost(answer.message)
-        check_wanted(execution)
+            need = self.placement.need(execution.function_name)
+            self._place(execution, need, self.placement.place(need))
+        except FluxError as error:
+            self._fail(execution, error)
 
-    # -- ends ----------------------------------------------------------------------------
+    def _lost(self, execution: Execution, reservation: Reservation | None, error: FluxError) -> None:
+        """It may have been started: it stays open until its agent says its end or is given up."""
+        with execution.lock:
+            if execution.reservation is not reservation or not execution.state.at_agent:
+                return
+            execution.reservation = None
+            execution.state = State.RUNNING
+            execution.watch = Watch()
+            reply, execution.on_reply = execution.on_reply, None
+        if reservation is not None:
+            self.placement.release(reservation)
+        if reply is not None:
+            # An error of its own, which names it: a broken stream says one and the same to all its calls.
+            reply(_lost(execution, error.message))
+        else:
+            log.info("execution %s: %s", execution.execution_id, error.message)
+        self._tracker.changed(execution.execution_id)
 
-    def finish(self, execution: Execution, record: ExecutionRecord) -> ExecutionRecord:
-        """Write the end an agent reported; the record as callers see it."""
-        final = execution.merged(record)
-        self._ledger.drop(execution.execution_id)
-        self._ledger.end(final)
-        return final
+    # -- ends --------------------------------------------------------------------------------
 
-    def give_up(self, execution: Execution, error: FluxError) -> ExecutionRecord:
-        """Write an end that no agent had a part in. Unaccepted ones are forgotten: nobody knows their ID."""
-        execution.over = True
-        record = execution.given_up(error)
-        if execution.created and not execution.detached and not isinstance(error, Withdrawn):
-            self._ledger.forget(execution)
-            return record
-        self._ledger.drop(execution.execution_id)
-        if execution.created:
-            self._ledger.end(record)
-        return record
+    def ended(self, execution: Execution, report: ExecutionRecord) -> bool:
+        """Its agent says that it has ended. False: it had ended already."""
+        return self._tracker.end(execution, execution.merged(report))
 
-    def withdraw(self, execution: Execution, reason: str, *, at_agent: bool = True) -> bool:
-        """Stop it, whatever it is doing; does not block. True: it was waiting, and no agent has it.
+    def _fail(self, execution: Execution, error: FluxError) -> None:
+        """End it without an agent; one that was not accepted is forgotten, since nobody knows its ID."""
+        if isinstance(error, StoreUnavailable) and execution.accepted:
+            log.warning("execution %s goes on waiting: %s", execution.execution_id, error.message)
+            self._retry_later(execution)
+        elif isinstance(error, Cancelled) or execution.accepted:
+            self._tracker.end(execution, execution.failed(error))
+        else:
+            self._tracker.reject(execution, error)
 
-        ``at_agent=False``: the caller asks the agent itself.
-        """
-        if execution.over:
-            return False
-        execution.stop_reason = reason
-        if self.room.leave(execution):
-            self._turn_away(execution, Withdrawn(reason))
-            return True
-        if execution.sent and at_agent:
-            self._cancel(execution, reason)
-        return False
+    def _retry_later(self, execution: Execution) -> None:
+        with execution.lock:
+            if execution.state is State.ENDED:
+                return
+            reservation, execution.reservation = execution.reservation, None
+            execution.deadline = 0.0
+        if reservation is not None:
+            self.placement.release(reservation)
+        self._timers.after(_STORE_RETRY_SECONDS, lambda: self._soon(self._place_again, execution))
+
+    def _overdue(self, execution: Execution) -> None:
+        """The store has not committed in time what would move it on. What it commits later moves nothing."""
+        error = StoreUnavailable(f"the store did not commit the write within {COMMIT_SECONDS:g} s")
+        if execution.accepted:
+            execution.deadline = 0.0  # it is in the store, and goes on when that answers
+        else:
+            self._tracker.reject(execution, error)
+
+    # -- cancelled ---------------------------------------------------------------------------
+
+    def cancel(self, execution: Execution, reason: str, on_cancelled: OnCancelled = lambda answer: None) -> None:
+        """End it, wherever it is, without waiting. ``on_cancelled`` is told what its agent says, if one has it."""
+        with execution.lock:
+            if execution.state is State.ENDED:
+                return
+            execution.cancel_reason = execution.cancel_reason or reason
+            state = execution.state
+        if state is State.QUEUED and self.backlog.remove(execution):
+            self._fail(execution, Cancelled(reason))
+        elif state.at_agent:
+            self._cancel_at_agent(execution, on_cancelled)
+
+    def _cancel_at_agent(self, execution: Execution, on_cancelled: OnCancelled = lambda answer: None) -> None:
+        connection = self._registry.connection(execution.agent_id)
+        if connection is None:
+            on_cancelled(AgentUnreachable("try again later"))
+            return
+
+        def cancelled(answer: CancelAnswer) -> None:
+            if answer is None and execution.state is State.RUNNING:
+                self._tracker.end(execution, execution.failed(Cancelled("cancelled; its agent knew nothing of it")))
+            elif isinstance(answer, AgentError):
+                log.warning("cancelling %s at %s: %s", execution.execution_id, execution.agent_id, answer.message)
+            on_cancelled(answer)
+
+        connection.request_cancel(execution.attempt_id, reason=execution.cancel_reason, on_answer=cancelled)
+
+    # -- stopping ----------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Send nothing more. Waiting callers are told; what was accepted stays queued in the store."""
         self._stopping = True
-        for execution in self.room.leave_all():
-            if not execution.detached:
-                execution.deliver(_stopping())
+        for execution in self.backlog.remove_all():
+            if not execution.accepted:
+                self._fail(execution, _stopping())
 
     def close(self, deadline: Deadline) -> None:
-        """After ``stop``: what was to be driven on and was not begun goes back to the queue in the store."""
-        left = [execution for execution, *_ in self._pool.stop(deadline)]
-        with self._lock:
-            left += self._paused.values()
-            self._paused.clear()
-        for execution in left:
-            self._put_back(execution)
+        """After ``stop``: what was assigned and not sent goes back to the backlog in the store."""
+        self._pool.stop(deadline)
+        for execution in self._tracker.all():
+            if execution.state in (State.QUEUED, State.ASSIGNED):
+                self._return(execution)
+
+    def _return(self, execution: Execution) -> None:
+        """No agent has it and none will be sent it by this process: the next must not look for it at an agent."""
+        if not execution.agent_id or not execution.accepted:
+            return
+        try:
+            self._tracker.store.requeue_execution(execution.execution_id, self._tracker.session)
+        except StoreUnavailable as error:
+            log.warning("execution %s cannot be returned to the backlog: %s", execution.execution_id, error.message)
+
+    def _placed(self, execution: Execution, reservation: Reservation) -> None:
+        """The backlog found it a slot."""
+        self._assign(execution, reservation)
+
+    def _soon(self, event: Callable[..., None], execution: Execution, *arguments: object) -> bool:
+        """Do it on a dispatch thread. False: it will not be done, Flux stops."""
+        return self._pool.submit(self._guarded, event, execution, *arguments)
+
+    def _guarded(self, event: Callable[..., None], execution: Execution, *arguments: object) -> None:
+        """A fault of ours ends the execution it met: its caller must not wait for ever."""
+        try:
+            event(execution, *arguments)
+        except Exception as error:
+            self._broken(execution, error)
+
+    def _broken(self, execution: Execution, error: Exception) -> None:
+        log.exception("execution %s cannot be dispatched", execution.execution_id)
+        if execution.state.at_agent:
+            self._lost(execution, execution.reservation, Internal(f"{type(error).__name__}: {error}"))
+        else:
+            self._fail(execution, Internal(f"{type(error).__name__}: {error}"))
+
+
+def _check_wanted(execution: Execution) -> None:
+    """Raises Cancelled when it was cancelled."""
+    if execution.cancel_reason:
+        raise Cancelled(execution.cancel_reason)
+
+
+def _lost(execution: Execution, reason: str) -> AgentLost:
+    error = AgentLost(reason)
+    error.execution_id = execution.execution_id
+    return error
 
 
 def _stopping() -> Stopping:

@@ -1,123 +1,140 @@
-"""One execution in hand: what its driver and those who stop it share, and the ends no agent reported."""
+"""One execution in flight: its state, and how an agent's report becomes its record."""
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from enum import Enum, auto
+from enum import Enum
 
 from fluxlib.control.agents.registry import Reservation
-from fluxlib.errors import AgentUnreachable, FluxError, Internal
+from fluxlib.errors import AgentUnreachable, FluxError
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase, kind_of
+from fluxlib.store.base import Commit
 
 # A queued execution's request is kept in memory when it is no larger than this, else read back from the store.
 _SMALL_REQUEST = 16 * 1024
 _IDS_AT_ONCE, _RANDOM_BYTES = 64, 10
+_ATTEMPT_ID = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-([2-9]|[1-9][0-9]+)")
 
-Outcome = Reservation | ExecutionRecord | FluxError
+# What the caller of an execution is told, once: its record, or why there is none.
+Reply = ExecutionRecord | FluxError
+OnReply = Callable[[Reply], None]
 
 
-class Stage(Enum):
-    """How far an execution in hand has come. It goes back to HERE, and on to another agent, when one turns it down."""
+class State(Enum):
+    """Where an execution in flight is. Only the dispatcher and the tracker's ``end`` change it, under its lock."""
 
-    HERE = auto()  # new, waiting for room, or turned down
-    ASKED = auto()  # an agent may know it, and has not answered yet
-    ANSWERED = auto()  # the agent has accepted it, or has told its end
+    NEW = "new"  # the store has not been told of it
+    QUEUED = "queued"  # it waits for a slot; the store has no agent for it
+    ASSIGNED = "assigned"  # it has a slot, and the store is being told; no agent knows it
+    SENT = "sent"  # an agent may know it, and has not answered
+    RUNNING = "running"  # an agent has accepted it, or may have: only that agent says its end
+    ENDED = "ended"
+
+    @property
+    def at_agent(self) -> bool:
+        return self is State.SENT or self is State.RUNNING
+
+
+def state_after(record: ExecutionRecord, attempt: int) -> State:
+    """What becomes of an execution whose attempt has ended so. Pure; every execution has one attempt."""
+    del record, attempt
+    return State.ENDED
+
+
+class Watch:
+    """What the reconciler notes of an execution whose end no event will tell."""
+
+    __slots__ = ("agent_restarted", "cancelled", "misses", "since", "unreadable_since")
+
+    def __init__(self) -> None:
+        self.since = time.time()
+        self.misses = 0  # how often in a row its agent did not know it
+        self.cancelled = False  # nobody wants it any more, and its agent was told so
+        self.agent_restarted = False  # since it was sent there: nothing runs it any more
+        self.unreadable_since = 0.0  # since then (epoch seconds) its record does not fit into a message
 
 
 class Execution:
-    """One execution in hand. One thread at a time drives it; others only set ``stop_reason`` or deliver.
+    """One execution in flight.
 
-    ``deliver`` hands the driver what it waits for: a slot, an agent's answer, or the reason to give up.
-    Whoever delivers has won the right to do so (took it off a queue, or is the answer of the one request).
+    ``on_reply`` is the caller, called once and then dropped: with the final record of a synchronous execution, with
+    the accepted or queued record of an asynchronous one, or with an error. An execution whose asynchronous caller has
+    its reply is never forgotten again, only ended.
 
-    Where it is, by its ``stage`` and two facts (a synchronous one is never ``detached``)::
-
-                                 stage     created  detached
-        new                      HERE      no       no
-        waits for room           HERE      yes      async     (in the waiting room, ``agent_id`` is empty)
-        asked of an agent        ASKED     yes      as before
-        accepted (async)         ANSWERED  yes      as before (its end comes by itself)
-        turned down by an agent  HERE      yes      as before (``agent_id`` in the store until it moves on)
-
-    ``over`` is set by whoever takes it out of hand, whatever its stage is then.
+    Fields below the lock are read and written under it; what is only written before the execution is shared needs none.
     """
 
     __slots__ = (
-        "_decision",
-        "_wake",
         "accepted_at",
         "agent_id",
         "asynchronous",
-        "created",
-        "detached",
+        "attempt",
+        "cancel_reason",
+        "commit",
+        "deadline",
         "execution_id",
+        "final",
         "function_name",
         "idempotency_key",
-        "outcome",
-        "over",
-        "pressed",
+        "lock",
+        "on_reply",
         "request",
         "reservation",
         "sequence",
-        "stage",
-        "stop_reason",
+        "started",
+        "state",
         "waited_ms",
+        "watch",
     )
 
-    def __init__(self, function_name: str, request: ExecutionRequest | None, execution_id: str, accepted_at: float):
+    def __init__(
+        self,
+        function_name: str,
+        request: ExecutionRequest | None,
+        execution_id: str,
+        accepted_at: float,
+        on_reply: OnReply | None = None,
+    ) -> None:
         self.execution_id = execution_id
         self.function_name = function_name
         self.request = request
         self.asynchronous = request is None or request.asynchronous
         self.idempotency_key = ""
         self.accepted_at = accepted_at  # epoch seconds
-        self.agent_id = ""  # who it was assigned to
-        self.stage = Stage.HERE
-        self.created = False  # the store knows it
-        self.detached = False  # nobody waits for it: it was accepted, and queued or adopted
-        self.pressed = False  # it waits for resources, not for a slot
-        self.sequence = 0  # its place in the queue
-        self.over = False  # ended, or no longer ours
-        self.stop_reason = ""  # cancelled, or its caller gone
+        # Durations are counted by a clock that nobody sets.
+        self.started = time.monotonic() - (0.0 if request is not None else max(0.0, time.time() - accepted_at))
+        self.lock = threading.Lock()
+        self.state = State.NEW
+        self.attempt = 1
+        self.on_reply = on_reply
+        self.agent_id = ""  # the agent it was assigned to last
         self.reservation: Reservation | None = None
-        self.outcome: Outcome | None = None
-        self.waited_ms = 0  # from acceptance until an agent was asked
-        self._wake = threading.Lock()
-        self._wake.acquire()
-        self._decision = threading.Lock()
-
-    @property
-    def sent(self) -> bool:
-        """An agent may know it."""
-        return self.stage is not Stage.HERE
+        self.sequence = 0  # its place in the queue
+        self.cancel_reason = ""
+        self.deadline = 0.0  # monotonic; by then the store has committed what moves it on
+        self.waited_ms = 0  # from acceptance until an agent was sent it
+        # No event will tell its end: an earlier process sent it, its answer was lost, or its agent is a legacy one.
+        self.watch: Watch | None = None
+        self.final: ExecutionRecord | None = None
+        self.commit: Commit | None = None  # of its end
 
     @property
     def accepted(self) -> bool:
-        """An agent has accepted it; its end comes by itself (asynchronous only)."""
-        return self.asynchronous and self.stage is Stage.ANSWERED
+        """Somebody was told its ID: whatever happens now is recorded."""
+        return self.asynchronous and self.on_reply is None
 
-    def deliver(self, outcome: Outcome) -> None:
-        self.outcome = outcome
-        self._wake.release()
+    @property
+    def attempt_id(self) -> str:
+        """The ID under which agents know the current attempt: an agent runs an ID once."""
+        return self.execution_id if self.attempt == 1 else f"{self.execution_id}-{self.attempt}"
 
-    def wait(self) -> Outcome:
-        outcome = self.wait_for(None)
-        assert outcome is not None
-        return outcome
-
-    def wait_for(self, seconds: float | None) -> Outcome | None:
-        """None when nothing was delivered in that time."""
-        if not self._wake.acquire(timeout=-1 if seconds is None else seconds):
-            return None
-        outcome, self.outcome = self.outcome, None
-        return outcome
-
-    def decide(self) -> bool:
-        """Whether the caller is the first to say if it is sent: the store's writer, or who waited too long for that."""
-        return self._decision.acquire(blocking=False)
+    def age_ms(self) -> int:
+        return int((time.monotonic() - self.started) * 1000)
 
     def record(self, phase: Phase) -> ExecutionRecord:
         """Its record while it has not ended."""
@@ -130,74 +147,60 @@ class Execution:
             started_at=self.accepted_at,
         )
 
-    def given_up(self, error: FluxError) -> ExecutionRecord:
+    def failed(self, error: FluxError) -> ExecutionRecord:
         """Its record with an end that no agent had a part in."""
-        now = time.time()
-        if isinstance(error, Withdrawn):
+        if isinstance(error, Cancelled):
             status, kind = ExecutionStatus.CANCELLED, ErrorKind.CANCELLED
         else:
             status = ExecutionStatus.FAILED
             unreached = isinstance(error, AgentUnreachable)
             kind = kind_of(error, ErrorKind.CANNOT_START if unreached else ErrorKind.INTERNAL)
-        record = self.record(Phase.ENDED).ended(status, at=now, error=error.message, kind=kind)
-        return replace(record, queue_ms=int((now - self.accepted_at) * 1000))
+        record = self.record(Phase.ENDED).ended(status, at=time.time(), error=error.message, kind=kind)
+        return replace(record, queue_ms=self.age_ms())
 
-    def merged(self, record: ExecutionRecord) -> ExecutionRecord:
-        """An agent's record as callers see it: accepted when Flux accepted it, our waiting counted in."""
+    def merged(self, report: ExecutionRecord) -> ExecutionRecord:
+        """An agent's report as callers see it: accepted when Flux accepted it, the waiting here counted in."""
         return replace(
-            record,
+            report,
             execution_id=self.execution_id,
-            agent_id=record.agent_id or self.agent_id,
-            started_at=self.accepted_at,
-            queue_ms=_queue_ms(self.accepted_at, record, self.waited_ms),
+            function_name=self.function_name,  # not the agent's word for it: keys are checked by this name
+            agent_id=self.agent_id or report.agent_id,
             asynchronous=self.asynchronous,
-            cpu_seconds=_microseconds(record.cpu_seconds),
+            started_at=self.accepted_at,
+            queue_ms=_queue_ms(self.accepted_at, report, self.waited_ms, self.age_ms()),
+            cpu_seconds=_microseconds(report.cpu_seconds),
         )
 
 
-def merged(ours: ExecutionRecord, theirs: ExecutionRecord) -> ExecutionRecord:
-    """An agent's record as callers see it, when we remember no more of it than the store does."""
-    # The two clocks are all there is to tell how long it waited here.
-    known = bool(theirs.run_started_at or not theirs.started_at)
-    waited = 0 if known else max(0, round((theirs.started_at - ours.started_at) * 1000))
-    return replace(
-        theirs,
-        execution_id=ours.execution_id,
-        function_name=ours.function_name,
-        agent_id=ours.agent_id,
-        asynchronous=ours.asynchronous,
-        started_at=ours.started_at,
-        queue_ms=_queue_ms(ours.started_at, theirs, waited),
-        cpu_seconds=_microseconds(theirs.cpu_seconds),
-    )
-
-
-def _queue_ms(accepted_at: float, record: ExecutionRecord, waited_ms: int) -> int:
-    """From acceptance until the program began, what lies between Flux's sending and the agent's taking included.
-
-    That is told by two clocks, so it is kept between what each of them has counted by itself.
-    """
-    least = waited_ms + record.queue_ms
-    if not record.run_started_at:
-        return least
-    most = round((time.time() - accepted_at) * 1000) - record.duration_ms
-    return max(least, min(most, round((record.run_started_at - accepted_at) * 1000)))
+def merge_report(ours: ExecutionRecord, report: ExecutionRecord) -> ExecutionRecord:
+    """The same for an execution that is not in flight here: ``ours`` is what the store knows of it."""
+    execution = Execution(ours.function_name, None, ours.execution_id, ours.started_at)
+    execution.agent_id = ours.agent_id
+    # The two clocks are all there is to tell how long it waited before it was sent.
+    known = bool(report.run_started_at or not report.started_at)
+    execution.waited_ms = 0 if known else max(0, round((report.started_at - ours.started_at) * 1000))
+    execution.asynchronous = ours.asynchronous
+    return execution.merged(report)
 
 
 def _microseconds(seconds: float | None) -> float | None:
     return round(seconds, 6) if seconds is not None else None
 
 
-class Withdrawn(FluxError):
-    """Nobody wants it any more, and no agent has it. Becomes a cancelled record, never an answer."""
+def _queue_ms(accepted_at: float, report: ExecutionRecord, waited_ms: int, age_ms: int) -> int:
+    """From acceptance until the program began, the time between Flux's sending and the agent's receiving included.
+
+    Two clocks tell that, so it is kept between what each of them has counted by itself.
+    """
+    least = waited_ms + report.queue_ms
+    if not report.run_started_at:
+        return least
+    most = age_ms - report.duration_ms
+    return max(least, min(most, round((report.run_started_at - accepted_at) * 1000)))
 
 
-class NotWritten(FluxError):
-    """The store did not take it, so nobody was asked. ``error`` is why."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error if isinstance(error, FluxError) else Internal(f"{type(error).__name__}: {error}")
-        super().__init__(self.error.message)
+class Cancelled(FluxError):
+    """Cancelled before an agent accepted it. Recorded as a cancelled execution, never raised to a caller."""
 
 
 class AlreadyKnown(Exception):
@@ -206,6 +209,12 @@ class AlreadyKnown(Exception):
     def __init__(self, execution_id: str) -> None:
         super().__init__(execution_id)
         self.execution_id = execution_id
+
+
+def split_attempt_id(attempt_id: str) -> tuple[str, int]:
+    """(execution ID, attempt) of an ID that an agent uses."""
+    found = _ATTEMPT_ID.fullmatch(attempt_id)
+    return (found[1], int(found[2])) if found is not None else (attempt_id, 1)
 
 
 _randoms: list[int] = []

@@ -1,24 +1,60 @@
-"""Which agent takes an execution, and why none does. Pure: no clock, no thread, no I/O.
+"""Which agent gets an execution, and why none does.
 
-The registry shows its agents in falling order of headroom, so choosing is to
-take the first that fits. A refusal is worked out only when none did.
+The decisions are pure: no clock, no thread, no I/O. The registry shows its agents in falling order of headroom, so
+choosing is to take the first that fits; the reasons are worked out only when none did. :class:`Placement` applies them
+to the fleet, and remembers which agents are excluded for a while.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol
 
-from fluxlib.control.agents.registry import AgentState, Choose
-from fluxlib.errors import AgentError, AtCapacity, FluxError, NoAgentFits
-from fluxlib.model import AgentStatus, Behavior, Enforcement, Function, Network, Platform
+from fluxlib.control.agents.registry import AgentState, Choose, Registry, Reservation
+from fluxlib.errors import (
+    AgentError,
+    AtCapacity,
+    FluxError,
+    Internal,
+    NoAgentFits,
+    NotFound,
+    StoreUnavailable,
+    Unavailable,
+    Unenforceable,
+)
+from fluxlib.lifecycle import Timers
+from fluxlib.model import (
+    AgentStatus,
+    Behavior,
+    Enforcement,
+    ErrorKind,
+    ExecutionRecord,
+    Function,
+    Network,
+    Platform,
+)
+
+log = logging.getLogger(__name__)
 
 # A function that asks for CPU is not sent where this much is in use already.
 BUSY_CPU_PERCENT = 90.0
 # Seconds: a slot may free at any moment, an agent's figures change with its next report.
 _RETRY_SLOT = 1
 _RETRY_FIGURES = 10
+# An agent that could not be reached, or will not take a function, is excluded for so long (seconds).
+EXCLUDE_SECONDS = 2.0
+# An agent whose machine cannot start anything: excluded from everything, for longer each time it fails again.
+_FAULT_SECONDS, _LONGEST_FAULT_SECONDS = 5.0, 60.0
+# A scan of every agent that took longer than this (seconds) is not repeated before so many times what it took.
+_SLOW_SCAN = 0.001
+_SCAN_BACKOFF = 2.0
+# Agents that were known before this process get so long (seconds) to be connected before a call is refused for them.
+_CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +68,21 @@ class Need:
     platforms: tuple[Platform, ...]  # empty = any
     enforced: frozenset[str]  # values of Enforcement
     when_full: Behavior
-    when_pressed: Behavior
+    when_resources_exhausted: Behavior
 
 
-class Misfit(Enum):
-    """Why an agent does not take an execution; those that time may mend come last."""
+# (agent ID, function name) → why that agent is not sent that function for a while; "" = no function at all.
+Excluded = Mapping[tuple[str, str], FluxError]
+
+
+class RejectReason(Enum):
+    """Why an agent does not take an execution; reasons that pass by themselves come last."""
 
     PLATFORM = "platform"
     ENFORCEMENT = "enforcement"
-    AWAY = "away"
-    LACKING = "lacking"
-    SHUNNED = "shunned"
+    UNAVAILABLE = "unavailable"
+    MISSING = "missing"
+    EXCLUDED = "excluded"
     MEMORY = "memory"
     CPU = "cpu"
     FULL = "full"
@@ -54,7 +94,7 @@ class Refusal:
 
     error: FluxError
     wait: bool
-    pressed: bool  # resources lack, not slots: any agent's change may end it
+    for_resources: bool  # resources are short, not slots: any change of any agent may end it
 
 
 def need_of(function: Function) -> Need:
@@ -76,20 +116,24 @@ def need_of(function: Function) -> Need:
         platforms=function.platforms,
         enforced=frozenset(one.value for one, value in asked.items() if value),
         when_full=spec.max_concurrency_behavior,
-        when_pressed=spec.resource_pressure_behavior,
+        when_resources_exhausted=spec.resource_pressure_behavior,
     )
 
 
-def chooser(need: Need, shunned: Mapping[tuple[str, str], object]) -> Choose:
-    """A rule for :meth:`Registry.place`. ``shunned`` holds (agent ID, function name): not to be asked now."""
+def chooser(need: Need, excluded: Excluded) -> Choose:
+    """A rule for :meth:`Registry.place`. ``excluded``: see Excluded."""
 
     def choose(candidates: Iterator[AgentState]) -> AgentState | None:
         for agent in candidates:
-            if fits(need, agent) and not (shunned and (agent.agent_id, need.function_name) in shunned):
+            if fits(need, agent) and not (excluded and _exclusion(excluded, agent.agent_id, need.function_name)):
                 return agent
         return None
 
     return choose
+
+
+def _exclusion(excluded: Excluded, agent_id: str, function_name: str) -> FluxError | None:
+    return excluded.get((agent_id, function_name)) or excluded.get((agent_id, ""))
 
 
 def fits(need: Need, agent: AgentState) -> bool:
@@ -97,92 +141,92 @@ def fits(need: Need, agent: AgentState) -> bool:
     return _can_ever(need, agent) is None and _short_of(need, agent) is None
 
 
-def misfit(need: Need, agent: AgentState, shunned: Mapping[tuple[str, str], object]) -> Misfit | None:
+def reject_reason(need: Need, agent: AgentState, excluded: Excluded) -> RejectReason | None:
     """The first reason against this agent, the lasting ones first; None when it could take one now."""
     never = _can_ever(need, agent)
     if never is not None:
         return never
     if not agent.takes_work:
-        return Misfit.AWAY
+        return RejectReason.UNAVAILABLE
     if need.function_name in agent.lacking:
-        return Misfit.LACKING
-    if (agent.agent_id, need.function_name) in shunned:
-        return Misfit.SHUNNED
+        return RejectReason.MISSING
+    if _exclusion(excluded, agent.agent_id, need.function_name):
+        return RejectReason.EXCLUDED
     short = _short_of(need, agent)
     if short is not None:
         return short
-    return Misfit.FULL if agent.full and ("" in agent.full or need.function_name in agent.full) else None
+    return RejectReason.FULL if agent.full and ("" in agent.full or need.function_name in agent.full) else None
 
 
-def _can_ever(need: Need, agent: AgentState) -> Misfit | None:
+def _can_ever(need: Need, agent: AgentState) -> RejectReason | None:
     record = agent.record
     if need.platforms and not any(record.platform.matches(wanted) for wanted in need.platforms):
-        return Misfit.PLATFORM
+        return RejectReason.PLATFORM
     # Without isolation (and on an original agent) what is asked is accepted with a warning.
     if need.enforced and record.isolation not in ("", "off") and not need.enforced.issubset(record.enforces):
-        return Misfit.ENFORCEMENT
+        return RejectReason.ENFORCEMENT
     return None
 
 
-def _short_of(need: Need, agent: AgentState) -> Misfit | None:
+def _short_of(need: Need, agent: AgentState) -> RejectReason | None:
     if need.memory_mb and 0 <= agent.expected_memory_free_mb < need.memory_mb:
-        return Misfit.MEMORY
+        return RejectReason.MEMORY
     if need.cpu_millicores and agent.figures is not None and agent.figures.cpu_percent >= BUSY_CPU_PERCENT:
-        return Misfit.CPU
+        return RejectReason.CPU
     return None
 
 
-def refusal(need: Need, agents: Iterable[AgentState], shunned: Mapping[tuple[str, str], FluxError]) -> Refusal:
+def refusal(need: Need, agents: Iterable[AgentState], excluded: Excluded) -> Refusal:
     """Why none of these took it: at capacity as soon as one is merely full, else what they lack."""
-    found: dict[Misfit, list[AgentState]] = {}
+    found: dict[RejectReason, list[AgentState]] = {}
     for agent in agents:
-        reason = misfit(need, agent, shunned)
-        if reason is None or reason is Misfit.FULL:
+        reason = reject_reason(need, agent, excluded)
+        if reason is None or reason is RejectReason.FULL:
             error = AtCapacity(f"function {need.function_name} at capacity", retry_after=_RETRY_SLOT)
             # None: it has become free since, or others wait for it already.
-            wait = need.when_full is Behavior.WAIT or (reason is None and need.when_pressed is Behavior.WAIT)
-            return Refusal(error, wait, pressed=False)
+            wait = need.when_full is Behavior.WAIT or (
+                reason is None and need.when_resources_exhausted is Behavior.WAIT
+            )
+            return Refusal(error, wait, for_resources=False)
         found.setdefault(reason, []).append(agent)
-    wait = need.when_pressed is Behavior.WAIT
-    if Misfit.SHUNNED in found:
+    wait = need.when_resources_exhausted is Behavior.WAIT
+    if RejectReason.EXCLUDED in found:
         name = need.function_name
-        reasons = (shunned.get((agent.agent_id, name)) for agent in found[Misfit.SHUNNED])
+        reasons = (_exclusion(excluded, agent.agent_id, name) for agent in found[RejectReason.EXCLUDED])
         away = next((error for error in reasons if isinstance(error, AgentError)), None)
         if away is not None:
             # Of its own: the one kept is raised by many threads.
-            return Refusal(type(away)(away.message, retry_after=2), wait, pressed=True)
+            return Refusal(type(away)(away.message, retry_after=2), wait, for_resources=True)
     # Where no agent of the right kind is known, waiting would not end: only time with other agents would help.
-    lasting = bool(found) and not set(found) - {Misfit.PLATFORM, Misfit.ENFORCEMENT}
-    error_text = _explanation(need, found, shunned)
-    return Refusal(NoAgentFits(error_text, retry_after=_RETRY_FIGURES), wait and not lasting, pressed=True)
+    lasting = bool(found) and not set(found) - {RejectReason.PLATFORM, RejectReason.ENFORCEMENT}
+    error_text = _explanation(need, found, excluded)
+    return Refusal(NoAgentFits(error_text, retry_after=_RETRY_FIGURES), wait and not lasting, for_resources=True)
 
 
-def _explanation(
-    need: Need, found: Mapping[Misfit, list[AgentState]], shunned: Mapping[tuple[str, str], FluxError]
-) -> str:
+def _explanation(need: Need, found: Mapping[RejectReason, list[AgentState]], excluded: Excluded) -> str:
     name = need.function_name
     if not found:
         return f"no agent can take function {name}: none is registered"
-    describe: dict[Misfit, Callable[[list[AgentState]], str]] = {
-        Misfit.MEMORY: lambda agents: (
+    describe: dict[RejectReason, Callable[[list[AgentState]], str]] = {
+        RejectReason.MEMORY: lambda agents: (
             f"it needs {need.memory_mb} MB of memory, and the freest agent has"
             f" {max(agent.expected_memory_free_mb for agent in agents)} MB free"
         ),
-        Misfit.CPU: lambda agents: (
+        RejectReason.CPU: lambda agents: (
             f"it asks for CPU, and of {_some(agents)} less than {100 - BUSY_CPU_PERCENT:.0f} % of the CPU is free"
         ),
-        Misfit.SHUNNED: lambda agents: "; ".join(
-            sorted({shunned[one.agent_id, name].message for one in agents if (one.agent_id, name) in shunned})
+        RejectReason.EXCLUDED: lambda agents: "; ".join(
+            sorted({error.message for one in agents if (error := _exclusion(excluded, one.agent_id, name))})
         ),
-        Misfit.LACKING: lambda agents: (
+        RejectReason.MISSING: lambda agents: (
             f"it is not on {agents[0].agent_id}: {agents[0].lacking.get(name, 'being sent')}"
         ),
-        Misfit.AWAY: lambda agents: f"{_some(agents)} cannot take work now ({_states(agents)})",
-        Misfit.ENFORCEMENT: lambda agents: (
+        RejectReason.UNAVAILABLE: lambda agents: f"{_some(agents)} cannot take work now ({_states(agents)})",
+        RejectReason.ENFORCEMENT: lambda agents: (
             f"{_some(agents)} cannot enforce"
             f" {', '.join(sorted(need.enforced.difference(*(one.record.enforces for one in agents)) or need.enforced))}"
         ),
-        Misfit.PLATFORM: lambda agents: (
+        RejectReason.PLATFORM: lambda agents: (
             f"it runs on {', '.join(str(one) for one in need.platforms)},"
             f" and {_some(agents)} {'has' if len(agents) == 1 else 'have'}"
             f" {', '.join(sorted({str(one.platform) for one in agents}))}"
@@ -202,7 +246,229 @@ def _states(agents: list[AgentState]) -> str:
     def state(agent: AgentState) -> str:
         status = agent.record.status
         if status in (AgentStatus.ONLINE, AgentStatus.BUSY):
-            return "being brought in step" if not agent.in_step else "not reachable"
+            return "synchronizing functions" if not agent.in_step else "not reachable"
         return str(status.value)
 
     return ", ".join(sorted({state(agent) for agent in agents}))
+
+
+# -- the fleet ----------------------------------------------------------------------------
+
+
+class Functions(Protocol):
+    """The functions, as executions need them."""
+
+    def lookup(self, name: str) -> Function:
+        """From memory, else from the store. Raises NotFound, StoreUnavailable."""
+
+    def cached(self, name: str) -> Function | None:
+        """From memory alone: never waits."""
+
+
+class Placement:
+    """Reserves slots at agents, and excludes agents that refused.
+
+    ``readmitted(agent_id, function_name)``: an excluded agent may be sent work again (None = any function's). Every
+    method may be called from any thread; only ``need`` and ``tidy`` may wait for the store. The dictionaries are
+    changed by single operations, which are atomic also without a GIL; nothing depends on two of them agreeing.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        functions: Functions,
+        timers: Timers,
+        readmitted: Callable[[str, str | None], None],
+    ) -> None:
+        self._registry = registry
+        self._functions = functions
+        self._timers = timers
+        self._readmitted = readmitted
+        self._needs: dict[str, tuple[Function, Need]] = {}
+        self._last_used: dict[str, str] = {}  # by function; an agent's ID
+        self._no_fit_until: dict[str, float] = {}
+        self._refusals: dict[str, tuple[float, Need, Refusal]] = {}
+        self._excluded: dict[tuple[str, str], FluxError] = {}
+        self._faults: dict[str, int] = {}  # by agent: how often in a row its machine could not start anything
+        self._connected_by = time.monotonic() + _CONNECT_SECONDS
+        self._connected = False
+
+    # -- what functions need -------------------------------------------------------------
+
+    def need(self, function_name: str) -> Need:
+        """What the function needs as it is declared now. Raises NotFound, StoreUnavailable."""
+        try:
+            function = self._functions.lookup(function_name)
+        except NotFound:
+            for memory in (self._needs, self._last_used, self._no_fit_until, self._refusals):
+                memory.pop(function_name, None)
+            raise
+        return self._need_of(function)
+
+    def known_need(self, function_name: str) -> Need | None:
+        """The same from memory alone; None when it was never looked up, or was deleted."""
+        function = self._functions.cached(function_name)
+        if function is not None:
+            return self._need_of(function)
+        known = self._needs.get(function_name)
+        return known[1] if known is not None else None
+
+    def _need_of(self, function: Function) -> Need:
+        known = self._needs.get(function.spec.name)
+        if known is not None and known[0] is function:
+            return known[1]
+        need = need_of(function)
+        self._needs[function.spec.name] = (function, need)
+        return need
+
+    def tidy(self) -> None:
+        """Forget what is only known of functions that were deleted, and of agents that have left."""
+        for name in list(self._needs):
+            with suppress(NotFound, StoreUnavailable):
+                self.need(name)
+        for agent_id in list(self._faults):
+            if self._registry.get(agent_id) is None:
+                self._faults.pop(agent_id, None)
+
+    # -- slots ---------------------------------------------------------------------------
+
+    def place(self, need: Need) -> Reservation | None:
+        """A slot at the fitting agent with most headroom.
+
+        None also while the last scan of a large fleet found none just now: a flood of calls that nobody can take must
+        not scan ten thousand agents each.
+        """
+        name, began = need.function_name, time.monotonic()
+        if self._no_fit_until and began < self._no_fit_until.get(name, 0.0):
+            return None
+        reservation = self._reserve(need, "")
+        if reservation is None:
+            took = time.monotonic() - began
+            if took > _SLOW_SCAN:
+                self._no_fit_until[name] = began + took * (1 + _SCAN_BACKOFF)
+        return reservation
+
+    def place_waiting(self, function_name: str, agent_id: str) -> Reservation | None:
+        """A slot for one that waits, at this agent ("" = at any): what has freed must not be overlooked."""
+        need = self.known_need(function_name)
+        return self._reserve(need, agent_id) if need is not None else None
+
+    def is_full(self, agent_id: str) -> bool:
+        """Whether this agent can take nothing now, of whichever function."""
+        agent = self._registry.get(agent_id)
+        return agent is None or not agent.takes_work or "" in agent.full
+
+    def _reserve(self, need: Need, only: str) -> Reservation | None:
+        name = need.function_name
+        reservation = self._registry.place(
+            name,
+            chooser(need, self._excluded),
+            slots=need.slots,
+            memory_mb=need.memory_mb,
+            platforms=need.platforms,
+            only=only,
+        )
+        if reservation is not None:
+            self._last_used[name] = reservation.agent_id
+        return reservation
+
+    def refusal(self, need: Need) -> Refusal:
+        """Why ``place`` found none."""
+        began = time.monotonic()
+        until, of, known = self._refusals.get(need.function_name, (0.0, need, None))
+        if known is None or of is not need or began >= until:
+            known = refusal(need, self._agents(need.function_name), self._excluded)
+            took = time.monotonic() - began
+            if took > _SLOW_SCAN:
+                self._refusals[need.function_name] = (began + took * (1 + _SCAN_BACKOFF), need, known)
+        error: FluxError = known.error
+        if known.for_resources and self._still_connecting():
+            text = f"Flux has just started and is still connecting to its agents ({error.message})"
+            error = Unavailable(text, retry_after=_RETRY_SLOT)
+        # An error of its own: the one kept is raised by many threads.
+        return replace(known, error=type(error)(error.message, retry_after=error.retry_after))
+
+    def _agents(self, function_name: str) -> Iterator[AgentState]:
+        """Every agent; first the one used last, which most often explains a refusal at once."""
+        last = self._registry.get(self._last_used.get(function_name, ""))
+        if last is not None:
+            yield last
+        for agent in self._registry.agents():
+            if last is None or agent.agent_id != last.agent_id:
+                yield agent
+
+    def _still_connecting(self) -> bool:
+        """Whether an agent that was online before this process has not been connected for the first time."""
+        if not self._connected:
+            agents = self._registry.agents()
+            late = time.monotonic() > self._connected_by
+            self._connected = late or not any(_is_awaited(agent) for agent in agents)
+        return not self._connected
+
+    # -- giving back ---------------------------------------------------------------------
+
+    def release(self, reservation: Reservation) -> None:
+        self._registry.release(reservation)
+
+    def succeeded(self, agent_id: str) -> None:
+        """The agent has started something: its machine is well."""
+        if self._faults and self._faults.pop(agent_id, None) is not None:
+            self._registry.update(agent_id, problem="")
+
+    def rejected(self, reservation: Reservation, answer: ExecutionRecord) -> None:
+        """The agent started nothing: give the slot back, and try others for a while."""
+        kind = answer.error_kind
+        if kind is ErrorKind.INVALID:
+            # This call's arguments; the next call may well bring others.
+            self._registry.release(reservation)
+        elif kind is ErrorKind.MACHINE_FAULT:
+            self._machine_fault(reservation, answer.error)
+        elif kind is ErrorKind.AT_CAPACITY:
+            self._full(reservation, answer.error)
+        else:
+            error = Unenforceable if kind is ErrorKind.UNENFORCEABLE else Internal
+            self.unusable(reservation, error(f"{reservation.agent_id}: {answer.error}"))
+
+    def unusable(self, reservation: Reservation, error: FluxError) -> None:
+        """The agent cannot be reached, or will not take this function: give the slot back, try again later."""
+        self._exclude((reservation.agent_id, reservation.function_name), error, EXCLUDE_SECONDS)
+        self._registry.release(reservation)
+
+    def _full(self, reservation: Reservation, error: str) -> None:
+        # Giving the slot back announces it, and the next in the queue would be sent into the same refusal.
+        key = (reservation.agent_id, reservation.function_name)
+        self._excluded[key] = AtCapacity(error)
+        self._registry.release(reservation)
+        self._registry.mark_full(reservation.agent_id, reservation.function_name)
+        self._excluded.pop(key, None)
+        connection = reservation.agent.connection
+        if connection is not None and connection.original:
+            # It will not say when it has a slot again, and a report of its tasks comes late.
+            self._timers.after(EXCLUDE_SECONDS, lambda: self._registry.freed(*key))
+
+    def _machine_fault(self, reservation: Reservation, error: str) -> None:
+        """No directory, no space, no descriptors: whatever it is sent fails at once, so it would always look idle."""
+        agent_id = reservation.agent_id
+        problem = f"cannot start anything: {error}"
+        faults = self._faults.get(agent_id, 0)
+        if (agent_id, "") not in self._excluded:
+            log.warning("agent %s excluded from placement: it %s", agent_id, problem)
+            self._faults[agent_id] = faults + 1
+            seconds = min(_LONGEST_FAULT_SECONDS, _FAULT_SECONDS * 2**faults)
+            self._exclude((agent_id, ""), Internal(f"agent {agent_id} {problem}"), seconds)
+            self._registry.update(agent_id, problem=problem)
+        self._registry.release(reservation)
+
+    def _exclude(self, key: tuple[str, str], error: FluxError, seconds: float) -> None:
+        if key not in self._excluded:
+            self._excluded[key] = error
+            self._timers.after(seconds, lambda: self._readmit(key))
+
+    def _readmit(self, key: tuple[str, str]) -> None:
+        agent_id, function_name = key
+        self._excluded.pop(key, None)
+        self._readmitted(agent_id, function_name or None)
+
+
+def _is_awaited(agent: AgentState) -> bool:
+    return agent.record.status.takes_work and agent.connection is None and not agent.problem

@@ -1,59 +1,81 @@
-"""What a crash left open, ours or an agent's: who takes it over, and what becomes of it."""
+"""Executions whose end no event will tell: agents are asked, and what they say is recorded.
+
+Those are the executions that an earlier process sent, that were in flight when their connection broke, and all of a
+legacy agent. Each agent that has some is asked once for what it still runs, then for the records of what is missing
+there. An execution its agent does not know is asked for three times, a tick apart, before it is taken for lost: a
+request may still be on its way when its sender has died.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Collection
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
+from fluxlib.control.agents.connection import AgentConnection
 from fluxlib.control.agents.registry import Registry
-from fluxlib.control.executions.agent_calls import AgentCalls
-from fluxlib.control.executions.completion import Following
 from fluxlib.control.executions.dispatcher import Dispatcher
-from fluxlib.control.executions.execution import Execution, merged
-from fluxlib.control.executions.tracker import Ledger
-from fluxlib.errors import Conflict, NotFound, StoreUnavailable
+from fluxlib.control.executions.execution import Execution, State, Watch, merge_report, split_attempt_id
+from fluxlib.control.executions.tracker import ExecutionTracker
+from fluxlib.errors import AgentError, AgentRefused, StoreUnavailable
+from fluxlib.lifecycle import Deadline
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus, Phase
-from fluxlib.store.base import ExecutionFilter, Lease
+from fluxlib.pool import Pool
+from fluxlib.rpc.status import AnswerTooLarge
+from fluxlib.store.base import ExecutionEntry, ExecutionFilter, Lease
 
 log = logging.getLogger(__name__)
 
 _PAGE = 500
-# An execution of ours that the store no longer has open was ended by another Flux; it is looked for this often.
+_THREADS = 16
+_MISSES = 3
+# After so many ticks without an end, an agent is asked every so many ticks only: some executions run for days.
+_QUIET, _SELDOM = 30, 5
+# Memory and store are compared this often, and only about executions that are older than these many seconds.
 _AUDIT_SECONDS = 5.0
+_AUDIT_AGE = 10.0
+_GIVEN_UP = "given up while the agent was away"
 
 
-class Recovery:
-    """Every method may be called from any thread."""
+class _Poll:
+    """When one agent is asked next."""
 
-    def __init__(
-        self, ledger: Ledger, registry: Registry, dispatcher: Dispatcher, calls: AgentCalls, *, shared: bool
-    ) -> None:
-        self._ledger = ledger
+    __slots__ = ("asking", "executions", "ticks")
+
+    def __init__(self) -> None:
+        self.asking = False
+        self.ticks = 0  # since something came or went
+        self.executions = 0
+
+
+class Reconciler:
+    """Every method may be called from any thread. Only ``start``, ``adopt``, ``reconcile`` and ``agent_lost`` wait."""
+
+    def __init__(self, tracker: ExecutionTracker, registry: Registry, dispatcher: Dispatcher, *, shared: bool) -> None:
+        self._tracker = tracker
         self._registry = registry
         self._dispatcher = dispatcher
-        self._calls = calls
         self._shared = shared
-        self._following = Following(calls, self._followed_ended)
+        self._pool = Pool("reconcile", _THREADS)
         self._lock = threading.Lock()
+        self._polls: dict[str, _Poll] = {}
         self._adoptions = 0
-        self._taken = 0  # how many of them what the store says is ours was compared with what is in hand for
+        self._taken_over = 0  # how many of them what the store says is ours was compared with what is in flight for
         self._taking = threading.Lock()
         self._audited_at = float("-inf")
-        dispatcher.on_lost = self._following.add
 
-    # -- what former lives left --------------------------------------------------------
+    # -- what an earlier process left ------------------------------------------------------
 
     def start(self) -> int:
-        """Take over what former lives owned; how many. With a shared store only the leader says who is dead.
+        """Take over what earlier processes owned; how many. With a shared store only the leader says who is dead.
 
         Raises StoreUnavailable.
         """
         if self._shared:
             return 0
-        store, session = self._ledger.store, self._ledger.session
+        store, session = self._tracker.store, self._tracker.session
         owners: set[str] = set()
         cursor = ""
         while True:
@@ -72,160 +94,176 @@ class Recovery:
         Raises LeaseLost, StoreUnavailable.
         """
         count = self._adopt(dead_session, lease)
-        self._calls.soon("taking executions over", self._try_to_take_over)
+        self._pool.submit(self._try_to_take_over)
         return count
 
     def _adopt(self, dead_session: str, lease: Lease | None) -> int:
         try:
-            count = self._ledger.store.adopt_executions(dead_session, self._ledger.session, lease)
+            count = self._tracker.store.adopt_executions(dead_session, self._tracker.session, lease)
         finally:
             # Also when it failed: it may have been written all the same.
             with self._lock:
                 self._adoptions += 1
         if count:
-            log.info("took over %d executions of a Flux that has ended (%s)", count, dead_session)
+            log.info("adopted %d orphaned executions of a Flux that has ended (%s)", count, dead_session)
         return count
 
     def _try_to_take_over(self) -> None:
         try:
             self._take_over()
         except StoreUnavailable as error:
-            log.warning("what an ended Flux left open is taken over later: %s", error.message)
+            log.warning("orphaned executions are taken over later: %s", error.message)
 
     def _take_over(self) -> None:
-        """Everything the store says is ours and is not in hand. ``tick`` does it too until it has gone through."""
+        """Everything the store says is ours and is not in flight. ``tick`` does it too until it has gone through."""
         agents: set[str] = set()
         with self._taking:
             adoptions = self._adoptions
-            # Also before the store is read: what has ended since is neither open nor in hand.
-            ours = {execution.execution_id for execution in self._ledger.all()}
-            for entry in self._ledger.store.executions_of(self._ledger.session):
-                record = entry.record
-                if record.execution_id in ours or self._ledger.get(record.execution_id) is not None:
+            # Also before the store is read: what has ended since is neither open nor in flight.
+            ours = {execution.execution_id for execution in self._tracker.all()}
+            for entry in self._tracker.store.executions_of(self._tracker.session):
+                if entry.execution_id in ours or self._tracker.get(entry.execution_id) is not None:
                     continue
-                if record.agent_id:
-                    self._following.add(record)
-                    agents.add(record.agent_id)
-                else:
-                    self._queue_again(record)
-            self._taken = adoptions
-        for agent_id in agents:
-            self._following.ask(agent_id)
+                self._take(entry)
+                agents.add(entry.record.agent_id)
+            self._taken_over = adoptions
+        for agent_id in agents - {""}:
+            self._ask_soon(agent_id, counts=False)
 
-    def _queue_again(self, record: ExecutionRecord) -> None:
+    def _take(self, entry: ExecutionEntry) -> None:
+        """One that is ours and was not in flight. Raises StoreUnavailable."""
+        record = entry.record
+        execution = Execution(record.function_name, None, record.execution_id, record.started_at)
+        execution.asynchronous = record.asynchronous
+        execution.agent_id = record.agent_id
+        if record.agent_id:
+            execution.state = State.RUNNING
+            execution.watch = Watch()
+            self._tracker.add(execution)
+            return
         if not record.asynchronous:
             text = "the Flux it waited in has ended"
-            self._ledger.end(record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.STOPPING))
+            self._tracker.write_end(
+                record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.STOPPING)
+            )
             return
-        # Its request stays in the store until a slot is found.
-        execution = Execution(record.function_name, None, record.execution_id, record.started_at)
-        execution.created = execution.detached = True
-        try:
-            # Before it is in hand: a store that is away leaves it to the next try.
-            self._dispatcher.slots.need(record.function_name)
-        except NotFound:
-            self._dispatcher.give_up(execution, NotFound(f"function {record.function_name} was deleted"))
-        else:
-            self._ledger.hold(execution)
-            self._dispatcher.room.join(execution, pressed=True, invited=True)
+        self._dispatcher.queue_again(execution)
 
-    # -- what membership says of an agent ------------------------------------------------
+    # -- what membership says of an agent --------------------------------------------------
 
     def reconcile(self, agent_id: str, running: Collection[str] | None) -> None:
-        """The agent is (back) here and runs these; None: an original agent, which has to be asked for each.
+        """The agent is (back) here and runs these; None: a legacy agent, which has to be asked for each.
 
         Only those this Flux owns: another living Flux does the same for its own.
         """
-        open_here = {entry.execution_id: entry for entry in self._ledger.store.open_executions(agent_id)}
-        for execution_id, entry in open_here.items():
-            held = self._ledger.get(execution_id)
-            if entry.owner != self._ledger.session or (held is not None and not held.accepted):
-                continue
-            if held is None or running is None or execution_id not in running:
-                self._following.add(entry.record)
-        for execution_id in running or ():
-            if execution_id not in open_here:
-                self._end_given_up(agent_id, execution_id)
-        self._following.ask(agent_id)
+        open_here = {entry.execution_id for entry in self._tracker.store.open_executions(agent_id)}
+        for execution in self._at(agent_id):
+            if execution.state is State.RUNNING and (running is None or execution.attempt_id not in running):
+                self.watch(execution)
+        for attempt_id in running or ():
+            execution_id, _ = split_attempt_id(attempt_id)
+            if execution_id not in open_here and self._tracker.get(execution_id) is None:
+                self._cancel_given_up(agent_id, attempt_id)
+        self._ask_soon(agent_id, counts=False)
 
-    def agent_restarted(self, agent_id: str, began: float) -> None:
-        """An original agent's process began then or a second later (epoch seconds): what it was sent before is lost.
+    def _at(self, agent_id: str) -> list[Execution]:
+        return [one for one in self._tracker.all() if one.agent_id == agent_id and one.state.at_agent]
 
-        Whichever Flux owns it, as only the leader learns of the restart.
-        """
-        for entry in self._ledger.store.open_executions(agent_id):
-            held = self._ledger.get(entry.execution_id)
-            waited = held.waited_ms / 1000 if held is not None else 0.0
-            if entry.record.started_at + waited < began:
-                self._following.add_lost(entry.record)
-        self._following.ask(agent_id)
+    def watch(self, execution: Execution) -> None:
+        """No event will tell its end."""
+        if execution.watch is None:
+            execution.watch = Watch()
+        poll = self._polls.get(execution.agent_id)
+        if poll is not None:
+            poll.ticks = 0
 
-    def _end_given_up(self, agent_id: str, execution_id: str) -> None:
-        entry = self._ledger.entry(execution_id)
+    def missing(self, agent_id: str, attempt_id: str) -> None:
+        """The agent was attached again and neither runs this nor owes its end."""
+        execution = self._tracker.get(split_attempt_id(attempt_id)[0])
+        if execution is not None and execution.agent_id == agent_id and execution.state is State.RUNNING:
+            self.watch(execution)
+            self._ask_soon(agent_id, counts=False)
+
+    def _cancel_given_up(self, agent_id: str, attempt_id: str) -> None:
+        execution_id, _ = split_attempt_id(attempt_id)
+        entry = self._tracker.entry(execution_id)
         if entry is None:
-            log.warning("agent %s runs %s, which this Flux knows nothing of; it is left alone", agent_id, execution_id)
+            log.warning("agent %s runs %s, which this Flux does not know: left alone", agent_id, attempt_id)
         elif entry.record.status is ExecutionStatus.CANCELLED or entry.record.error_kind is ErrorKind.AGENT_LOST:
             # Others with an end have come to it by themselves, after the agent had listed them.
-            log.warning("agent %s still ran %s, which was given up: it is ended", agent_id, execution_id)
-            record = replace(entry.record, agent_id=agent_id)
-            self._calls.soon(
-                f"ending {execution_id} at {agent_id}",
-                lambda: self._calls.cancel(record, "given up while the agent was away"),
-            )
+            log.warning("agent %s still ran %s, which was given up: cancelling it", agent_id, attempt_id)
+            connection = self._registry.connection(agent_id)
+            if connection is not None:
+                connection.request_cancel(attempt_id, reason=_GIVEN_UP, on_answer=lambda answer: None)
+
+    def agent_restarted(self, agent_id: str, began: float) -> None:
+        """A legacy agent's process began then or a second later (epoch seconds): what it was sent before is lost.
+
+        Whichever Flux owns it, as only the leader learns of the restart. What another Flux owns is watched until it is
+        asked for; the audit lets go of what is left.
+        """
+        for entry in self._tracker.store.open_executions(agent_id):
+            execution = self._tracker.get(entry.execution_id)
+            waited = execution.waited_ms / 1000 if execution is not None else 0.0
+            if entry.record.started_at + waited >= began:
+                continue
+            if execution is None:
+                self._take(entry)
+                execution = self._tracker.get(entry.execution_id)
+            if execution is not None and execution.state is State.RUNNING:
+                self.watch(execution)
+                if execution.watch is not None:
+                    execution.watch.agent_restarted = True
+        self._ask_soon(agent_id, counts=False)
 
     def agent_lost(self, agent_id: str, reason: str) -> int:
         """Everything open there has failed for good; how many there were."""
-        entries = self._ledger.store.open_executions(agent_id)
+        entries = self._tracker.store.open_executions(agent_id)
         now = time.time()
+        text = f"agent lost: {reason}"
         for entry in entries:
-            text = f"agent lost: {reason}"
-            commit = self._ledger.end(
-                entry.record.ended(ExecutionStatus.FAILED, at=now, error=text, kind=ErrorKind.AGENT_LOST)
-            )
-            held = self._ledger.get(entry.execution_id)
-            if held is not None and held.accepted:
-                self._out_of_hand(entry.execution_id)
+            final = entry.record.ended(ExecutionStatus.FAILED, at=now, error=text, kind=ErrorKind.AGENT_LOST)
+            execution = self._tracker.get(entry.execution_id)
+            if execution is not None and execution.state is State.RUNNING and execution.agent_id == agent_id:
+                self._tracker.end(execution, final)
+                commit = execution.commit
+            else:
+                commit = self._tracker.write_end(final)
         if entries and commit is not None:
             commit.wait()
-        self._following.forget(agent_id)
         return len(entries)
 
-    def ended_at(self, agent_id: str, record: ExecutionRecord) -> None:
-        """What an agent says of its own: none may end what another one was given after it."""
-        held = self._ledger.get(record.execution_id)
-        if held is not None:
-            owner = held.agent_id
+    def ended(self, agent_id: str, report: ExecutionRecord) -> None:
+        """An agent tells the end of an attempt: it may end neither another agent's execution nor a later attempt."""
+        execution_id, attempt = split_attempt_id(report.execution_id)
+        execution = self._tracker.get(execution_id)
+        if execution is None:
+            # On a thread of its connection, which must not wait for the store.
+            self._pool.submit(self._ended_elsewhere, agent_id, execution_id, report)
+        elif execution.agent_id == agent_id and execution.attempt == attempt:
+            self._dispatcher.ended(execution, report)
         else:
-            entry = self._ledger.entry(record.execution_id)
-            owner = entry.record.agent_id if entry is not None else ""
-        if owner == agent_id:
-            self.ended(record)
-        else:
-            log.warning("agent %s told the end of %s, which is not its own", agent_id, record.execution_id)
+            log.warning("stale end of %s from agent %s: ignored", report.execution_id, agent_id)
 
-    def ended(self, record: ExecutionRecord) -> None:
-        """An agent says that an asynchronous one has ended. First end wins."""
-        held = self._ledger.get(record.execution_id)
-        if held is None:
-            self._ledger.end(record)
+    def _ended_elsewhere(self, agent_id: str, execution_id: str, report: ExecutionRecord) -> None:
+        try:
+            entry = self._tracker.entry(execution_id)
+        except StoreUnavailable as error:
+            log.warning("the end of %s at agent %s is asked for later: %s", execution_id, agent_id, error.message)
             return
-        if held.asynchronous:
-            if held.reservation is not None:
-                self._registry.release(held.reservation)
-            self._dispatcher.finish(held, record)
+        if entry is None or entry.record.status.ended:
+            return
+        if entry.record.agent_id != agent_id:
+            log.warning("stale end of %s from agent %s: ignored", execution_id, agent_id)
+            return
+        self._tracker.write_end(merge_report(entry.record, report))
 
-    # -- what nobody tells -----------------------------------------------------------------
+    # -- periodic ---------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """About every second; ``now`` is epoch seconds. Raises StoreUnavailable."""
-        for execution in self._ledger.all():
-            reservation = execution.reservation
-            if execution.accepted and reservation is not None:
-                connection = reservation.agent.connection
-                if connection is not None and connection.original:
-                    self._following.add(execution.merged(execution.record(Phase.RUNNING)))
-        self._following.tick()
-        if self._taken != self._adoptions:
+        self._poll_agents()
+        if self._taken_over != self._adoptions:
             self._try_to_take_over()
         self._give_up_departed()
         # Apart, in whichever direction: ``now`` is the wall clock's, and may have been set back.
@@ -233,60 +271,159 @@ class Recovery:
             self._audited_at = now
             self._audit(now)
 
-    def _followed_ended(self, ours: ExecutionRecord, theirs: ExecutionRecord) -> None:
-        self.ended(theirs if self._ledger.get(ours.execution_id) is not None else merged(ours, theirs))
+    def _unattended(self) -> Mapping[str, list[Execution]]:
+        found: dict[str, list[Execution]] = defaultdict(list)
+        for execution in self._tracker.all():
+            if execution.watch is not None and execution.state is State.RUNNING:
+                found[execution.agent_id].append(execution)
+        return found
+
+    def _poll_agents(self) -> None:
+        unattended = self._unattended()
+        with self._lock:
+            for agent_id in list(self._polls):
+                if agent_id not in unattended and not self._polls[agent_id].asking:
+                    del self._polls[agent_id]
+        for agent_id, executions in unattended.items():
+            poll = self._poll(agent_id)
+            if poll.executions != len(executions):
+                poll.executions, poll.ticks = len(executions), 0
+            poll.ticks += 1
+            if poll.ticks <= _QUIET or poll.ticks % _SELDOM == 0:
+                self._ask_soon(agent_id, counts=True)
+
+    def _poll(self, agent_id: str) -> _Poll:
+        with self._lock:
+            return self._polls.setdefault(agent_id, _Poll())
+
+    def _ask_soon(self, agent_id: str, *, counts: bool) -> None:
+        """``counts=False``: not knowing an execution is not held against the agent yet."""
+        poll = self._poll(agent_id)
+        with self._lock:
+            if poll.asking:
+                return
+            poll.asking = True
+        if not self._pool.submit(self._ask, agent_id, poll, counts):
+            poll.asking = False
+
+    def _ask(self, agent_id: str, poll: _Poll, counts: bool) -> None:
+        try:
+            executions = [one for one in self._at(agent_id) if one.watch is not None and one.state is State.RUNNING]
+            connection = self._registry.connection(agent_id)
+            if connection is None or not executions:
+                return
+            inventory = connection.inventory()
+            running = inventory.open_executions if inventory is not None else None
+            for execution in executions:
+                try:
+                    self._ask_for(execution, connection, running, counts)
+                except AgentRefused as error:
+                    # One that cannot be told must not hide the others.
+                    log.info("agent %s cannot tell of %s: %s", agent_id, execution.execution_id, error.message)
+        except AgentError as error:
+            log.info("agent %s cannot be asked for its executions: %s", agent_id, error.message)
+        except Exception:
+            log.exception("the executions of agent %s cannot be reconciled", agent_id)
+        finally:
+            with self._lock:
+                poll.asking = False
+
+    def _ask_for(
+        self, execution: Execution, connection: AgentConnection, running: Collection[str] | None, counts: bool
+    ) -> None:
+        watch = execution.watch
+        if watch is None:
+            return
+        if running is not None and execution.attempt_id in running:
+            self._runs(execution, watch, connection)
+            return
+        # A legacy agent's record may say for an hour after a restart that it runs. Looked at first: it may end meanwhile.
+        idle = running is None and self._idle_since(execution.agent_id, watch.since)
+        try:
+            report = connection.record(execution.attempt_id, with_output=False)
+        except AnswerTooLarge as error:
+            watch.misses = 0
+            watch.unreadable_since = watch.unreadable_since or time.time()
+            if self._idle_since(execution.agent_id, watch.unreadable_since):
+                self._lost(execution, f"it has ended, and how is lost: {error.message}")
+            return
+        if report is None:
+            watch.misses += counts
+            if watch.misses >= _MISSES:
+                self._lost(execution, f"agent lost: {execution.agent_id} knows nothing of it (any more)")
+        elif not report.status.ended and (watch.agent_restarted or idle):
+            self._lost(execution, f"agent lost: {execution.agent_id} has restarted while it ran")
+        elif report.status.ended:
+            self._dispatcher.ended(execution, report)
+        else:
+            self._runs(execution, watch, connection)
+
+    def _runs(self, execution: Execution, watch: Watch, connection: AgentConnection) -> None:
+        """It runs there. A synchronous one is cancelled: its caller was told that it is lost."""
+        watch.misses = 0
+        if not execution.asynchronous and not watch.cancelled:
+            watch.cancelled = True
+            reason = "cancelled: its caller was told that it is lost"
+            connection.request_cancel(execution.attempt_id, reason=reason, on_answer=lambda answer: None)
+
+    def _lost(self, execution: Execution, reason: str) -> None:
+        record = execution.record(Phase.RUNNING)
+        final = record.ended(ExecutionStatus.FAILED, at=time.time(), error=reason, kind=ErrorKind.AGENT_LOST)
+        self._tracker.end(execution, final)
+
+    def _idle_since(self, agent_id: str, moment: float) -> bool:
+        """Whether the agent has reported after ``moment`` (epoch seconds) that it runs nothing."""
+        agent = self._registry.get(agent_id)
+        figures = agent.figures if agent is not None else None
+        return figures is not None and figures.collected_at > moment and figures.active_tasks == 0
 
     def _give_up_departed(self) -> None:
         """What is at an agent that has left ends, even when whoever took it out of the fleet died at that.
 
-        Left is who is neither in the registry, which may not have been read yet or know of one too late, nor in the
-        store: an agent comes into the store first and goes from there first.
+        An agent has left when it is neither in the registry, which may not have been read yet or know of one too late,
+        nor in the store: an agent comes into the store first and goes from there first.
         """
-        held = [one for one in self._ledger.all() if one.accepted]
-        departed = {*self._following.agents(), *(one.agent_id for one in held)}
-        departed = {agent_id for agent_id in departed if not self._calls.known(agent_id)}
+        agents = {one.agent_id for one in self._tracker.all() if one.state is State.RUNNING}
+        departed = {agent_id for agent_id in agents if self._registry.get(agent_id) is None}
         if departed:
-            departed.difference_update(record.agent_id for record in self._ledger.store.agents())
+            departed.difference_update(record.agent_id for record in self._tracker.store.agents())
         for agent_id in departed:
-            count = self.agent_lost(agent_id, "it is no longer registered")
-            log.warning("agent %s is no longer registered: %d executions there are given up", agent_id, count)
-            for execution in held:
-                if execution.agent_id == agent_id:
-                    # Accepted while the agent left: the store had its end before.
-                    self._out_of_hand(execution.execution_id)
+            reason = "it is no longer registered"
+            count = self.agent_lost(agent_id, reason)
+            log.warning("agent %s is no longer registered: %d executions there have failed", agent_id, count)
+            for execution in self._at(agent_id):
+                # Accepted while the agent left: the store had its end before.
+                if execution.state is State.RUNNING:
+                    self._tracker.let_go(execution)
 
     def _audit(self, now: float) -> None:
-        """What another Flux ended (a cancel that crossed our sending, an agent given up) runs and waits here no more.
+        """Compare what is in flight here with what the store says is ours, in both directions."""
+        # Before the store is read: what comes into flight after it is not open there yet.
+        known = {execution.execution_id: execution for execution in self._tracker.all()}
+        ours = {entry.execution_id: entry for entry in self._tracker.store.executions_of(self._tracker.session)}
+        for execution_id, execution in known.items():
+            settled = execution.state is State.RUNNING or execution in self._dispatcher.backlog
+            if settled and execution_id not in ours and abs(now - execution.accepted_at) > _AUDIT_SECONDS:
+                self._no_longer_ours(execution)
+        for execution_id, entry in ours.items():
+            stray = execution_id not in known and self._tracker.get(execution_id) is None
+            if stray and abs(now - entry.record.started_at) > _AUDIT_AGE:
+                log.warning("orphaned execution %s found in the store: taking it over", execution_id)
+                self._take(entry)
 
-        Nor does what one took over while we were frozen, but at its agent that goes on.
-        """
-        # Before the store is read: what comes into hand after it is not open there yet.
-        known = [one for one in self._ledger.all() if one.accepted] + self._dispatcher.room.all()
-        held = [one for one in known if abs(now - one.accepted_at) > _AUDIT_SECONDS]
-        if not held:
-            return
-        still_ours = {entry.execution_id for entry in self._ledger.store.executions_of(self._ledger.session)}
-        for execution in held:
-            if execution.execution_id in still_ours:
-                continue
-            if not execution.accepted:
-                self._send_away(execution)
-                continue
-            entry = self._ledger.entry(execution.execution_id)
-            taken_over = entry is not None and not entry.record.status.ended
-            if self._out_of_hand(execution.execution_id) and not taken_over:
-                self._calls.cancel_soon(execution, "ended by another Flux")
+    def _no_longer_ours(self, execution: Execution) -> None:
+        """Another Flux has ended it (a cancel that crossed our sending, a lost agent), or taken it over."""
+        entry = self._tracker.entry(execution.execution_id)
+        taken_over = entry is not None and not entry.record.status.ended
+        if execution.state is State.QUEUED:
+            if self._dispatcher.backlog.remove(execution):
+                self._dispatcher.ended_elsewhere(execution)
+        elif self._tracker.let_go(execution) and not taken_over:
+            connection = self._registry.connection(execution.agent_id)
+            if connection is not None:
+                connection.request_cancel(
+                    execution.attempt_id, reason="ended by another Flux", on_answer=lambda answer: None
+                )
 
-    def _send_away(self, execution: Execution) -> None:
-        if not self._dispatcher.room.leave(execution):
-            return
-        if execution.detached:
-            self._ledger.drop(execution.execution_id)
-        else:
-            execution.deliver(Conflict(f"execution {execution.execution_id} is no longer this Flux's"))
-
-    def _out_of_hand(self, execution_id: str) -> bool:
-        execution = self._ledger.drop(execution_id)
-        if execution is not None and execution.reservation is not None:
-            self._registry.release(execution.reservation)
-        return execution is not None
+    def close(self, deadline: Deadline) -> None:
+        self._pool.stop(deadline)

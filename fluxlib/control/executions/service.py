@@ -1,31 +1,42 @@
-"""Executions as HTTP and the fleet see them: one record with one life, whichever way it was started."""
+"""Executions as HTTP and the fleet see them: one record from acceptance to end, whichever way it was started."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from fluxlib.control.agents.connection import ConnectionEvents
 from fluxlib.control.agents.registry import Registry
-from fluxlib.control.executions.agent_calls import AgentCalls
-from fluxlib.control.executions.cancelling import Cancelling
-from fluxlib.control.executions.dispatcher import Dispatcher
-from fluxlib.control.executions.execution import AlreadyKnown, Execution, new_execution_id
+from fluxlib.control.executions.dispatcher import CancelAnswer, Dispatcher
+from fluxlib.control.executions.execution import (
+    AlreadyKnown,
+    Execution,
+    OnReply,
+    Reply,
+    State,
+    merge_report,
+    new_execution_id,
+)
 from fluxlib.control.executions.outputs import Outputs
-from fluxlib.control.executions.reconciler import Recovery
-from fluxlib.control.executions.repeated import Repeated
-from fluxlib.control.executions.slots import Lookup
-from fluxlib.control.executions.tracker import COMMIT_PATIENCE, Ledger
-from fluxlib.control.services import Call, Caller, OutputStream
-from fluxlib.errors import AgentLost, InvalidInput, NotFound, Stopping
+from fluxlib.control.executions.placement import Functions
+from fluxlib.control.executions.reconciler import Reconciler
+from fluxlib.control.executions.tracker import COMMIT_SECONDS, ExecutionTracker
+from fluxlib.control.services import AgentAway, Call, Caller, OutputStream
+from fluxlib.errors import AgentError, AgentLost, Conflict, FluxError, InvalidInput, NotFound, Stopping, Unavailable
 from fluxlib.lifecycle import Deadline, Timers
-from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store.base import ControlStore, ExecutionFilter, Lease, Page
 
-# What those are ended with that are still waited for when the time to stop is over, and how long (seconds) they get.
-_FAREWELL = "cancelled: Flux is stopping"
-_FAREWELL_SECONDS = 1.5
+# Calls that still run when the time to stop is over are cancelled with this reason, and get so long (seconds) to end.
+_SHUTDOWN_CANCEL = "cancelled: Flux is stopping"
+_SHUTDOWN_CANCEL_SECONDS = 1.5
+_CLIENT_GONE = "cancelled: the client has gone away"
+# Seconds beyond the grace that a kill may take until it is certain.
+_KILL_MARGIN = 5.0
+# No event tells what another Flux does with a submission: it is looked at this often (seconds).
+_LOOK_SECONDS = 0.2
 
 
 class ExecutionService:
@@ -39,7 +50,7 @@ class ExecutionService:
         self,
         store: ControlStore,
         registry: Registry,
-        functions: Lookup,
+        functions: Functions,
         timers: Timers,
         session: str,
         *,
@@ -54,66 +65,113 @@ class ExecutionService:
         self._functions = functions
         self._shared = shared
         self._lease = lease
-        self._ledger = Ledger(store, session, keep_for)
-        self._calls = AgentCalls(registry, kill_grace, store.agent)
-        self._dispatcher = Dispatcher(registry, functions, self._ledger, timers, self._calls.cancel_soon, max_waiting)
-        self._recovery = Recovery(self._ledger, registry, self._dispatcher, self._calls, shared=shared)
-        self._outputs = Outputs(self._ledger, self._calls, self._recovery)
-        self._repeated = Repeated(self._ledger, self._calls)
-        self._cancelling = Cancelling(self._ledger, self._dispatcher, self._calls, self._recovery, self._outputs)
+        self._cancel_timeout = kill_grace + _KILL_MARGIN
+        self._tracker = ExecutionTracker(store, session, keep_for, registry.release)
+        self._dispatcher = Dispatcher(registry, functions, self._tracker, timers, max_waiting)
+        self._reconciler = Reconciler(self._tracker, registry, self._dispatcher, shared=shared)
+        self._outputs = Outputs(self._tracker, registry, self._dispatcher)
         self._stopping = False
 
     # -- starting one ------------------------------------------------------------------
 
     def execute(self, call: Call, caller: Caller) -> ExecutionRecord:
         """See services.Executions. The slot is given back before this returns."""
-        execution = self._execution(call, asynchronous=False)
-        caller.on_gone(lambda: _discard(self._dispatcher.withdraw(execution, "cancelled: the client has gone away")))
+        waiter = _Waiter()
+        execution = self.start_call(call, caller, waiter.reply)
         try:
-            reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
-            record = self._dispatcher.drive(execution, reservation)
+            record = waiter.wait()
         except AgentLost as error:
-            if execution.stop_reason == _FAREWELL:
+            if execution.cancel_reason == _SHUTDOWN_CANCEL:
                 raise _stopping(execution, "the call was let go") from error
             raise
-        finally:
-            execution.over = True  # a client that leaves from now on has its answer
-        if execution.stop_reason == _FAREWELL and record is not None and record.status is ExecutionStatus.CANCELLED:
+        if execution.cancel_reason == _SHUTDOWN_CANCEL and record.status is ExecutionStatus.CANCELLED:
             raise _stopping(execution, "the call was ended")
-        if record is None:
-            raise NotFound(f"execution {execution.execution_id} is gone from the store")
         return record
+
+    def start_call(self, call: Call, caller: Caller, on_reply: OnReply) -> Execution:
+        """Start a synchronous execution; ``on_reply`` gets its final record or an error, on any thread, once.
+
+        Raises what is wrong with the call itself.
+        """
+        execution = self._execution(call, asynchronous=False, on_reply=on_reply)
+        caller.on_gone(lambda: self._client_gone(execution))
+        self._dispatcher.start(execution)
+        return execution
+
+    def _client_gone(self, execution: Execution) -> None:
+        if execution.on_reply is not None:  # else it has its answer
+            self._dispatcher.cancel(execution, _CLIENT_GONE)
 
     def submit(self, call: Call) -> str:
         """See services.Executions. Answers once an agent has accepted it, or once it is queued for good."""
-        deadline = Deadline(COMMIT_PATIENCE)
+        deadline = Deadline(COMMIT_SECONDS)
         while True:
             try:
                 return self._submit(call)
             except AlreadyKnown as known:
-                if self._repeated.stays(known.execution_id, deadline):
+                if self._stays(known.execution_id, deadline):
                     return known.execution_id
             # The first one came to nothing: this is the first now.
 
     def _submit(self, call: Call) -> str:
         """Raises AlreadyKnown."""
-        execution = self._execution(call, asynchronous=True)
+        waiter = _Waiter()
+        execution = self._execution(call, asynchronous=True, on_reply=waiter.reply)
         execution.idempotency_key = call.idempotency_key
-        reservation = self._dispatcher.take(self._dispatcher.slots.need(call.function_name))
-        if reservation is None and call.idempotency_key:
-            # What was accepted before is no matter of room.
-            known = self._store.execution_by_key(call.function_name, call.idempotency_key)
-            if known is not None and not (known.record.status.ended and known.keep_until <= time.time()):
-                raise AlreadyKnown(known.execution_id)
+        self._dispatcher.start(execution)
         try:
-            self._dispatcher.drive(execution, reservation)
+            waiter.wait()
         except AgentLost as error:
             if self._stopping:
                 raise _stopping(execution, "whether an agent has accepted it is not known yet") from error
             raise
         return execution.execution_id
 
-    def _execution(self, call: Call, *, asynchronous: bool) -> Execution:
+    def _stays(self, execution_id: str, deadline: Deadline) -> bool:
+        """Wait until a submission under the same idempotency key is settled: True when its ID can be answered, False
+        when it was rejected and forgotten.
+
+        Raises Unavailable when that is not known at the deadline, StoreUnavailable.
+        """
+        changed = threading.Event()
+        # Before the first look: a change after it must not be missed.
+        self._tracker.watch(execution_id, changed.set)
+        try:
+            while True:
+                settled = self._settled(execution_id)
+                if settled is not None:
+                    return settled
+                remaining = deadline.remaining()
+                if remaining <= 0:
+                    text = "the first submission with this Idempotency-Key has not been accepted yet: try again"
+                    raise Unavailable(text, retry_after=1)
+                changed.wait(min(_LOOK_SECONDS, remaining))
+                changed.clear()
+        finally:
+            self._tracker.unwatch(execution_id, changed.set)
+
+    def _settled(self, execution_id: str) -> bool | None:
+        """None: neither yet. In this order: what goes from one place is in the next before."""
+        execution = self._tracker.get(execution_id)
+        if execution is not None:
+            return True if execution.accepted else None
+        if self._tracker.is_forgetting(execution_id):
+            return None
+        entry = self._store.execution(execution_id)
+        if entry is None:
+            return False
+        if entry.owner == self._tracker.session or entry.record.status.ended or entry.record.phase is Phase.QUEUED:
+            return True
+        # Another Flux has sent it to this agent, which knows what it has accepted. The store is not told of that.
+        connection = self._registry.connection(entry.record.agent_id)
+        try:
+            found = connection.record(execution_id, with_output=False) if connection is not None else None
+        except AgentError:
+            return None
+        # It also keeps what it had begun to start and could not: that one is sent on, or rejected.
+        return True if found is not None and not found.error_kind.nothing_started else None
+
+    def _execution(self, call: Call, *, asynchronous: bool, on_reply: OnReply) -> Execution:
         if self._stopping:
             raise Stopping("Flux is stopping", retry_after=5)
         function = self._functions.lookup(call.function_name)
@@ -128,7 +186,7 @@ class ExecutionService:
         request = ExecutionRequest(
             execution_id, call.function_name, call.args, call.stdin, call.timeout_seconds, asynchronous
         )
-        return Execution(call.function_name, request, execution_id, time.time())
+        return Execution(call.function_name, request, execution_id, time.time(), on_reply)
 
     # -- reading -----------------------------------------------------------------------
 
@@ -148,15 +206,104 @@ class ExecutionService:
 
     def _phased(self, record: ExecutionRecord) -> ExecutionRecord:
         # "running" is no write of its own: it would cost one more for each execution.
-        held = self._ledger.get(record.execution_id) if record.phase is Phase.STARTING else None
-        return replace(record, phase=Phase.RUNNING) if held is not None and held.sent else record
+        execution = self._tracker.get(record.execution_id) if record.phase is Phase.STARTING else None
+        sent = execution is not None and execution.state.at_agent
+        return replace(record, phase=Phase.RUNNING) if sent else record
 
     def output(self, execution_id: str, offset: int, *, follow: bool) -> OutputStream:
         return self._outputs.stream(execution_id, offset, follow=follow)
 
+    # -- cancelling --------------------------------------------------------------------
+
     def cancel(self, execution_id: str) -> ExecutionRecord:
         """See services.Executions. Works on any Flux of the store, whoever started it."""
-        return self._cancelling.cancel(execution_id)
+        execution = self._tracker.get(execution_id)
+        if execution is None:
+            return self._cancel_elsewhere(execution_id)
+        changed = threading.Event()
+        answers: list[CancelAnswer] = []
+
+        def answered(answer: CancelAnswer) -> None:
+            answers.append(answer)
+            changed.set()
+
+        self._tracker.watch(execution_id, changed.set)
+        try:
+            self._dispatcher.cancel(execution, "cancelled", answered)
+            deadline = Deadline(self._cancel_timeout)
+            while execution.state is not State.ENDED:
+                if not changed.wait(deadline.remaining()):
+                    raise self._not_dead(execution.record(Phase.ENDING))
+                changed.clear()
+                if answers:
+                    self._check_cancelled(execution, answers.pop())
+        finally:
+            self._tracker.unwatch(execution_id, changed.set)
+        if execution.commit is not None:
+            execution.commit.wait(COMMIT_SECONDS)
+        final = self._outputs.entry(execution_id).record
+        if final.status is not ExecutionStatus.CANCELLED:
+            raise _already_ended(final)
+        return final
+
+    def _check_cancelled(self, execution: Execution, answer: CancelAnswer) -> None:
+        """What the agent said of it, before its end has come. Raises AgentAway when that will not come soon."""
+        if execution.state is State.ENDED:
+            return
+        if isinstance(answer, FluxError):
+            raise self._outputs.away(execution.record(Phase.ENDING), answer.message)
+        if answer is ExecutionStatus.RUNNING:
+            raise self._not_dead(execution.record(Phase.ENDING))
+        if answer is not None and execution.watch is not None:
+            # It is dead, and no event will tell its end.
+            record = execution.record(Phase.ENDING)
+            self._dispatcher.ended(execution, self._end_of(record, answer))
+
+    def _cancel_elsewhere(self, execution_id: str) -> ExecutionRecord:
+        """One that is not in flight here: it has ended, waits in the store, or runs for another Flux."""
+        record = self._outputs.entry(execution_id).record
+        if record.status.ended:
+            raise _already_ended(record)
+        if not record.agent_id:
+            return self._end_elsewhere(record, "cancelled")
+        connection = self._outputs.need_connection(record)
+        try:
+            status = connection.cancel(execution_id, reason="cancelled", timeout=self._cancel_timeout)
+            if status is None:
+                return self._end_elsewhere(record, "cancelled; its agent knew nothing of it")
+            if status is ExecutionStatus.RUNNING:
+                raise self._not_dead(record)
+            final = merge_report(record, self._end_of(record, status))
+        except AgentError as error:
+            if isinstance(error, AgentAway):
+                raise
+            raise self._outputs.away(record, error.message) from error
+        return self._write_elsewhere(final)
+
+    def _end_of(self, record: ExecutionRecord, status: ExecutionStatus) -> ExecutionRecord:
+        """The agent's report of one that is dead. Raises AgentError."""
+        found = self._outputs.need_connection(record).record(record.execution_id, with_output=False)
+        if found is not None and found.status.ended:
+            return found
+        return record.ended(status, at=time.time(), error="cancelled", kind=ErrorKind.CANCELLED)
+
+    def _end_elsewhere(self, record: ExecutionRecord, error: str) -> ExecutionRecord:
+        return self._write_elsewhere(
+            record.ended(ExecutionStatus.CANCELLED, at=time.time(), error=error, kind=ErrorKind.CANCELLED)
+        )
+
+    def _write_elsewhere(self, final: ExecutionRecord) -> ExecutionRecord:
+        """Write the end, if nobody was quicker."""
+        commit = self._tracker.write_end(final)
+        if commit is not None:
+            commit.wait(COMMIT_SECONDS)
+        written = self._outputs.entry(final.execution_id).record
+        if written.status is not ExecutionStatus.CANCELLED:
+            raise _already_ended(written)
+        return written
+
+    def _not_dead(self, record: ExecutionRecord) -> AgentAway:
+        return self._outputs.away(record, f"it was not dead within {self._cancel_timeout:g} s")
 
     # -- for membership, the leader and the application --------------------------------
 
@@ -164,50 +311,58 @@ class ExecutionService:
         """What this agent's connection is to call."""
         registry = self._registry
         return ConnectionEvents(
-            ended=lambda record: self._recovery.ended_at(agent_id, record),
+            ended=lambda report: self._reconciler.ended(agent_id, report),
             full=lambda function_name: registry.mark_full(agent_id, function_name),
             freed=lambda function_name: registry.freed(agent_id, function_name),
-            attached=lambda yes: _discard(registry.update(agent_id, reachable=yes)),
-            stopping=lambda: _discard(registry.update(agent_id, reachable=False)),
+            missing=lambda attempt_id: self._reconciler.missing(agent_id, attempt_id),
+            attached=lambda yes: self._reachable(agent_id, yes),
+            stopping=lambda: self._reachable(agent_id, False),
         )
 
+    def _reachable(self, agent_id: str, yes: bool) -> None:
+        self._registry.update(agent_id, reachable=yes)
+
     def start(self) -> None:
-        """Take over what a former life left. The agents are asked as they join (``reconcile``)."""
-        self._recovery.start()
+        """Take over what an earlier process left. The agents are asked as they join (``reconcile``)."""
+        self._reconciler.start()
 
     def adopt(self, dead_session: str, lease: Lease | None) -> int:
         """The leader: what a dead Flux owned is ours from now on. Raises LeaseLost, StoreUnavailable."""
-        return self._recovery.adopt(dead_session, lease)
+        return self._reconciler.adopt(dead_session, lease)
 
     def reconcile(self, agent_id: str, running: Collection[str] | None) -> None:
-        """The agent joined, came back, or began a new life. Asks it in the background."""
-        self._recovery.reconcile(agent_id, running)
+        """The agent joined, came back, or restarted. Asks it in the background."""
+        self._reconciler.reconcile(agent_id, running)
 
     def agent_restarted(self, agent_id: str, began: float) -> None:
         """An agent that says nothing of what it runs has restarted, at ``began`` (epoch seconds)."""
         self._recovery.agent_restarted(agent_id, began)
 
+    def agent_restarted(self, agent_id: str, began: float) -> None:
+        """An agent that says nothing of what it runs has restarted, at ``began`` (epoch seconds)."""
+        self._reconciler.agent_restarted(agent_id, began)
+
     def agent_lost(self, agent_id: str, reason: str) -> int:
         """The agent is given up: its open executions have failed for good; how many."""
-        return self._recovery.agent_lost(agent_id, reason)
+        return self._reconciler.agent_lost(agent_id, reason)
 
     def tick(self, now: float) -> None:
         """About every second; ``now`` is epoch seconds."""
-        self._ledger.settle()
+        self._tracker.write_again()
         self._dispatcher.tick()
-        self._recovery.tick(now)
+        self._reconciler.tick(now)
         if self._shared:
             # Followers of what another Flux owns: nothing tells us of its changes.
-            for execution_id in self._ledger.watched():
-                if self._ledger.get(execution_id) is None:
-                    self._ledger.changed(execution_id)
+            for execution_id in self._tracker.watched():
+                if self._tracker.get(execution_id) is None:
+                    self._tracker.changed(execution_id)
         if not self._shared or self._lease() is not None:
             while self._store.expire_executions() >= 1000:
                 pass
 
     def waiting(self) -> Mapping[str, int]:
         """Function → how many executions wait here."""
-        return self._dispatcher.room.counts()
+        return self._dispatcher.backlog.counts()
 
     def count_open(self, function_name: str) -> int:
         return self._store.count_open(function_name)
@@ -220,18 +375,40 @@ class ExecutionService:
         """
         self._stopping = True
         self._dispatcher.stop()
-        if self._ledger.drain(deadline):
-            deadline = Deadline(_FAREWELL_SECONDS)
-            for execution in self._ledger.all():
-                if not execution.asynchronous:
-                    self._dispatcher.withdraw(execution, _FAREWELL, at_agent=False)
-                    if execution.sent:
-                        self._calls.cancel_soon(execution, _FAREWELL, wait=False)
-            self._ledger.drain(deadline)
+        if self._tracker.drain(deadline):
+            deadline = Deadline(_SHUTDOWN_CANCEL_SECONDS)
+            for execution in self._tracker.all():
+                if not execution.asynchronous and execution.on_reply is not None:
+                    self._dispatcher.cancel(execution, _SHUTDOWN_CANCEL)
+            self._tracker.drain(deadline)
         self._outputs.stop()
         self._dispatcher.close(deadline)
-        self._calls.close(deadline)
-        self._ledger.settle(deadline.remaining())
+        self._reconciler.close(deadline)
+        self._tracker.write_again()
+
+
+class _Waiter:
+    """A thread that waits for the reply to its execution."""
+
+    __slots__ = ("_ready", "_reply")
+
+    def __init__(self) -> None:
+        self._reply: Reply | None = None
+        self._ready = threading.Lock()  # an Event costs twice as much
+        self._ready.acquire()
+
+    def reply(self, reply: Reply) -> None:
+        self._reply = reply
+        self._ready.release()
+
+    def wait(self) -> ExecutionRecord:
+        """Raises the error when that is the reply."""
+        self._ready.acquire()
+        reply = self._reply
+        if isinstance(reply, FluxError):
+            raise reply
+        assert reply is not None
+        return reply
 
 
 def _stopping(execution: Execution, what: str) -> Stopping:
@@ -240,5 +417,7 @@ def _stopping(execution: Execution, what: str) -> Stopping:
     return error
 
 
-def _discard(_result: object) -> None:
-    return
+def _already_ended(record: ExecutionRecord) -> Conflict:
+    error = Conflict(f"execution {record.execution_id} has ended already: {record.status.value}")
+    error.status = record.status.value
+    return error

@@ -1,8 +1,7 @@
-"""What this process has in hand, and what the store knows of it.
+"""The executions in flight in this process, and the one place where an execution ends.
 
-An execution is in hand from its acceptance until its end has been written, in
-the process that owns it. The store is told first, the agents afterwards; the
-first end written wins, whoever writes it.
+An execution is in flight from its acceptance until its end is written, in the process that owns it. The store is told
+first, the agents afterwards; the first end written wins, whoever writes it.
 """
 
 from __future__ import annotations
@@ -10,159 +9,234 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from fluxlib.control.executions.execution import AlreadyKnown, Execution
-from fluxlib.errors import StoreUnavailable
+from fluxlib.control.agents.registry import Reservation
+from fluxlib.control.executions.execution import Execution, Reply, State, state_after
+from fluxlib.errors import FluxError, StoreUnavailable
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import ExecutionRecord, ExecutionRequest, Phase
+from fluxlib.model import ExecutionRecord, ExecutionRequest
 from fluxlib.store.base import Commit, ControlStore, ExecutionEntry
 
 log = logging.getLogger(__name__)
 
-# How long a write may take (seconds) before its execution is given up.
-COMMIT_PATIENCE = 10.0
+# How long the store has to commit a write (seconds) before its execution is given up.
+COMMIT_SECONDS = 10.0
 _SMALL_OUTPUT = 4096
 
+Write = Callable[[], Commit]
 
-class Ledger:
-    """The executions of one session. Every method may be called from any thread.
 
-    ``keep_for`` is how long an ended execution can be asked for, in seconds.
+class ExecutionTracker:
+    """The executions of one session. Every method may be called from any thread, none waits for the store but ``entry``
+    and ``request_of``.
+
+    ``release`` gives a slot back, ``keep_for`` is how long an ended execution can be asked for, in seconds. The
+    dictionaries are changed by single operations, which are atomic also without a GIL.
     """
 
-    def __init__(self, store: ControlStore, session: str, keep_for: float) -> None:
+    def __init__(
+        self, store: ControlStore, session: str, keep_for: float, release: Callable[[Reservation], None]
+    ) -> None:
         self.store = store
         self.session = session
         self._keep_for = keep_for
-        self._in_hand: dict[str, Execution] = {}
+        self._release = release
+        self._in_flight: dict[str, Execution] = {}
         self._lock = threading.Lock()
         self._idle = threading.Condition()
         self._draining = False
         self._watchers: dict[str, list[Callable[[], None]]] = {}
-        # Ends on their way to the store: a write that fails is made again.
-        self._ends: deque[tuple[Commit | None, Callable[[], Commit], Callable[[], None]]] = deque()
-        self._forgotten: set[str] = set()  # though the store may know them yet
-        self._settling = threading.Lock()
+        # Writes that failed, and are made again; by execution ID, whose first end is the one that counts.
+        self._unwritten: dict[str, tuple[Write, Callable[[], None]]] = {}
+        self._probing = False  # one of them is being written again
+        self._forgetting: set[str] = set()  # rejected, and perhaps still in the store
 
-    # -- in hand -------------------------------------------------------------------
+    # -- in flight -----------------------------------------------------------------------
 
     def get(self, execution_id: str) -> Execution | None:
-        return self._in_hand.get(execution_id)
+        return self._in_flight.get(execution_id)
 
-    def hold(self, execution: Execution) -> None:
-        self._in_hand[execution.execution_id] = execution
+    def all(self) -> list[Execution]:
+        return list(self._in_flight.values())
 
-    def drop(self, execution_id: str) -> Execution | None:
-        """Out of hand; whoever gets it back (once) gives its slot back, if an agent had accepted it."""
-        execution = self._in_hand.pop(execution_id, None)
-        if execution is not None:
-            execution.over = True
-        self._moved()
-        return execution
+    def __len__(self) -> int:
+        return len(self._in_flight)
 
-    def _moved(self) -> None:
-        if self._draining:
-            with self._idle:
-                self._idle.notify_all()
+    def add(self, execution: Execution) -> None:
+        self._in_flight[execution.execution_id] = execution
 
     def drain(self, deadline: Deadline) -> int:
-        """Wait until no caller waits for anything in hand; how many still do at the deadline."""
+        """Wait until no caller waits for anything in flight; how many still do at the deadline."""
 
         def waited_for() -> int:
-            return sum(1 for execution in self.all() if not execution.detached and not execution.accepted)
+            return sum(1 for execution in self.all() if execution.on_reply is not None)
 
         with self._idle:
             self._draining = True
             self._idle.wait_for(lambda: not waited_for(), deadline.remaining())
         return waited_for()
 
-    def all(self) -> list[Execution]:
-        return list(self._in_hand.values())
+    @property
+    def draining(self) -> bool:
+        return self._draining
 
-    # -- the store -------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------
 
-    def create(self, execution: Execution, *, queued: bool, keep_request: bool) -> Commit:
-        """Write a new execution, assigned already unless it is queued; nothing may be done about it before that holds.
+    def end(self, execution: Execution, final: ExecutionRecord) -> bool:
+        """Every end of an execution in flight: its slot is given back, the record written, whoever waits is told.
 
-        Raises AlreadyKnown: nothing was written, its idempotency key was used before.
+        False: it had ended already.
         """
-        execution_id = execution.execution_id
-        self._in_hand[execution_id] = execution
-        entry = ExecutionEntry(
-            execution.record(Phase.QUEUED if queued else Phase.STARTING),
-            execution.request if keep_request else None,
-            self.session,
-            idempotency_key=execution.idempotency_key,
-        )
-        # Before the write: what fails on the way may have been written all the same.
-        execution.created = True
-        known, commit = self.store.create_execution(entry, durable=execution.asynchronous)
-        if known != execution_id:
-            del self._in_hand[execution_id]
-            execution.created = False
-            raise AlreadyKnown(known)
-        return commit
-
-    def assign(self, execution: Execution) -> None:
-        """Write who gets it. Raises Conflict when it has ended meanwhile, or another Flux has taken it over."""
-        self.store.assign_execution(execution.execution_id, execution.agent_id, self.session).wait(COMMIT_PATIENCE)
+        closed = self._close(execution, final)
+        if closed is None:
+            return False
+        reservation, reply = closed
+        if reservation is not None:
+            self._release(reservation)
+        if reply is not None:
+            reply(final)
         self.changed(execution.execution_id)
+        return True
 
-    def requeue(self, execution: Execution) -> None:
-        """Write that nobody has it. Raises Conflict as ``assign`` does."""
-        self.store.requeue_execution(execution.execution_id, self.session).wait(COMMIT_PATIENCE)
+    def let_go(self, execution: Execution, reply: Reply | None = None) -> bool:
+        """It is not this process's any more: nothing is written, ``reply`` goes to its caller. False: it had ended."""
+        closed = self._close(execution, None)
+        if closed is None:
+            return False
+        reservation, tell = closed
+        if reservation is not None:
+            self._release(reservation)
+        if tell is not None and reply is not None:
+            tell(reply)
+        self.changed(execution.execution_id)
+        return True
 
-    def put_back(self, execution: Execution) -> None:
-        """Back into the queue that the next life finds; nobody waits for the write."""
-        try:
-            self.store.requeue_execution(execution.execution_id, self.session)
-        except StoreUnavailable as error:
-            log.warning("execution %s cannot be put back: %s", execution.execution_id, error.message)
+    def _close(
+        self, execution: Execution, final: ExecutionRecord | None
+    ) -> tuple[Reservation | None, Callable[[Reply], None] | None] | None:
+        """Nothing happens to it from now on; its slot and its caller, None when it had ended before.
 
-    def end(self, record: ExecutionRecord) -> Commit | None:
-        """Write an end. Nobody has to wait: a write that fails is made again by ``settle``."""
-        if record.output is not None and len(record.output) > _SMALL_OUTPUT:
-            record = replace(record, output=None)  # it is kept here until the write holds
-        commit = self._write(partial(self.store.end_execution, record, time.time() + self._keep_for))
-        if self._watchers:
-            self.changed(record.execution_id)
-        return commit
+        The end is on its way to the store before anybody can see that it has ended.
+        """
+        with execution.lock:
+            if execution.state is State.ENDED:
+                return None
+            stored = execution.state is not State.NEW
+            execution.state = State.ENDED if final is None else state_after(final, execution.attempt)
+            execution.final = final
+            if final is not None and stored:
+                execution.commit = self.write_end(final)
+            reservation, execution.reservation = execution.reservation, None
+            reply, execution.on_reply = execution.on_reply, None
+        self._in_flight.pop(execution.execution_id, None)
+        return reservation, reply
 
-    def forget(self, execution: Execution) -> None:
-        """It was not accepted: its caller knows an error and no ID. Once this returns its idempotency key is free
-        again, unless the store is away; then it is so as soon as the store is back.
+    def write_end(self, final: ExecutionRecord) -> Commit | None:
+        """Write an end, also of what is not in flight here. None: the store is away, it is written later."""
+        if final.output is not None and len(final.output) > _SMALL_OUTPUT:
+            final = replace(final, output=None)  # it is kept here until the write holds
+        keep_until = time.time() + self._keep_for
+        return self._write(final.execution_id, partial(self.store.end_execution, final, keep_until))
+
+    def reject(self, execution: Execution, error: FluxError) -> None:
+        """It was not accepted: its caller is told an error, and the store forgets it.
+
+        After an error that says that nothing was written there is nothing to forget. A caller with an idempotency
+        key is told once the key is free again, unless the store is away.
         """
         execution_id = execution.execution_id
-        # Before it is out of hand: whoever uses its key finds it in one of the two until it is gone.
-        self._forgotten.add(execution_id)
-        self.drop(execution_id)
-        gone = partial(self._gone, execution_id)
-        commit = self._write(partial(self.store.forget_execution, execution_id, self.session), gone)
-        if execution.idempotency_key and commit is not None:
-            with suppress(StoreUnavailable):
-                commit.wait(COMMIT_PATIENCE)
-                gone()
+        with execution.lock:
+            if execution.state is State.ENDED:
+                return
+            stored = execution.state is not State.NEW
+        if stored and not (isinstance(error, StoreUnavailable) and error.nothing_written):
+            # Before it is out of flight: whoever uses its key finds it in one of the two until it is gone.
+            self._forgetting.add(execution_id)
+        closed = self._close(execution, None)
+        if closed is None:
+            return
+        reservation, reply = closed
+        if reservation is not None:
+            self._release(reservation)
+        if execution_id not in self._forgetting:
+            self._told(execution_id, reply, error)
+            return
+        forget = partial(self.store.forget_execution, execution_id, self.session)
+        forgotten = partial(self._forgotten, execution_id)
+        if execution.idempotency_key:
+            self._write(execution_id, forget, forgotten, lambda held: self._told(execution_id, reply, error))
+        else:
+            self._write(execution_id, forget, forgotten)
+            self._told(execution_id, reply, error)
+
+    def _told(self, execution_id: str, reply: Callable[[Reply], None] | None, error: FluxError) -> None:
+        if reply is not None:
+            reply(error)
         self.changed(execution_id)
 
-    def _gone(self, execution_id: str) -> None:
-        self._forgotten.discard(execution_id)
+    def _forgotten(self, execution_id: str) -> None:
+        self._forgetting.discard(execution_id)
         self.changed(execution_id)
 
-    def forgets(self, execution_id: str) -> bool:
-        """It was not accepted, and the store is being told so."""
-        return execution_id in self._forgotten
+    def is_forgetting(self, execution_id: str) -> bool:
+        """It was rejected, and the store is being told so."""
+        return execution_id in self._forgetting
 
-    def _write(self, write: Callable[[], Commit], then: Callable[[], None] = lambda: None) -> Commit | None:
-        commit: Commit | None = None
-        with suppress(StoreUnavailable):
+    # -- writes that nobody waits for ------------------------------------------------------
+
+    def _write(
+        self,
+        execution_id: str,
+        write: Write,
+        then: Callable[[], None] = lambda: None,
+        settled: Callable[[bool], None] = lambda held: None,
+    ) -> Commit | None:
+        """Make it now; one that fails is made again until it holds, which ``then`` is told.
+
+        ``settled`` is told whether this first time held. Both may be called on the store's writer thread.
+        """
+
+        def committed(error: Exception | None) -> None:
+            if error is None:
+                then()
+            else:
+                if not isinstance(error, StoreUnavailable):
+                    log.error("execution %s cannot be written, and is tried again: %s", execution_id, error)
+                self._unwritten[execution_id] = write, then
+            settled(error is None)
+
+        try:
             commit = write()
-        self._ends.append((commit, write, then))
+        except StoreUnavailable as error:
+            committed(error)
+            return None
+        commit.then(committed)
         return commit
+
+    def write_again(self) -> None:
+        """Make the writes that failed again: one, and as soon as that holds all others at once."""
+        if self._unwritten and not self._probing:
+            self._probing = True
+            self._write_next(self._probed)
+
+    def _write_next(self, settled: Callable[[bool], None] = lambda held: None) -> None:
+        with suppress(KeyError):  # others take from it too
+            execution_id, (write, then) = self._unwritten.popitem()
+            self._write(execution_id, write, then, settled)
+
+    def _probed(self, held: bool) -> None:
+        self._probing = False
+        if not held:
+            log.warning("%d execution results not yet persisted: the store is unavailable", len(self._unwritten))
+            return
+        for _ in range(len(self._unwritten)):
+            self._write_next()
+
+    # -- the store -------------------------------------------------------------------------
 
     def entry(self, execution_id: str) -> ExecutionEntry | None:
         return self.store.execution(execution_id)
@@ -173,32 +247,10 @@ class Ledger:
             return execution.request
         return self.store.request(execution.execution_id)
 
-    def settle(self, patience: float = COMMIT_PATIENCE) -> None:
-        """See that the ends written since the last time hold. ``patience`` is in seconds, for each step."""
-        # One thread at a time: another would find fewer ends than there were when it counted them.
-        if not self._settling.acquire(timeout=patience):
-            return
-        try:
-            for _ in range(len(self._ends)):
-                commit, write, then = self._ends.popleft()
-                try:
-                    (commit if commit is not None else write()).wait(patience)
-                    then()
-                except StoreUnavailable as error:
-                    self._ends.append((None, write, then))
-                    # Once is enough: the store is away, and the rest would wait as long each.
-                    log.warning("%d ends cannot be written yet: %s", len(self._ends), error.message)
-                    return
-                except Exception:
-                    self._ends.append((None, write, then))
-                    log.exception("an end cannot be written, and is tried again")
-        finally:
-            self._settling.release()
-
-    # -- watchers --------------------------------------------------------------------
+    # -- watchers --------------------------------------------------------------------------
 
     def watch(self, execution_id: str, changed: Callable[[], None]) -> None:
-        """``changed()`` when it was assigned, accepted or ended by this process. Must not block."""
+        """``changed()`` when it was assigned, queued, accepted or ended by this process. Must not block."""
         with self._lock:
             self._watchers.setdefault(execution_id, []).append(changed)
 
@@ -215,8 +267,10 @@ class Ledger:
             return list(self._watchers)
 
     def changed(self, execution_id: str) -> None:
-        """It was assigned, accepted, queued or ended: for those who watch it, and for ``drain``."""
-        self._moved()
+        """Tell those who watch it, and ``drain``."""
+        if self._draining:
+            with self._idle:
+                self._idle.notify_all()
         if not self._watchers:
             return
         with self._lock:

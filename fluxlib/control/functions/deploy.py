@@ -84,6 +84,10 @@ class FunctionService:
 
     get = lookup
 
+    def cached(self, name: str) -> Function | None:
+        """From memory alone: never waits for the store or for a deploy."""
+        return self._functions.get(name)
+
     def list(self) -> Sequence[Function]:
         return self.all()[1]
 

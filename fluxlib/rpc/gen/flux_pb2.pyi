@@ -25,6 +25,7 @@ class ErrorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_KIND_AGENT_LOST: _ClassVar[ErrorKind]
     ERROR_KIND_STOPPING: _ClassVar[ErrorKind]
     ERROR_KIND_INTERNAL: _ClassVar[ErrorKind]
+    ERROR_KIND_MACHINE_FAULT: _ClassVar[ErrorKind]
 ERROR_KIND_UNSPECIFIED: ErrorKind
 ERROR_KIND_EXIT_CODE: ErrorKind
 ERROR_KIND_SIGNAL: ErrorKind
@@ -41,6 +42,7 @@ ERROR_KIND_AGENT_STOPPED: ErrorKind
 ERROR_KIND_AGENT_LOST: ErrorKind
 ERROR_KIND_STOPPING: ErrorKind
 ERROR_KIND_INTERNAL: ErrorKind
+ERROR_KIND_MACHINE_FAULT: ErrorKind
 
 class FunctionConfig(_message.Message):
     __slots__ = ("name", "handler", "cpu_millicores", "memory_mb", "timeout_seconds", "env", "max_concurrency", "max_concurrency_behavior", "spec_digest", "network", "max_processes", "max_open_files", "max_file_size_mb", "tmp_size_mb", "working_directory", "platforms")

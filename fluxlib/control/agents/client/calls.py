@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
-from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer
+from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer, OnCancelled
 from fluxlib.errors import AgentError, AgentLost, Conflict, FluxError
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-OnRecord = Callable[[ExecutionRecord | FluxError | None], None]
 
 
 class Asked:
@@ -58,6 +56,7 @@ def guarded(events: ConnectionEvents) -> ConnectionEvents:
 
     return ConnectionEvents(
         guard(events.ended),
+        guard(events.missing),
         guard(events.full),
         guard(events.freed),
         guard(events.greeted),
@@ -66,27 +65,18 @@ def guarded(events: ConnectionEvents) -> ConnectionEvents:
     )
 
 
-class CancelWaiter:
-    """Somebody who waits until an execution is dead. ``status`` None: unknown to the agent."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        self.status: ExecutionStatus | None = None
-        self._event = threading.Event()
-
-    def wait(self, timeout: float) -> bool:
-        return self._event.wait(timeout)
-
-    def answer(self, status: ExecutionStatus | None) -> None:
-        self.status = status
-        self._event.set()
+def tell_cancelled(on_answer: OnCancelled, answer: ExecutionStatus | FluxError | None) -> None:
+    try:
+        on_answer(answer)
+    except Exception:
+        log.exception("the answer to a cancel could not be taken")
 
 
 class OpenCalls:
     """Executions and cancels under way at one agent.
 
     ``lock`` is the stream's: methods under "with the lock held" expect it. ``fetch`` reads a record whose output was
-    too large for the stream (blocking, raises AgentError); ``look_up(execution_id, on_record)`` asks for a record.
+    too large for the stream (blocking, raises AgentError).
     """
 
     def __init__(
@@ -95,16 +85,14 @@ class OpenCalls:
         lock: threading.Lock,
         events: ConnectionEvents,
         fetch: Callable[[str], ExecutionRecord | None],
-        look_up: Callable[[str, OnRecord], None],
     ) -> None:
         self._agent_id = agent_id
         self._lock = lock
         self._idle = threading.Condition(lock)
         self._events = events
         self._fetch_record = fetch
-        self._look_up = look_up
         self._asked: dict[str, Asked] = {}
-        self._cancels: dict[str, list[CancelWaiter]] = {}
+        self._cancels: dict[str, tuple[str, list[OnCancelled]]] = {}  # the reason, and who is told
 
     # -- with the lock held ------------------------------------------------------------
 
@@ -157,24 +145,23 @@ class OpenCalls:
                 # The acceptance went down with the old stream.
                 calls.append(self._accept(entry))
             if not there:
-                calls.append(partial(self._ask, entry))
+                # It ended while nobody listened, or the agent has lost it: its record says which.
+                self.take(execution_id)
+                calls.append(partial(self._events.missing, execution_id))
         return calls
 
-    def await_cancel(self, execution_id: str, reason: str) -> CancelWaiter:
-        waiter = CancelWaiter(reason)
-        self._cancels.setdefault(execution_id, []).append(waiter)
-        return waiter
-
-    def drop_cancel(self, execution_id: str, waiter: CancelWaiter) -> None:
-        waiters = self._cancels.get(execution_id, [])
-        if waiter in waiters:
-            waiters.remove(waiter)
-        if not waiters:
-            self._cancels.pop(execution_id, None)
+    def add_cancel(self, execution_id: str, reason: str, on_answer: OnCancelled) -> None:
+        self._cancels.setdefault(execution_id, (reason, []))[1].append(on_answer)
 
     def cancels(self) -> Iterable[tuple[str, str]]:
-        """(execution ID, reason) of what somebody waits to see dead."""
-        return [(execution_id, waiters[0].reason) for execution_id, waiters in self._cancels.items()]
+        """(execution ID, reason) of what is not known to be dead."""
+        return [(execution_id, reason) for execution_id, (reason, _) in self._cancels.items()]
+
+    def take_cancels(self) -> list[OnCancelled]:
+        """Nobody will confirm them any more."""
+        taken = [on_answer for _, waiting in self._cancels.values() for on_answer in waiting]
+        self._cancels.clear()
+        return taken
 
     # -- without the lock ----------------------------------------------------------------
 
@@ -206,10 +193,10 @@ class OpenCalls:
 
     def cancel_answered(self, answer: pb.CancelAnswer) -> None:
         with self._lock:
-            waiters = self._cancels.pop(answer.execution_id, [])
+            _, waiting = self._cancels.pop(answer.execution_id, ("", []))
         status = answer.response.status
-        for waiter in waiters:
-            waiter.answer(ExecutionStatus(status) if status else None)
+        for on_answer in waiting:
+            tell_cancelled(on_answer, ExecutionStatus(status) if status else None)
 
     def _read(self, answer: pb.ExecutionAnswer, entry: Asked | None) -> ExecutionRecord | FluxError:
         request = entry.request if entry is not None else ExecutionRequest(answer.execution_id, "")
@@ -277,19 +264,6 @@ class OpenCalls:
         return ExecutionRecord(
             request.execution_id, request.function_name, self._agent_id, asynchronous=True, started_at=time.time()
         )
-
-    def _ask(self, entry: Asked) -> None:
-        """It ended while nobody listened: its record says how. It stays here until that is known."""
-
-        def on_record(record: ExecutionRecord | FluxError | None) -> None:
-            if isinstance(record, FluxError) or (record is not None and not record.status.ended):
-                return  # lost again: the next attachment asks again
-            with self._lock:
-                mine = self.take(entry.request.execution_id) is entry
-            if mine:
-                self._events.ended(self._gone(entry.request) if record is None else replace(record, output=None))
-
-        self._look_up(entry.request.execution_id, on_record)
 
     def _gone(self, request: ExecutionRequest) -> ExecutionRecord:
         lost = f"agent {self._agent_id} does not know the execution any more"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
-from fluxlib.control.agents.client.calls import OnRecord, guarded
+from fluxlib.control.agents.client.calls import guarded
 from fluxlib.control.agents.client.channels import Line, Lines
 from fluxlib.control.agents.client.output import AgentOutput, PolledOutput
 from fluxlib.control.agents.client.stream import AgentStream
 from fluxlib.control.agents.client.unary import UnaryExecutions
-from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer, OnReport, Taken, refusal
+from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer, OnCancelled, OnReport, Taken, refusal
 from fluxlib.control.services import WHOLE_OUTPUT, OutputStream
-from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, FluxError, NotFound
+from fluxlib.errors import AgentLost, AgentRefused, FluxError, NotFound
 from fluxlib.lifecycle import Deadline, pause
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, FunctionSpec, Inventory
+from fluxlib.pool import Pool
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.rpc.status import NotImplementedByPeer
@@ -29,6 +30,7 @@ _REGISTER, _DEPLOY, _CANCEL, _RECORD, _REPORT = 10.0, 30.0, 5.0, 5.0, 5.0
 _DEPLOY_PER_MB = 0.5
 _CANCEL_AGAIN = 0.1
 _OUTPUT = 60.0
+_LEGACY_CANCELS = 4
 _MB = 1024 * 1024
 
 
@@ -52,9 +54,10 @@ class AgentClient:
         self._lines = Lines(new_line)
         events = guarded(events)
         self._unary = UnaryExecutions(agent_id, self._lines, events)
+        self._legacy_cancels = Pool(f"cancel-{agent_id}", _LEGACY_CANCELS)
         self._stream: AgentStream | None = None
         if "attach" in self._features:
-            self._stream = AgentStream(agent_id, session, self._lines, events, self._whole_record, self._look_up)
+            self._stream = AgentStream(agent_id, session, self._lines, events, self._whole_record)
 
     @property
     def agent_id(self) -> str:
@@ -79,10 +82,19 @@ class AgentClient:
         self._stream.execute(request, message, on_answer)
 
     def cancel(self, execution_id: str, *, reason: str, timeout: float) -> ExecutionStatus | None:
-        if self._stream is not None:
-            # Not attached, it is no reason to wait: an agent that has just come back is told by a call of its own.
-            with suppress(AgentUnreachable):
-                return self._stream.cancel(execution_id, reason, timeout)
+        done, answers = threading.Event(), list[ExecutionStatus | FluxError | None]()
+
+        def answered(answer: ExecutionStatus | FluxError | None) -> None:
+            answers.append(answer)
+            done.set()
+
+        if self._stream is not None and self._stream.cancel(execution_id, reason, answered):
+            if done.wait(timeout):
+                return self._status_or_raise(answers[0])
+            if self._stream.attached:
+                return ExecutionStatus.RUNNING
+            raise AgentLost(f"agent {self._agent_id} was lost before it confirmed that {execution_id} is dead")
+        # Not attached, it is no reason to wait: an agent that has just come back is told by a call of its own.
         if self._original and self._unary.hang_up(execution_id):
             return ExecutionStatus.CANCELLED
         deadline = Deadline(timeout)
@@ -102,6 +114,34 @@ class AgentClient:
                 return status
             # An original agent that has accepted it and not yet started its process finds nothing to kill.
             pause(_CANCEL_AGAIN)
+
+    def request_cancel(self, execution_id: str, *, reason: str, on_answer: OnCancelled) -> None:
+        if self._stream is not None and self._stream.cancel(execution_id, reason, on_answer):
+            return
+        if self._original:
+            # It has to be asked again and again.
+            self._legacy_cancels.submit(self._cancel_legacy, execution_id, reason, on_answer)
+            return
+
+        def answered(answer: Any | FluxError) -> None:
+            if isinstance(answer, FluxError):
+                on_answer(answer)
+            else:
+                on_answer(ExecutionStatus(answer.status) if answer.status else None)
+
+        request = pb.CancelExecutionRequest(execution_id=execution_id, reason=reason)
+        self._lines.future(lambda stub: stub.CancelExecution.future(request, timeout=_CANCEL), answered)
+
+    def _cancel_legacy(self, execution_id: str, reason: str, on_answer: OnCancelled) -> None:
+        try:
+            on_answer(self.cancel(execution_id, reason=reason, timeout=_CANCEL))
+        except FluxError as error:
+            on_answer(error)
+
+    def _status_or_raise(self, answer: ExecutionStatus | FluxError | None) -> ExecutionStatus | None:
+        if isinstance(answer, FluxError):
+            raise answer
+        return answer
 
     def record(self, execution_id: str, *, with_output: bool) -> ExecutionRecord | None:
         # Ours keeps bytes, and JSON has only text: the output comes by the call made for it.
@@ -192,6 +232,7 @@ class AgentClient:
         self._unary.close(deadline)
         if self._stream is not None:
             self._stream.close(deadline)
+        self._legacy_cancels.stop(Deadline(0))
         self._lines.close()
 
     def _ask(self, method: str, request: Any, timeout: float) -> Any:
@@ -227,13 +268,3 @@ class AgentClient:
         if record is None or record.output is not None:
             return record
         return replace(record, output=self._whole_output(execution_id))
-
-    def _look_up(self, execution_id: str, on_record: OnRecord) -> None:
-        def answered(answer: Any | FluxError) -> None:
-            try:
-                on_record(answer if isinstance(answer, FluxError) else self._record_of(answer))
-            except (AgentRefused, AgentLost, AgentUnreachable) as error:
-                on_record(error)
-
-        request = pb.GetExecutionRequest(execution_id=execution_id, without_output=True)
-        self._lines.future(lambda stub: stub.GetExecution.future(request, timeout=_RECORD), answered)

@@ -16,12 +16,12 @@ from typing import Any
 
 import grpc
 
-from fluxlib.control.agents.client.calls import Asked, OnRecord, OpenCalls
+from fluxlib.control.agents.client.calls import Asked, OpenCalls, tell_cancelled
 from fluxlib.control.agents.client.channels import Lines
-from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer
+from fluxlib.control.agents.connection import ConnectionEvents, OnAnswer, OnCancelled
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus
+from fluxlib.model import ExecutionRecord, ExecutionRequest
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.rpc.pace import Pace
 from fluxlib.rpc.status import nobody_listens, reason_of
@@ -69,7 +69,6 @@ class AgentStream:
         lines: Lines,
         events: ConnectionEvents,
         fetch: Callable[[str], ExecutionRecord | None],
-        look_up: Callable[[str, OnRecord], None],
     ) -> None:
         self._agent_id = agent_id
         self._session = session
@@ -78,7 +77,7 @@ class AgentStream:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the writer
         self._change = threading.Condition(self._lock)  # for the thread that attaches
-        self._calls = OpenCalls(agent_id, self._lock, events, fetch, look_up)
+        self._calls = OpenCalls(agent_id, self._lock, events, fetch)
         self._outbox: deque[pb.ExecutionRequest] = deque()
         self._cancels: deque[pb.CancelExecutionRequest] = deque()
         self._acks: list[str] = []
@@ -106,32 +105,34 @@ class AgentStream:
         if error is not None:
             on_answer(error)
 
-    def cancel(self, execution_id: str, reason: str, timeout: float) -> ExecutionStatus | None:
-        """See AgentConnection.cancel. RUNNING: it was told, and is not dead yet."""
+    def cancel(self, execution_id: str, reason: str, on_answer: OnCancelled) -> bool:
+        """Have it killed; ``on_answer`` is told once it is dead. False: not attached, and nothing was done.
+
+        It is told again on every new attachment until the agent has answered.
+        """
         with self._lock:
-            error = self._cannot_send()
-            if error is not None:
-                raise error
-            waiter = self._calls.await_cancel(execution_id, reason)
+            if self._cannot_send() is not None:
+                return False
+            self._calls.add_cancel(execution_id, reason, on_answer)
             self._cancels.append(pb.CancelExecutionRequest(execution_id=execution_id, reason=reason))
             self._work.notify()
-        answered = waiter.wait(timeout)
-        with self._lock:
-            self._calls.drop_cancel(execution_id, waiter)
-            attached = self._attached
-        if answered:
-            return waiter.status
-        if attached:
-            return ExecutionStatus.RUNNING
-        raise AgentLost(f"agent {self._agent_id} was lost before it confirmed that {execution_id} is dead")
+        return True
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
 
     def fail(self, reason: str) -> None:
         """What was sent and waits for an answer ends as AgentLost, what was not as AgentUnreachable."""
         with self._lock:
             unsent = self._take_unsent()
             lost = self._calls.take_unanswered()
+            unconfirmed = self._calls.take_cancels()
         self._answer(unsent, AgentUnreachable(f"agent {self._agent_id} cannot be reached: {reason}"))
         self._answer(lost, AgentLost(f"agent {self._agent_id} was lost: {reason}"))
+        for on_answer in unconfirmed:
+            text = f"agent {self._agent_id} was lost before it confirmed the cancel: {reason}"
+            tell_cancelled(on_answer, AgentLost(text))
 
     def wake(self) -> None:
         """The agent was just seen alive: attach now rather than after a pause."""

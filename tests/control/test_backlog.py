@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxlib.control.agents.registry import Registry, Reservation
-from fluxlib.control.executions.backlog import WaitingRoom
+from fluxlib.control.executions.backlog import Backlog
 from fluxlib.control.executions.execution import Execution, new_execution_id
 from fluxlib.errors import AtCapacity
 from fluxlib.model import NodeFigures
@@ -25,7 +25,7 @@ class Room:
         self.registry = Registry()
         self.slots = slots
         self.started: list[tuple[Execution, Reservation]] = []
-        self.room = WaitingRoom(self.place, lambda one, slot: self.started.append((one, slot)), max_waiting)
+        self.room = Backlog(self.place, self.is_full, lambda one, slot: self.started.append((one, slot)), max_waiting)
         self.registry.on_capacity(self.room.capacity)
         for number in range(agents):
             join(self.registry, f"a{number}", figures=NodeFigures(0, 0, 1000, 0, 0, max_tasks))
@@ -33,9 +33,14 @@ class Room:
     def place(self, name: str, agent_id: str = "") -> Reservation | None:
         return self.registry.place(name, lambda agents: next(agents, None), slots=self.slots, only=agent_id)
 
-    def wait(self, name: str = "f", *, pressed: bool = False) -> Execution:
+    def is_full(self, agent_id: str) -> bool:
+        agent = self.registry.get(agent_id)
+        return agent is None or "" in agent.full
+
+    def wait(self, name: str = "f", *, resources: bool = False) -> Execution:
         execution = Execution(name, None, new_execution_id(), 0.0)
-        self.room.join(execution, pressed=pressed)
+        self.room.admit(name)
+        self.room.add(execution, waits_for_resources=resources)
         return execution
 
     @property
@@ -65,9 +70,9 @@ def test_the_order_is_that_of_arrival() -> None:
 def test_one_that_leaves_is_passed_over_and_leaves_only_once() -> None:
     room = Room()
     first, second, third = room.wait(), room.wait(), room.wait()
-    assert room.room.leave(second)
-    assert not room.room.leave(second)
-    assert not room.room.leave(first)
+    assert room.room.remove(second)
+    assert not room.room.remove(second)
+    assert not room.room.remove(first)
     room.end(0)
     assert room.order == [first, third]
     assert room.room.counts() == {}
@@ -80,7 +85,8 @@ def test_one_turned_down_comes_back_to_where_it_was() -> None:
     assert room.order == waiting[:2]
     # Its agent refused it: the slot is full for others' sake, then frees.
     room.registry.mark_full("a0", "f")
-    room.room.join(waiting[1], pressed=False, invited=True)
+    room.room.admit("f", already_accepted=True)
+    room.room.add(waiting[1], waits_for_resources=False)
     room.registry.freed("a0", "f")
     room.end(1)
     assert room.order[2] is waiting[1]
@@ -109,21 +115,22 @@ def test_too_many_are_turned_away_but_not_those_accepted_before() -> None:
     with pytest.raises(AtCapacity, match="2 executions wait"):
         room.wait("a")
     accepted = Execution("a", None, "known", 0.0)
-    room.room.join(accepted, pressed=False, invited=True)
+    room.room.admit("a", already_accepted=True)
+    room.room.add(accepted, waits_for_resources=False)
     assert room.room.counts() == {"a": 2, "b": 1}
-    assert len(room.room.leave_all("a")) == 2
-    assert len(room.room.leave_all()) == 1
+    assert len(room.room.remove_all("a")) == 2
+    assert len(room.room.remove_all()) == 1
     room.wait("a")
 
 
-def test_a_pressed_queue_hears_of_everybodys_slots() -> None:
+def test_a_queue_that_waits_for_resources_hears_of_everybodys_slots() -> None:
     room = Room()
     other = room.place("other")
     assert other is not None
     blocked = True
     real = room.room._place
     room.room._place = lambda name, agent_id: None if name == "f" and blocked else real(name, agent_id)
-    waiting = room.wait(pressed=True)
+    waiting = room.wait(resources=True)
     assert not room.order
     blocked = False
     room.registry.release(other)
@@ -232,7 +239,7 @@ def test_whatever_happens_each_queue_is_in_order_and_no_slot_idles(steps: list[t
             everyone.append(room.wait(str(value)))
         elif kind == "leave" and everyone:
             execution = everyone[int(value) % len(everyone)]  # type: ignore[call-overload]
-            if room.room.leave(execution):
+            if room.room.remove(execution):
                 left.add(execution.execution_id)
         elif kind == "end" and running:
             room.end(running.pop(int(value) % len(running)))  # type: ignore[call-overload]

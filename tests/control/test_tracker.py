@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from fluxlib.control.executions.execution import Execution, merged
-from fluxlib.control.executions.tracker import Ledger
+from fluxlib.control.executions.execution import Execution, merge_report
+from fluxlib.control.executions.tracker import ExecutionTracker
 from fluxlib.errors import FluxError, InvalidInput, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import Committed, ExecutionEntry
@@ -32,6 +32,9 @@ class Store(MemoryControlStore):
         class Failed(Committed):
             def wait(self, timeout: float | None = None) -> None:
                 raise error
+
+            def then(self, call: Callable[[Exception | None], None]) -> None:
+                call(error)
 
         return Failed()
 
@@ -62,21 +65,20 @@ class TestEnds:
         execution_id = plane.submit()
         store.error = error
         agent.end(agent.asked[0])
-        plane.service._ledger.settle()
-        plane.service._ledger.settle()
+        plane.service.tick(0.0)
         entry = store.execution(execution_id)
         assert entry is not None
         assert entry.record.status is ExecutionStatus.SUCCESS
 
-    def test_settled_by_many_threads_at_once(self, store: Store) -> None:
-        ledger = Ledger(store, "s1", 60.0)
+    def test_written_again_by_many_threads_at_once(self, store: Store) -> None:
+        tracker = ExecutionTracker(store, "s1", 60.0, lambda reservation: None)
         troubles: list[BaseException] = []
         stop = threading.Event()
 
         def settle() -> None:
             try:
                 while not stop.is_set():
-                    ledger.settle()
+                    tracker.write_again()
             except BaseException as trouble:
                 troubles.append(trouble)
 
@@ -85,13 +87,13 @@ class TestEnds:
             thread.start()
         for number in range(3000):
             record = ExecutionRecord(f"e{number}", "f").ended(ExecutionStatus.SUCCESS, at=1.0)
-            ledger.end(record)
+            store.error = StoreUnavailable("away") if number % 3 else None
+            tracker.write_end(record)
         stop.set()
         for thread in threads:
             thread.join()
         assert not troubles
-        ledger.settle()
-        assert not ledger._ends
+        until(lambda: tracker.write_again() or not tracker._unwritten)
 
 
 class TestNotAccepted:
@@ -146,18 +148,19 @@ def test_nothing_is_remembered_of_deleted_functions_and_removed_agents(plane: Pl
     agent = plane.agent(script=accept)
     plane.submit("g")
     agent.end(agent.asked[0])
-    slots = plane.service._dispatcher.slots
-    slots._fruitless["g"], slots._refusals["g"] = 1.0, (0.0, None, None)
+    placement = plane.service._dispatcher.placement
+    need = placement.need("g")
+    placement._no_fit_until["g"], placement._refusals["g"] = 1.0, (0.0, need, placement.refusal(need))
     del plane.functions.known["g"]
     plane.service.tick(0.0)
-    for known in (slots._needs, slots._last_used, slots._fruitless, slots._refusals):
+    for known in (placement._needs, placement._last_used, placement._no_fit_until, placement._refusals):
         assert "g" not in known
-    assert slots.place_waiting("g", "") is None
+    assert placement.place_waiting("g", "") is None
     plane.submit("f")
     agent.end(agent.asked[1])
     state = plane.registry.remove("a1")
     assert state is not None
-    assert state not in slots._last_used.values()
+    assert state not in placement._last_used.values()
 
 
 class TestTimes:
@@ -185,7 +188,7 @@ class TestTimes:
         ours = ExecutionRecord("e1", "f", "a1", started_at=accepted)
         theirs = self.record(started_at=accepted + 0.04, run_started_at=accepted + began, queue_ms=5, duration_ms=100)
         # How long it waited here before it was sent is not known any more.
-        assert merged(ours, theirs).queue_ms == (queue_ms if began > 0.04 else 10)
+        assert merge_report(ours, theirs).queue_ms == (queue_ms if began > 0.04 else 10)
 
     def test_of_an_original_agent_that_tells_none(self) -> None:
         execution = Execution("f", None, "e1", time.time())
