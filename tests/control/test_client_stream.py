@@ -275,12 +275,13 @@ def test_beyond_the_grace_sync_runs_are_lost_and_async_ones_go_on(place: Place) 
         proxy.back()
         client.told.attached(times=2)
         assert isinstance(sync.get(), AgentLost)
-        # One ended while nobody listened, and has to be asked for; the other is still running, and its end is told.
+        # What ended while nobody listened has to be asked for; what still runs (on a quick machine) is told.
         client.told.missing("s-grace-short")
-        record = client.connection.record("s-grace-short", with_output=False)
-        assert record is not None
-        assert record.status is ExecutionStatus.SUCCESS
-        assert client.told.ended("s-grace-long").status is ExecutionStatus.SUCCESS
+        client.told.ended_or_missing("s-grace-long")
+        for execution_id in ("s-grace-short", "s-grace-long"):
+            record = client.connection.record(execution_id, with_output=False)
+            assert record is not None
+            assert record.status is ExecutionStatus.SUCCESS
 
 
 def test_while_away_nothing_is_taken(place: Place) -> None:

@@ -72,6 +72,14 @@ class Told:
     def missing(self, execution_id: str) -> None:
         self.wait(lambda name, value: (name, value) == ("missing", execution_id), f"{execution_id} is missing")
 
+    def ended_or_missing(self, execution_id: str) -> None:
+        def fits(name: str, value: Any) -> bool:
+            return (name, value) == ("missing", execution_id) or (
+                name == "ended" and value.execution_id == execution_id
+            )
+
+        self.wait(fits, f"the end of {execution_id}")
+
     def events(self) -> ConnectionEvents:
         return ConnectionEvents(
             ended=lambda record: self.say("ended", record),

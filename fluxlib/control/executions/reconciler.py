@@ -337,7 +337,7 @@ class Reconciler:
         if running is not None and execution.attempt_id in running:
             self._runs(execution, watch, connection)
             return
-        # A legacy agent's record may say for an hour after a restart that it runs. Looked at first: it may end meanwhile.
+        # A legacy agent's record may say for an hour after a restart that it runs. Read first: it may end meanwhile.
         idle = running is None and self._idle_since(execution.agent_id, watch.since)
         try:
             report = connection.record(execution.attempt_id, with_output=False)

@@ -336,10 +336,6 @@ class ExecutionService:
 
     def agent_restarted(self, agent_id: str, began: float) -> None:
         """An agent that says nothing of what it runs has restarted, at ``began`` (epoch seconds)."""
-        self._recovery.agent_restarted(agent_id, began)
-
-    def agent_restarted(self, agent_id: str, began: float) -> None:
-        """An agent that says nothing of what it runs has restarted, at ``began`` (epoch seconds)."""
         self._reconciler.agent_restarted(agent_id, began)
 
     def agent_lost(self, agent_id: str, reason: str) -> int:
