@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
+from fluxlib.errors import FluxError
+
 log = logging.getLogger(__name__)
 
 # A loop that crashes at once is not restarted in a spin.
@@ -52,7 +54,8 @@ class Loop:
 
     ``now`` is epoch seconds, by the wall clock unless another one is given: a body that pauses or counts
     ages needs ``fluxlib.clock.steady_time``. A body that raises is logged, counted and called
-    again after a pause; the loop itself ends only by ``stop``.
+    again after a pause (a FluxError is an expected failure: one line, and no crash); the loop itself ends only by
+    ``stop``.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Loop:
         self._stopping = False
         self._crashes = 0
         self._last_error = ""
+        self._unavailable = ""  # the expected failure that was logged last, until the body succeeds
         self._last_ran_at = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -99,12 +103,21 @@ class Loop:
             try:
                 self._last_ran_at = time.time()
                 self._body(self._clock())
-                pause = self._interval
+                pause, self._unavailable = self._interval, ""
+            except FluxError as error:
+                # Expected, such as a store that is away: one line when it begins, not a traceback for each try.
+                self._last_error = error.message
+                pause = max(_RESTART_PAUSE, self._interval)
+                if error.message != self._unavailable:
+                    log.warning("loop %s failed, retrying every %.0f s: %s", self.name, pause, error.message)
+                self._unavailable = error.message
             except Exception as error:
                 self._crashes += 1
                 self._last_error = f"{type(error).__name__}: {error}"
-                log.exception("the loop %s crashed (%d times so far) and goes on", self.name, self._crashes)
                 pause = max(_RESTART_PAUSE, self._interval)
+                log.exception(
+                    "loop %s crashed (%d crashes so far), retrying in %.0f s", self.name, self._crashes, pause
+                )
 
     def _wait(self, seconds: float) -> bool:
         with self._condition:

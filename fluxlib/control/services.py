@@ -170,10 +170,10 @@ class Agents(Protocol):
         """Its open executions fail as ``agent lost``. Raises NotFound."""
 
     def drain(self, agent_id: str) -> AgentView:
-        """Takes no new work from now on. Raises NotFound."""
+        """Takes no new work from now on. Raises NotFound; Conflict for a node that has no agent yet."""
 
     def undrain(self, agent_id: str) -> AgentView:
-        """Takes work again, once it is known to be online. Raises NotFound; Conflict when it was not draining."""
+        """Takes work again; no change when it was not draining. Raises as ``drain``."""
 
 
 class Nodes(Protocol):

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from fluxlib import lifecycle
+from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop, Parts, Timers
 from fluxlib.pool import Pool
 from tests.support.programs import wait_until
@@ -27,9 +28,10 @@ def timers() -> Iterator[Timers]:
 class Body:
     """A loop's body that counts, and can be waited for."""
 
-    def __init__(self, failing: int = 0) -> None:
+    def __init__(self, failing: int = 0, error: Callable[[str], Exception] = RuntimeError) -> None:
         self.calls: list[float] = []
         self._failing = failing
+        self._error = error
         self._condition = threading.Condition()
 
     def __call__(self, now: float) -> None:
@@ -37,7 +39,7 @@ class Body:
             self.calls.append(now)
             self._condition.notify_all()
             if len(self.calls) <= self._failing:
-                raise RuntimeError(f"crash {len(self.calls)}")
+                raise self._error(f"crash {len(self.calls)}")
 
     def wait(self, count: int) -> None:
         with self._condition:
@@ -69,6 +71,21 @@ def test_a_crashed_loop_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     report = loop.report()
     assert (report.alive, report.crashes, report.last_error) == (True, 2, "RuntimeError: crash 2")
     loop.stop(Deadline(5))
+
+
+def test_an_expected_failure_is_one_line_in_the_log_and_no_crash(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store that is away for an hour must not fill the log with tracebacks."""
+    monkeypatch.setattr(lifecycle, "_RESTART_PAUSE", 0.01)
+    body = Body(failing=3, error=lambda text: StoreUnavailable("the store is away"))
+    loop = Loop("test", body, 0.01).start()
+    body.wait(5)
+    report = loop.report()
+    loop.stop(Deadline(5))
+    assert (report.alive, report.crashes, report.last_error) == (True, 0, "the store is away")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.records[0].exc_info is None
 
 
 def test_a_loop_may_stop_itself() -> None:

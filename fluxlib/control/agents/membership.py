@@ -16,7 +16,7 @@ from fluxlib.control.agents.reconciler import ExecutionsPart, Joiner
 from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.agents.roster import DRAINING, Change, Roster, present_status
 from fluxlib.control.services import AgentView
-from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound, StoreUnavailable
+from fluxlib.errors import Conflict, FluxError, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus
 from fluxlib.pki.identity import check_agent_id
@@ -138,7 +138,7 @@ class Membership:
         return self._change(agent_id, _draining(True))
 
     def undrain(self, agent_id: str) -> AgentView:
-        """Takes work again. Raises NotFound."""
+        """Takes work again; no change when it was not draining. Raises NotFound, Conflict."""
         return self._change(agent_id, _draining(False))
 
     # -- for nodes and the autoscaler ------------------------------------------------------
@@ -212,7 +212,7 @@ class Membership:
 def _draining(yes: bool) -> Change:
     def change(record: AgentRecord) -> AgentRecord:
         if record.status is AgentStatus.PROVISIONING:
-            raise InvalidInput(f"{record.agent_id} is not an agent yet: it is being made")
+            raise Conflict(f"node {record.agent_id} is still being set up: it has no agent to drain yet")
         extra = {key: value for key, value in record.extra.items() if key != DRAINING}
         record = replace(record, extra={**extra, DRAINING: True} if yes else extra)
         return replace(record, status=present_status(record)) if record.status.present else record

@@ -48,7 +48,7 @@ def _fleet(config: ControlConfig) -> tuple[Route, ...]:
         ),
         Route(
             "POST", "/agents/{agent_id}/undrain", "give it work again", agents.undrain, "admin",
-            changed, errors=(404, 409, 502), waits=Waits.ASK, changes=True,
+            changed, errors=(404, 409), changes=True,
         ),
         Route(
             "POST", "/agents/{agent_id}/enroll", "make certificates for an agent", agents.enroll, "admin",
