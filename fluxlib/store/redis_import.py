@@ -127,7 +127,7 @@ def _spec(name: str, data: Mapping[str, Any]) -> FunctionSpec:
         handler=handler,
         cpu_millicores=_amount(_first(resources, data, "cpu", "cpumillicores")),
         memory_mb=_amount(_first(resources, data, "memory", "memorymb")),
-        timeout_seconds=_amount(_first(data, data, "timeout", "timeoutseconds")),
+        timeout_seconds=_amount(_first(data, data, "timeout", "timeoutseconds", "timeoutsec")),
         max_concurrency=_amount(data.get("maxconcurrency")) or 5,
         max_concurrency_behavior=_behavior(data.get("maxconcurrencybehavior")),
         resource_pressure_behavior=_behavior(data.get("resourcepressurebehavior")),

@@ -316,6 +316,9 @@ def test_an_originals_state_is_taken_over_once(server: RedisServer) -> None:
         client.set("code:old", code)
         # Go without tags, amounts with units, and no code.
         client.set("function:bare", json.dumps({"Name": "bare", "Handler": "./x", "Resources": {"CPU": "500m"}}))
+        # As the original program writes it.
+        go = {"Name": "go", "Handler": "x", "CPUMillicores": 100, "MemoryMB": 64, "TimeoutSec": 2, "MaxConcurrency": 3}
+        client.set("function:go", json.dumps(go | {"MaxConcurrencyBehavior": "wait", "CodePath": "", "Env": None}))
         client.set("function:broken", "not JSON")
         client.set("function:empty", "{}")
         agent = {"id": "worker-1", "address": "10.0.0.5:50052", "status": "online", "provider": "aws"}
@@ -324,7 +327,7 @@ def test_an_originals_state_is_taken_over_once(server: RedisServer) -> None:
         before = {key: client.dump(key) for key in client.keys("*")}  # type: ignore[union-attr]
     store = RedisControlStore(server.address)
     try:
-        assert [one.spec.name for one in store.functions()] == ["bare", "old"]
+        assert [one.spec.name for one in store.functions()] == ["bare", "go", "old"]
         taken = store.function("old")
         assert taken is not None
         spec = taken.spec
@@ -332,6 +335,11 @@ def test_an_originals_state_is_taken_over_once(server: RedisServer) -> None:
         assert (spec.max_concurrency_behavior, dict(spec.env)) == (Behavior.WAIT, {"A": "b"})
         assert store.archive(taken.code_digest) == code
         assert taken.code_bytes == len(code)
+        written = store.function("go")
+        assert written is not None
+        spec = written.spec
+        assert (spec.cpu_millicores, spec.memory_mb, spec.timeout_seconds, spec.max_concurrency) == (100, 64, 2, 3)
+        assert (spec.max_concurrency_behavior, dict(spec.env)) == (Behavior.WAIT, {})
         bare = store.function("bare")
         assert bare is not None
         assert (bare.spec.handler, bare.spec.cpu_millicores, bare.code_digest) == ("x", 500, "")
@@ -346,7 +354,7 @@ def test_an_originals_state_is_taken_over_once(server: RedisServer) -> None:
     again = RedisControlStore(server.address)
     try:
         # Not a second time, and nothing of theirs was written.
-        assert [one.spec.name for one in again.functions()] == ["bare"]
+        assert [one.spec.name for one in again.functions()] == ["bare", "go"]
         assert again.agents()[0].address == "moved:1"
         with server.client() as client:
             assert {key: client.dump(key) for key in before} == before

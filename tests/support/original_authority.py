@@ -10,6 +10,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fluxlib.pki.identity import utc_now
@@ -26,7 +27,7 @@ def sec1(key: ec.EllipticCurvePrivateKey) -> bytes:
 def original_directory(directory: Path) -> x509.Certificate:
     """A new certs_dir: SEC1 keys, a CA of its own name and key identifier, an ECDSA SSH key."""
     key = _new_key()
-    builder = _builder("flux-ca", "flux-ca", key.public_key(), timedelta(days=3650))
+    builder = _builder(_name("flux-ca"), _name("flux-ca"), key.public_key(), timedelta(days=3650))
     ca = (
         builder.add_extension(_usage(signs_certificates=True), critical=True)
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
@@ -73,9 +74,8 @@ def _leaf(
     """(certificate, key) as PEM."""
     key = _new_key()
     of_ca = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    ca_name = str(ca.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
     certificate = (
-        _builder(common_name, ca_name, key.public_key(), life)
+        _builder(_name(common_name), ca.subject, key.public_key(), life)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
@@ -87,12 +87,19 @@ def _leaf(
     return certificate.public_bytes(serialization.Encoding.PEM), sec1(key)
 
 
-def _builder(common_name: str, issuer: str, key: ec.EllipticCurvePublicKey, life: timedelta) -> x509.CertificateBuilder:
+def _name(common_name: str) -> x509.Name:
+    # Go compares an issuer with its subject byte for byte, and writes it so.
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name, _ASN1Type.PrintableString)])
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, life: timedelta
+) -> x509.CertificateBuilder:
     now = utc_now()
     return (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
-        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .subject_name(subject)
+        .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _BACKDATE)

@@ -73,6 +73,9 @@ class OriginalProgram:
         if self.process is not None:
             self.process.kill()
             self.process.wait(10)
+            # What it was in the namespace dies a moment later.
+            wait_until(lambda: not self.answers(), f"{self.name} to be gone")
+            self.process = None
 
     def close(self) -> None:
         self.kill()
