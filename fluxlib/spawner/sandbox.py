@@ -27,7 +27,6 @@ import os
 import resource
 import signal
 import stat
-import time
 from enum import IntEnum
 
 from fluxlib.spawner import linux
@@ -409,16 +408,13 @@ class View:
             copy.refresh()
             _attach(linux.open_tree(copy.kept[1:]), copy.path[1:])
         os.close(directory)
-        self._refreshed_at = time.monotonic()
 
     def refresh(self) -> None:
         """Take over what has changed: a new account, another name server."""
-        now = time.monotonic()
-        if now - self._refreshed_at > 1.0:
-            self._refreshed_at = now
-            for copy in self._copies:
-                if copy.refresh() and not copy.is_in_place():
-                    # Replaced on the machine, which takes the mount off the old file everywhere.
+        for copy in self._copies:
+            # Replaced on the machine, which takes the mount off the old file everywhere.
+            if copy.refresh() and not copy.is_in_place():
+                with contextlib.suppress(OSError):
                     tree = linux.open_tree(copy.kept)
                     linux.make(linux.set_attributes(tree, linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOSUID))
                     _attach(tree, copy.path)

@@ -25,7 +25,7 @@ import pytest
 from fluxlib.agent.executor.cgroup import RunGroup
 from fluxlib.agent.executor.link import SpawnerLink
 from fluxlib.spawner import sandbox
-from fluxlib.spawner.sandbox import DEFAULT, MINIMAL, STRICT
+from fluxlib.spawner.sandbox import DEFAULT, MINIMAL, OFF, STRICT
 from tests.support.need import need_root
 from tests.support.programs import wait_until
 
@@ -325,3 +325,196 @@ def _until_gone(launched: Launched) -> str:
     while launched.link.receive():
         pass
     return "gone"
+
+
+# -- the holes that were closed, and what honest programs need ----------------------------------------
+
+
+def python(launched: Launched, script: str, **changes: Any) -> str:
+    """The output of a Python program, or the last line of its traceback."""
+    output, _ = launched.run(f"exec python3 - 2>&1 <<'EOF'\n{script}\nEOF", **changes)
+    return output.strip()
+
+
+def test_output_can_be_written_by_name(launched: Launched) -> None:
+    script = "echo one >/dev/stderr; echo two | tee /dev/stderr >/dev/null; echo three >/proc/self/fd/1"
+    assert launched.run(script)[0].split() == ["one", "two", "three"]
+
+
+def test_standard_error_can_be_a_pipe_of_its_own(launched: Launched) -> None:
+    reading, writing = os.pipe()
+    os.fchown(writing, UID, UID)
+    output, _ = launched.run("echo out; echo err >&2; echo more >/dev/stderr", fds={"stderr": writing})
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        assert (output, file.read()) == ("out\n", "err\nmore\n")
+
+
+def test_a_listening_socket_is_handed_on_as_descriptor_3(launched: Launched) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    script = "import socket; s = socket.socket(fileno=3); print(s.getsockname()[1], s.getsockopt(1, 30))"
+    assert python(launched, script, fds={"listen": listening.fileno()}) == f"{port} 1"
+    assert launched.run("ls /proc/self/fd", fds={"listen": listening.fileno()})[0].split() == ["0", "1", "2", "3", "4"]
+    listening.close()
+
+
+def test_its_user_has_an_account_a_home_and_a_shell(launched: Launched) -> None:
+    if launched.profile == MINIMAL:
+        return  # the machine's own view
+    script = "import pwd, grp, os; print(*pwd.getpwuid(os.getuid())[:7]); print(grp.getgrgid(os.getgid()).gr_name)"
+    entry, group = python(launched, script).splitlines()
+    assert entry.split() == [f"flux-{UID}", "x", str(UID), str(UID), sandbox.WORK, "/bin/sh"]
+    assert group == f"flux-{UID}"
+    assert launched.run("whoami; echo ~")[0].split() == [f"flux-{UID}", sandbox.WORK]
+    assert "root:x:0:0" in launched.run("cat /etc/passwd")[0], "the machine's accounts are there too"
+
+
+def test_accounts_follow_the_machines(programs: Path, cgroups: Path) -> None:
+    """A new account replaces /etc/passwd, which takes what is mounted over it away everywhere."""
+    launched = Launched(DEFAULT, programs, cgroups)
+    try:
+        original = Path("/etc/passwd").read_text()
+        replaced = Path("/etc/passwd.flux-test")
+        try:
+            replaced.write_text(original + "flux-test-account:x:54321:54321::/:/bin/sh\n")
+            replaced.chmod(0o644)
+            replaced.rename("/etc/passwd")
+            output = launched.run("cat /etc/passwd; whoami")[0]
+            assert "flux-test-account" in output
+            assert output.endswith(f"\nflux-{UID}\n")
+        finally:
+            replaced.write_text(original)
+            replaced.chmod(0o644)
+            replaced.rename("/etc/passwd")
+    finally:
+        launched.link.close()
+
+
+def test_nothing_is_there_that_is_not_on_the_list(launched: Launched) -> None:
+    if launched.profile != DEFAULT:
+        return  # in strict / cannot be listed, in minimal it is the machine's own
+    listed = launched.run("ls -A / /run /run/flux /dev")[0].split("\n\n")
+    root, run, flux, dev = (set(part.split("\n", 1)[1].split()) for part in (listed[0], *listed[2:], listed[1]))
+    assert root <= {
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "lib32",
+        "lib64",
+        "libx32",
+        "opt",
+        "proc",
+        "run",
+        "sbin",
+        "sys",
+        "tmp",
+        "usr",
+    }
+    assert run <= {"flux", "systemd", "resolvconf", "NetworkManager"}
+    assert flux == {"code", "copies", "work"}
+    devices = {"null", "zero", "full", "random", "urandom", "tty"}
+    assert dev == {*devices, "fd", "stdin", "stdout", "stderr", "ptmx", "pts", "shm"}
+
+
+def test_sockets_and_fifos_of_the_machine_are_out_of_reach(launched: Launched) -> None:
+    place = Path(tempfile.mkdtemp(prefix="flux-sockets-", dir="/var/lib"))
+    place.chmod(0o755)
+    os.mkfifo(place / "fifo", 0o666)
+    os.chmod(place / "fifo", 0o666)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(place / "socket"))
+    listening.listen()
+    os.chmod(place / "socket", 0o777)
+    script = f"""
+import os, socket
+for reach in (lambda: socket.socket(socket.AF_UNIX).connect("{place}/socket"), lambda: os.open("{place}/fifo", 2)):
+    try:
+        reach(); print("reached")
+    except OSError as error:
+        print(error.errno)
+"""
+    try:
+        found = python(launched, script).split()
+    finally:
+        listening.close()
+        shutil.rmtree(place)
+    # Landlock knows files, not sockets: there a socket's own mode decides.
+    assert found == (["reached", "13"] if launched.profile == MINIMAL else ["2", "2"])
+
+
+def test_terminals_are_its_own_and_few(launched: Launched) -> None:
+    if launched.profile == MINIMAL:
+        return  # the machine's own view
+    before = Path("/proc/sys/kernel/pty/nr").read_text()
+    script = """
+import os
+opened = 0
+try:
+    while opened < 100:
+        os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY); opened += 1
+except OSError as error:
+    print(opened, error.errno)
+"""
+    assert python(launched, script).split() == ["16", "28"]
+    assert Path("/proc/sys/kernel/pty/nr").read_text() == before
+    assert "/dev/pts/0" in python(launched, "import os, pty; a, b = pty.openpty(); print(os.ttyname(b))")
+
+
+def test_a_loopback_interface_of_its_own_without_a_network(launched: Launched) -> None:
+    from fluxlib.spawner import linux
+
+    if launched.profile == MINIMAL:
+        return  # refused before it comes here
+    if not linux.has_capability(linux.CAP_NET_ADMIN):
+        pytest.skip("needs CAP_NET_ADMIN")
+    script = """
+import socket
+server = socket.create_server(("127.0.0.1", 0)); client = socket.create_connection(server.getsockname())
+server6 = socket.create_server(("::1", 0), family=socket.AF_INET6); socket.create_connection(server6.getsockname()[:2])
+server.accept()[0].send(b"hello"); print(client.recv(9))
+"""
+    assert python(launched, script, no_network=True) == "b'hello'"
+    listening = socket.create_server(("127.0.0.1", 0))
+    script = f"import socket; print(socket.socket().connect_ex(('127.0.0.1', {listening.getsockname()[1]})))"
+    assert python(launched, script, no_network=True) == "111", "the machine's is another one"
+    listening.close()
+
+
+def test_no_crash_starts_a_handler_and_the_limit_cannot_be_changed(launched: Launched) -> None:
+    script = """
+import resource
+print(resource.getrlimit(resource.RLIMIT_CORE))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+print(resource.getrlimit(resource.RLIMIT_CORE), resource.prlimit(0, resource.RLIMIT_CORE))
+try:
+    resource.prlimit(0, resource.RLIMIT_CORE, (0, 0))
+except PermissionError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    assert python(launched, script).splitlines() == ["(1, 1)", "(1, 1) (1, 1)", "refused", "(99, 99)"]
+
+
+def test_its_login_user_is_set_and_stays(launched: Launched) -> None:
+    if not Path("/proc/self/loginuid").exists():
+        pytest.skip("this kernel keeps no login users")
+    ours = Path("/proc/self/loginuid").read_text()
+    expected = str(UID) if ours == str(2**32 - 1) else ours
+    assert launched.run("cat /proc/self/loginuid; echo; (echo 0 >/proc/self/loginuid) 2>/dev/null || echo refused")[
+        0
+    ].split() == [
+        expected,
+        "refused",
+    ]
+
+
+def test_it_is_reported_which_version_speaks(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluxlib import spawner
+    from fluxlib.errors import CannotStart
+
+    monkeypatch.setattr(spawner, "VERSION", 99)
+    with pytest.raises(CannotStart, match=r"version 1 of its protocol and this agent 99: .* restart the agent"):
+        SpawnerLink(OFF, str(programs), "0", "0")
