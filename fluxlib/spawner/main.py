@@ -71,6 +71,7 @@ class Spawner:
         self._pids: dict[int, int] = {}  # process by identifier
         self._starts: list[dict[str, Any]] = []
         self._events: list[dict[str, Any]] = []
+        self._trees = False  # whether some program has no cgroup, so that its tree is ended here
         self._orphans = Orphans(self._running)
         self._ended = ends_of_children()
 
@@ -163,6 +164,8 @@ class Spawner:
             return
         if cgroup >= 0:
             fds.remove(cgroup)  # kept, so that the tree can be ended when the agent is gone
+        else:
+            self._trees = True
         self._running[pid] = Child(identifier, pid, request["execution"], cgroup, slot)
         self._pids[identifier] = pid
         self._starts.append({"event": "started", "id": identifier, "pid": pid, "at": at})
@@ -171,20 +174,30 @@ class Spawner:
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
-            while True:
-                # WNOWAIT: while the leader is a zombie no other process can get its number or its group's.
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if found is None:
-                    return
-                child = self._running.get(found.si_pid)  # None: an adopted orphan
-                if child is not None and child.cgroup < 0:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.killpg(child.pid, signal.SIGKILL)
-                _, status, usage = os.wait4(found.si_pid, 0)
-                if child is not None:
-                    self._ended_with(child, status, usage.ru_utime + usage.ru_stime)
+            while self._reap_one():
+                pass
 
-    def _ended_with(self, child: Child, status: int, seconds: float) -> None:
+    def _reap_one(self) -> bool:
+        if not self._trees:
+            pid, status, _ = os.wait4(-1, os.WNOHANG)
+            child = self._running.get(pid)  # None: an adopted orphan
+            if child is not None:
+                self._ended_with(child, status, None)
+            return pid != 0
+        # WNOWAIT: while the leader is a zombie no other process can get its number or its group's.
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return False
+        child = self._running.get(found.si_pid)
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+        _, status, usage = os.wait4(found.si_pid, 0)
+        if child is not None:
+            self._ended_with(child, status, usage.ru_utime + usage.ru_stime)
+        return True
+
+    def _ended_with(self, child: Child, status: int, seconds: float | None) -> None:
         del self._running[child.pid]
         del self._pids[child.identifier]
         if child.cgroup >= 0:
@@ -196,9 +209,7 @@ class Spawner:
             step, number = failure
             self._events.append({"event": "failed", "id": child.identifier, "step": step, "errno": number})
             return
-        # A cgroup knows the seconds of all that the program started.
-        cpu = seconds if child.cgroup < 0 else None
-        self._events.append({"event": "exit", "id": child.identifier, "status": status, "cpu_seconds": cpu})
+        self._events.append({"event": "exit", "id": child.identifier, "status": status, "cpu_seconds": seconds})
 
     def _signal(self, child: Child, number: int) -> None:
         """To the program and everything it has started; in a cgroup only SIGKILL, the rest is the agent's."""

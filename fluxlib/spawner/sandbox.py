@@ -27,6 +27,7 @@ import os
 import resource
 import signal
 import stat
+import time
 from enum import IntEnum
 
 from fluxlib.spawner import linux
@@ -39,6 +40,9 @@ if TYPE_CHECKING:  # typing itself is a tenth of this process
     from typing import Any, NoReturn
 
     from fluxlib.spawner.linux import Call
+
+    # Makes (step, function, arguments) of what a child does for one request.
+    Maker = Callable[[dict[str, Any], dict[str, int]], list[tuple[Any, ...]]]
 
 OFF, MINIMAL, DEFAULT, STRICT = "off", "minimal", "default", "strict"
 
@@ -79,6 +83,15 @@ PROFILES: dict[str, tuple[Step, ...]] = {
     STRICT: (*_BEGIN, Step.NETWORK, Step.MOUNTS, Step.CGROUP_VIEW, *_CONFINE, Step.LANDLOCK, *_FINISH),
 }
 
+# Looking a member up costs more than a name, in pages that a clone copies too.
+_STREAMS, _NETWORK, _MOUNTS, _LIMITS, _USER = Step.STREAMS, Step.NETWORK, Step.MOUNTS, Step.LIMITS, Step.USER
+_LANDLOCK, _CHANGE_DIRECTORY, _DESCRIPTORS, _EXEC = (
+    Step.LANDLOCK,
+    Step.CHANGE_DIRECTORY,
+    Step.DESCRIPTORS,
+    Step.EXEC,
+)
+
 CODE = "/run/flux/code"
 WORK = "/run/flux/work"
 _CODE, _WORK = CODE.encode(), WORK.encode()
@@ -103,6 +116,9 @@ _COVERED = (b"/etc/flux", b"/etc/flux-agent")
 _MAX_TERMINALS = 16
 # Files also cost kernel memory by number.
 _INODES = 65536
+_TERMINALS = b"newinstance,ptmxmode=0666,max=%d" % _MAX_TERMINALS
+_OWN_TERMINALS = (_MOUNTS, *linux.mount(b"devpts", b"/dev/pts", MS_NOSUID | MS_NOEXEC, _TERMINALS))
+_CLOSE_FROM_3, _CLOSE_FROM_4 = linux.close_range_on_exec(3), linux.close_range_on_exec(4)
 
 # By number, the same on both machines (asm-generic/resource.h).
 _CORE, _MEMLOCK, _MSGQUEUE, _NICE, _RTPRIO = 4, 8, 12, 13, 14
@@ -142,7 +158,7 @@ class Sandbox:
             self._lower_own_limits()
         with _step("give up privileges"):
             linux.make(linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1))
-        # What each step does in the child: the same for all, or made for each request.
+        # What each step does in the child: the same for all, ready to be gone through, or made for each request.
         self._same: dict[Step, list[Call]] = {
             Step.SESSION: [linux.new_session(), linux.unblock_signals()],
             Step.CGROUP_VIEW: _own_cgroup_view(),
@@ -153,24 +169,28 @@ class Sandbox:
                 linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL),
             ],
         }
-        self._made: dict[Step, Callable[[dict[str, Any], dict[str, int]], list[Call]]] = {
+        made: dict[Step, Maker] = {
             Step.STREAMS: _streams,
             Step.NETWORK: self._network,
             Step.MOUNTS: _mounts_of_run,
             Step.LIMITS: self._limits,
             Step.USER: _user,
-            Step.LANDLOCK: lambda request, fds: [(self._restrict, (request,))],
-            Step.CHANGE_DIRECTORY: lambda request, fds: [linux.change_directory(request["cwd"])],
-            Step.DESCRIPTORS: lambda request, fds: [linux.close_range_on_exec(4 if "listen" in fds else 3)],
+            Step.LANDLOCK: self._confine,
+            Step.CHANGE_DIRECTORY: _change_directory,
+            Step.DESCRIPTORS: _descriptors,
             Step.EXEC: _execute,
         }
         self._prepare(users, hidden)
+        self._parts: list[list[tuple[Any, ...]] | Maker] = []
+        for step in self._steps:
+            ready = [(step, *call) for call in self._same.get(step, ())]
+            self._parts.append(ready or made[step])
         os.umask(0o077)
 
     def _prepare(self, users: range, hidden: Iterable[bytes]) -> None:
         """What the profile's steps need once."""
         loopback = linux.has_capability(linux.CAP_NET_ADMIN)
-        self._loopback = [linux.raise_loopback()] if loopback else []
+        self._loopback = [(_NETWORK, *linux.raise_loopback())] if loopback else []
         if Step.NETWORK in self._steps and not loopback:
             self.notes.append("CAP_NET_ADMIN is missing: under `network: none` functions have no loopback interface")
         if Step.PRIVILEGES in self._steps:
@@ -212,11 +232,9 @@ class Sandbox:
                 self._view.refresh()
                 fds["code"] = copy_of_code(request["code"])
             step = Step.EXEC
-            calls = [
-                (step_, *call)
-                for step_ in self._steps
-                for call in self._same.get(step_) or self._made[step_](request, fds)
-            ]
+            calls: list[tuple[Any, ...]] = []
+            for part in self._parts:
+                calls += part if type(part) is list else part(request, fds)  # type: ignore[operator]
             step = Step.OUT_OF_MEMORY_SCORE
             with self._score:
                 step = Step.CLONE
@@ -250,17 +268,20 @@ class Sandbox:
             self._failures.tell(slot, step, errno.ENOTRECOVERABLE)
         os._exit(127)
 
-    def _network(self, request: dict[str, Any], fds: dict[str, int]) -> list[Call]:
+    def _network(self, request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
         return self._loopback if request.get("no_network") else []
 
-    def _limits(self, request: dict[str, Any], fds: dict[str, int]) -> list[Call]:
+    def _limits(self, request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
         calls = []
         for which, value in request["rlimits"].items():
             if not self._may_raise:
                 hard = resource.getrlimit(which)[1]
                 value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            calls.append(linux.limit(which, value))
+            calls.append((_LIMITS, *linux.limit(which, value)))
         return calls
+
+    def _confine(self, request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
+        return [(_LANDLOCK, self._restrict, (request,))]
 
     def _restrict(self, request: dict[str, Any]) -> int:
         # Mounted anew in this child, so not the directories that were opened beforehand.
@@ -272,20 +293,33 @@ class Sandbox:
         return 0
 
 
-def _streams(request: dict[str, Any], fds: dict[str, int]) -> list[Call]:
-    calls = [linux.duplicate(fds["stdin"], 0), linux.duplicate(fds["stdout"], 1)]
-    calls.append(linux.duplicate(fds.get("stderr", fds["stdout"]), 2))
+def _streams(request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = [
+        (_STREAMS, *linux.duplicate(fds["stdin"], 0)),
+        (_STREAMS, *linux.duplicate(fds["stdout"], 1)),
+        (_STREAMS, *linux.duplicate(fds["stderr"] if "stderr" in fds else fds["stdout"], 2)),
+    ]
     if "listen" in fds:
-        calls.append(linux.duplicate(fds["listen"], 3))
+        calls.append((_STREAMS, *linux.duplicate(fds["listen"], 3)))
     return calls
 
 
-def _user(request: dict[str, Any], fds: dict[str, int]) -> list[Call]:
-    return list(linux.become_user(request["uid"], request["gid"])) if request["uid"] >= 0 else []
+def _user(request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
+    if request["uid"] < 0:
+        return []
+    return [(_USER, *call) for call in linux.become_user(request["uid"], request["gid"])]
 
 
-def _execute(request: dict[str, Any], fds: dict[str, int]) -> list[Call]:
-    return [] if request.get("trial") else [linux.execute(request["argv"], request["env"])]
+def _change_directory(request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
+    return [(_CHANGE_DIRECTORY, *linux.change_directory(request["cwd"]))]
+
+
+def _descriptors(request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
+    return [(_DESCRIPTORS, *(_CLOSE_FROM_4 if "listen" in fds else _CLOSE_FROM_3))]
+
+
+def _execute(request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
+    return [] if request.get("trial") else [(_EXEC, *linux.execute(request["argv"], request["env"]))]
 
 
 def _own_cgroup_view() -> list[Call]:
@@ -298,17 +332,15 @@ def _own_cgroup_view() -> list[Call]:
     ]
 
 
-def _mounts_of_run(request: dict[str, Any], fds: dict[str, int]) -> list[Call]:
+def _mounts_of_run(request: dict[str, Any], fds: dict[str, int]) -> list[tuple[Any, ...]]:
     options = b"size=%d,nr_inodes=%d,mode=" % (request["tmp_bytes"], _INODES)
     own, anybody = b"%s700,uid=%d,gid=%d" % (options, request["uid"], request["gid"]), options + b"1777"
     return [
-        linux.attach(fds["code"], _CODE),
-        linux.mount(b"tmpfs", _WORK, MS_NOSUID | MS_NODEV, own),
-        linux.mount(b"tmpfs", b"/tmp", MS_NOSUID | MS_NODEV, anybody),
-        linux.mount(b"tmpfs", b"/dev/shm", MS_NOSUID | MS_NODEV, anybody),
-        linux.mount(
-            b"devpts", b"/dev/pts", MS_NOSUID | MS_NOEXEC, b"newinstance,ptmxmode=0666,max=%d" % _MAX_TERMINALS
-        ),
+        (_MOUNTS, *linux.attach(fds["code"], _CODE)),
+        (_MOUNTS, *linux.mount(b"tmpfs", _WORK, MS_NOSUID | MS_NODEV, own)),
+        (_MOUNTS, *linux.mount(b"tmpfs", b"/tmp", MS_NOSUID | MS_NODEV, anybody)),
+        (_MOUNTS, *linux.mount(b"tmpfs", b"/dev/shm", MS_NOSUID | MS_NODEV, anybody)),
+        _OWN_TERMINALS,
     ]
 
 
@@ -332,6 +364,7 @@ class View:
 
     def __init__(self, programs: bytes, hidden: Iterable[bytes], users: range) -> None:
         os.umask(0o022)  # of the directories made here, which every user walks through
+        self._look_at = 0.0
         linux.make(linux.unshare(linux.CLONE_NEWNS))
         linux.make(linux.make_private())
         sources, links = self._collect()
@@ -410,7 +443,11 @@ class View:
         os.close(directory)
 
     def refresh(self) -> None:
-        """Take over what has changed: a new account, another name server."""
+        """Take over what has changed: a new account, another name server. Looks once a second."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + 1.0
         for copy in self._copies:
             # Replaced on the machine, which takes the mount off the old file everywhere.
             if copy.refresh() and not copy.is_in_place():

@@ -380,9 +380,12 @@ def test_accounts_follow_the_machines(programs: Path, cgroups: Path) -> None:
             replaced.write_text(original + "flux-test-account:x:54321:54321::/:/bin/sh\n")
             replaced.chmod(0o644)
             replaced.rename("/etc/passwd")
-            output = launched.run("cat /etc/passwd; whoami")[0]
-            assert "flux-test-account" in output
-            assert output.endswith(f"\nflux-{UID}\n")
+
+            def followed() -> bool:
+                output = launched.run("cat /etc/passwd; whoami")[0]
+                return "flux-test-account" in output and output.endswith(f"\nflux-{UID}\n")
+
+            wait_until(followed, "both accounts", 10)
         finally:
             replaced.write_text(original)
             replaced.chmod(0o644)
