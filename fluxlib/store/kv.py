@@ -6,14 +6,13 @@ A new kind of thing to keep is a table more, not a method more in each backend.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Protocol
 
 from fluxlib.errors import Conflict
 from fluxlib.model import AgentRecord, Function
 from fluxlib.store.base import Lease
-from fluxlib.store.rows import dump
+from fluxlib.store.rows import dump, load
 
 FUNCTIONS, AGENTS, NOTES = "functions", "agents", "notes"
 
@@ -138,8 +137,8 @@ class TypedTables:
 
 
 def _function(text: str) -> Function:
-    return Function.from_fields(json.loads(text))
+    return load(text, Function.from_fields)
 
 
 def _agent(text: str) -> AgentRecord:
-    return AgentRecord.from_fields(json.loads(text))
+    return load(text, AgentRecord.from_fields)

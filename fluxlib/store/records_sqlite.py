@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.store import rows
 from fluxlib.store.base import COMMIT_TIMEOUT
 from fluxlib.store.pending import Pending
-from fluxlib.store.sqlite_file import SqliteFile, Write
+from fluxlib.store.sqlite_file import Damaged, SqliteFile, Write
+
+log = logging.getLogger(__name__)
 
 # Writes that wait for a disk with room again. Each may hold an output of 64 KiB.
 _REMEMBERED = 2_000
@@ -31,12 +35,10 @@ CREATE INDEX records_expiring ON records (keep_until) WHERE keep_until IS NOT NU
 
 
 class SqliteRecordStore:
-    """RecordStore in ``agent.db``."""
+    """RecordStore in ``agent.db``. A damaged one is moved aside: what it holds is a cache of an hour."""
 
     def __init__(self, path: Path) -> None:
-        self._file = SqliteFile(
-            path, [_SCHEMA.split(";"), ("UPDATE records SET record = named_record(record)",)], "record-store"
-        )
+        self._file = _open(path)
         self._lock = threading.Lock()
         # Under way, or failed: a disk that was full for a moment must not lose an end.
         self._written: deque[Pending[Write]] = deque(maxlen=_REMEMBERED)
@@ -94,3 +96,21 @@ class SqliteRecordStore:
             return
         finally:
             self._file.close(timeout)
+
+
+def _open(path: Path) -> SqliteFile:
+    migrations = (_SCHEMA.split(";"), ("UPDATE records SET record = named_record(record)",))
+    try:
+        return SqliteFile(path, migrations, "record-store", check=True)
+    except Damaged as error:
+        kept = path.with_name(f"{path.name}.damaged")
+        for end in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                path.with_name(path.name + end).replace(kept.with_name(kept.name + end))
+        log.warning(
+            "%s is damaged (%s) and was moved to %s: this agent does not know what it ran before any more",
+            path,
+            error.__cause__,
+            kept,
+        )
+        return SqliteFile(path, migrations, "record-store")

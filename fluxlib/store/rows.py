@@ -6,10 +6,13 @@ Everything is stored by name, so that versions may differ: what is unknown is ig
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from fluxlib.errors import Conflict
+from fluxlib.errors import Conflict, StoreUnavailable
 from fluxlib.model import ExecutionRecord, ExecutionRequest, Phase, positional
+
+T = TypeVar("T")
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -42,7 +45,16 @@ def record_to_text(record: ExecutionRecord) -> str:
 
 
 def record_from_text(text: str | bytes) -> ExecutionRecord:
-    return ExecutionRecord.from_fields(json.loads(text))
+    """Raises StoreUnavailable for what was damaged."""
+    return load(text, ExecutionRecord.from_fields)
+
+
+def load(text: str | bytes, read: Callable[[Mapping[str, Any]], T]) -> T:
+    """What ``read`` makes of the fields in ``text``. Raises StoreUnavailable for what was damaged."""
+    try:
+        return read(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreUnavailable(f"what the store holds is damaged: {error!r}") from error
 
 
 def open_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from fluxlib.store.base import (
 )
 from fluxlib.store.kv import NO_BLOB, Blob, TypedTables, Value
 from fluxlib.store.sqlite_file import SqliteFile, reason_of
+
+log = logging.getLogger(__name__)
 
 _ADVICE = (
     "stop that Flux, or give this one a `state_dir` of its own;"
@@ -209,6 +212,7 @@ class SqliteControlStore(TypedTables):
     def __init__(self, path: Path) -> None:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            used_before = path.with_name("flux.lock").exists()
             self._lock = ExclusiveLock(path.with_name("flux.lock"), _ADVICE)
         except OSError as error:
             raise StoreUnavailable(f"the store {path} cannot be opened: {reason_of(error)}") from error
@@ -218,6 +222,11 @@ class SqliteControlStore(TypedTables):
             self._lock.release()
             raise
         super().__init__(SqliteKeyValues(self._file))
+        self._warnings: tuple[str, ...] = ()
+        if self._file.is_new and used_before:
+            # The lock file of an earlier run is there, and its store is not.
+            self._warnings = (f"the store {path} was missing or empty and was made anew: nothing of before is known",)
+            log.warning("%s", self._warnings[0])
 
     # -- executions
 
@@ -460,10 +469,10 @@ class SqliteControlStore(TypedTables):
     # -- the store itself
 
     def ping(self) -> None:
-        self._file.write(lambda db: db.execute("UPDATE counters SET value = value WHERE name = 'functions'")).wait(5)
+        self._file.check(5.0)
 
     def persistence(self) -> tuple[str, ...]:
-        return ()
+        return self._warnings
 
     def close(self, timeout: float = 30.0) -> None:
         if self._file.close(timeout):

@@ -33,29 +33,39 @@ _IDLE_READERS = 8
 Write = Callable[[sqlite3.Connection], Any]
 
 
+class Damaged(StoreUnavailable):
+    """What the file holds is not what SQLite wrote."""
+
+
 class SqliteFile:
     """A database file with its schema brought up to date.
 
     ``migrations`` are the statements of each schema version, run in order, each version once and in a transaction of
-    its own.
-    Raises StoreUnavailable.
+    its own. With ``check`` the whole file is looked through first. ``is_new``: there was none, or an empty one.
+    Raises StoreUnavailable, Damaged.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[Sequence[str]], name: str) -> None:
+    def __init__(self, path: Path, migrations: Sequence[Sequence[str]], name: str, *, check: bool = False) -> None:
         self._path = path
         self._name = name
         self._queue: WriteQueue[Write] = WriteQueue(_MAX_BATCH)
         self._idle: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         try:
-            _make_private(path)
+            self.is_new = _make_private(path)
+            self._identity = _identity(path)
+            self._damage = ""  # what was found damaged since
             connection = self._connect()
+            if check:
+                _check(connection)
             # What migrations call: JSON by position becomes JSON by name.
             connection.create_function("named_record", 1, rows.named_record, deterministic=True)
             connection.create_function("named_request", 1, rows.named_request, deterministic=True)
             _migrate(connection, migrations)
-        except (sqlite3.Error, OSError) as error:
-            raise StoreUnavailable(f"the store {path} cannot be opened: {reason_of(error)}") from error
+            self._version = len(migrations)
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+            kind = Damaged if is_damage(error) else StoreUnavailable
+            raise kind(f"the store {path} cannot be opened: {reason_of(error)}") from error
         self._thread = threading.Thread(target=self._run, args=(connection,), name=f"{name}-writer", daemon=True)
         self._thread.start()
 
@@ -77,11 +87,24 @@ class SqliteFile:
             # As many connections as there are readers at once, whichever threads they are.
             connection = self._borrow()
             try:
-                return connection.execute(sql, values).fetchall()
+                found = connection.execute(sql, values).fetchall()
             finally:
                 self._give_back(connection)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            self._note_damage(error)
             raise StoreUnavailable(f"the store {self._path} cannot be read: {reason_of(error)}") from error
+        if self._damage and not found:
+            # A damaged index finds nothing: that is no proof that there is nothing.
+            raise StoreUnavailable(f"the store {self._path} cannot be relied on: {self._damage}")
+        return found
+
+    def check(self, timeout: float) -> None:
+        """Raises StoreUnavailable unless a durable write goes through, into the file that the next start will open,
+        and nothing was found damaged.
+        """
+        self.write(lambda db: db.execute(f"PRAGMA user_version={self._version}"), durable=True).wait(timeout)
+        if self._damage:
+            raise StoreUnavailable(f"the store {self._path} is damaged: {self._damage}")
 
     def close(self, timeout: float = 30.0) -> bool:
         """Commits what is queued, then lets the file go; False when it was closed before."""
@@ -130,6 +153,11 @@ class SqliteFile:
                 self._commit_or_fail(connection, [pending])
 
     def _commit(self, connection: sqlite3.Connection, batch: list[Pending[Write]]) -> None:
+        if any(pending.durable for pending in batch) and _identity(self._path) != self._identity:
+            raise sqlite3.OperationalError(
+                "its file was removed or replaced while Flux uses it, and what is written now would be gone after the"
+                " next start: bring it back from a backup and restart Flux"
+            )
         connection.execute("BEGIN IMMEDIATE")
         for pending in batch:
             try:
@@ -141,10 +169,16 @@ class SqliteFile:
 
     def _fail(self, connection: sqlite3.Connection, batch: list[Pending[Write]], error: Exception) -> None:
         self._roll_back(connection)
+        self._note_damage(error)
         log.error("%s: %d writes to %s failed: %s", self._name, len(batch), self._path, error)
         for pending in batch:
             if pending.error is None:
-                pending.error = StoreUnavailable(f"the store {self._path} cannot be written: {error}")
+                pending.error = StoreUnavailable(f"the store {self._path} cannot be written: {reason_of(error)}")
+
+    def _note_damage(self, error: Exception) -> None:
+        if is_damage(error) and not self._damage:
+            self._damage = reason_of(error)
+            log.error("%s: %s is damaged: %s", self._name, self._path, self._damage)
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
@@ -173,8 +207,14 @@ class SqliteFile:
         connection.close()
 
     def _connect(self) -> sqlite3.Connection:
+        # Never made here: whoever reads must not find an empty store where somebody has removed the file.
         connection = sqlite3.connect(
-            self._path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=64
+            f"{self._path.absolute().as_uri()}?mode=rw",
+            uri=True,
+            timeout=_BUSY_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
         )
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -184,12 +224,30 @@ class SqliteFile:
         return connection
 
 
-def _make_private(path: Path) -> None:
-    """Before SQLite makes it: the file holds environment values, and SQLite copies its mode to the WAL."""
+def _make_private(path: Path) -> bool:
+    """Before SQLite makes it: the file holds environment values, and SQLite copies its mode to the WAL. Whether there
+    was nothing in it.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     if sys.platform != "win32":
         os.chmod(path, 0o600)
+    return path.stat().st_size == 0
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is, whatever its name; None when there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(f"database disk image is malformed ({found})")
 
 
 def _migrate(connection: sqlite3.Connection, migrations: Sequence[Sequence[str]]) -> None:
@@ -211,6 +269,12 @@ def reason_of(error: Exception) -> str:
     """Why the file cannot be used, in words; for a damaged one what to do."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    if "malformed" in str(error) or "not a database" in str(error):
+    if is_damage(error):
         return f"{error}: bring it back from a backup, or move it away to begin with an empty one"
     return str(error)
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether it says that the file's content is damaged, not that it cannot be reached."""
+    text = str(error)
+    return isinstance(error, UnicodeDecodeError) or "malformed" in text or "not a database" in text

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 
 from fluxlib.errors import Conflict, StoreUnavailable
-from fluxlib.model import ExecutionRecord, ExecutionStatus
+from fluxlib.model import AgentRecord, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import ExecutionFilter
+from fluxlib.store.pending import Pending
 from fluxlib.store.records_sqlite import SqliteRecordStore
 from fluxlib.store.sqlite import SqliteControlStore
 from fluxlib.store.sqlite_file import SqliteFile
@@ -247,3 +249,172 @@ def test_a_store_that_cannot_be_opened_is_let_go(state_dir: Path) -> None:
         SqliteControlStore(state_dir / "flux.db")
     (state_dir / "flux.db").unlink()
     SqliteControlStore(state_dir / "flux.db").close()
+
+
+def names_of(path: Path) -> list[Path]:
+    return [path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")]
+
+
+def test_a_file_that_is_removed_while_it_is_used_takes_nothing_more(store: SqliteControlStore, state_dir: Path) -> None:
+    """What was answered would be gone after the next start."""
+    keep(store, "e-1")
+    store.ping()
+    for path in names_of(state_dir / "flux.db"):
+        path.unlink(missing_ok=True)
+    for write in (store.ping, lambda: keep(store, "e-2"), lambda: store.save_function(function())):
+        with pytest.raises(StoreUnavailable, match="was removed or replaced while Flux uses it"):
+            write()
+    with ThreadPoolExecutor(12) as pool:
+        # More readers than there are connections: the others would make a file of their own.
+        for answer in [pool.submit(store.execution, "e-1") for _ in range(48)]:
+            with contextlib.suppress(StoreUnavailable):
+                assert answer.result(10) is not None
+    assert not (state_dir / "flux.db").exists()
+
+
+def test_a_store_that_was_made_anew_says_so(state_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = SqliteControlStore(state_dir / "flux.db")
+    assert first.persistence() == ()
+    first.close()
+    again = SqliteControlStore(state_dir / "flux.db")
+    assert again.persistence() == ()
+    again.close()
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"")):
+        for path in names_of(state_dir / "flux.db")[1:]:
+            path.unlink(missing_ok=True)
+        damage(state_dir / "flux.db")
+        caplog.clear()
+        anew = SqliteControlStore(state_dir / "flux.db")
+        (warning,) = anew.persistence()
+        anew.close()
+        assert "was missing or empty and was made anew" in warning
+        assert warning in caplog.text
+
+
+def damage_index(path: Path, name: str) -> None:
+    with sqlite3.connect(path) as database:
+        (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+    database.close()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+
+
+def test_a_damaged_file_is_ill_and_proves_nothing_missing(state_dir: Path) -> None:
+    store = SqliteControlStore(state_dir / "flux.db")
+    keep(store, "e-1")
+    store.close()
+    damage_index(state_dir / "flux.db", "sqlite_autoindex_executions_1")
+    store = SqliteControlStore(state_dir / "flux.db")
+    try:
+        store.ping()
+        with pytest.raises(StoreUnavailable, match="malformed: bring it back from a backup, or move it away"):
+            store.execution("e-1")
+        with pytest.raises(StoreUnavailable, match="is damaged"):
+            store.ping()
+        with pytest.raises(StoreUnavailable, match="cannot be relied on"):
+            store.function("nobody")
+    finally:
+        store.close()
+
+
+def test_a_damaged_record_is_a_store_that_is_away(state_dir: Path) -> None:
+    store = SqliteControlStore(state_dir / "flux.db")
+    try:
+        end(store, keep(store, "e-1"))
+        store._file.write(lambda db: db.execute("UPDATE executions SET record = substr(record, 9)")).wait()
+        with pytest.raises(StoreUnavailable, match="damaged"):
+            store.execution("e-1")
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("how", ["overwritten", "flipped"])
+def test_a_damaged_agent_db_is_moved_aside_and_the_agent_starts(
+    state_dir: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = state_dir / "agent.db"
+    records = SqliteRecordStore(path)
+    records.begin(entry("e-1").record)
+    records.close()
+    if how == "overwritten":
+        path.write_bytes(bytes(reversed(range(256))) * 64)
+    else:
+        damage_index(path, "sqlite_autoindex_records_1")
+    damaged = path.read_bytes()
+    records = SqliteRecordStore(path)
+    try:
+        assert records.unfinished() == []
+        records.begin(entry("e-2").record)
+        records.flush()
+    finally:
+        records.close()
+    assert (state_dir / "agent.db.damaged").read_bytes() == damaged
+    assert "is damaged" in caplog.text
+    assert "was moved to" in caplog.text
+    again = SqliteRecordStore(path)
+    assert [record.execution_id for record in again.unfinished()] == ["e-2"]
+    again.close()
+
+
+def test_a_damaged_flux_db_says_in_a_sentence_what_to_do(state_dir: Path) -> None:
+    state_dir.mkdir(exist_ok=True)
+    (state_dir / "flux.db").write_bytes(bytes(reversed(range(256))) * 64)
+    with pytest.raises(StoreUnavailable, match="bring it back from a backup, or move it away to begin with an empty"):
+        SqliteControlStore(state_dir / "flux.db")
+
+
+def test_a_read_behind_a_write_that_does_not_come_through_is_refused(
+    store: SqliteControlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not answered with what was before that write."""
+    made = keep(store, "e-1")
+    gate, busy = threading.Event(), threading.Event()
+
+    def hold(db: sqlite3.Connection) -> None:
+        busy.set()
+        gate.wait(30)
+
+    monkeypatch.setattr("fluxlib.store.sqlite_file._BUSY_TIMEOUT", 0.2)
+    held = store._file.write(hold)
+    try:
+        assert busy.wait(10)
+        store.end_attempt(made.record.ended(ExecutionStatus.SUCCESS, at=1.0), 1, 1000.0)
+        with pytest.raises(StoreUnavailable, match="an earlier write was not committed within"):
+            store.execution("e-1")
+    finally:
+        gate.set()
+    held.wait()
+    found = store.execution("e-1")
+    assert found is not None
+    assert found.record.status is ExecutionStatus.SUCCESS
+
+
+def test_every_wait_for_a_write_has_a_deadline(store: SqliteControlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, busy = threading.Event(), threading.Event()
+
+    def hold(db: sqlite3.Connection) -> None:
+        busy.set()
+        gate.wait(30)
+
+    for method in (Pending.wait, Pending.value):
+        monkeypatch.setattr(method, "__defaults__", (0.2,))
+    keep_waiting = store._file.write(hold)
+    try:
+        assert busy.wait(10)
+        for write in (
+            lambda: store.save_function(function()),
+            lambda: store.save_agent(AgentRecord("w", "h:1")),
+            lambda: store.set_note("a", "b"),
+            lambda: store.acquire_lease("leader", "a", 15, 1.0),
+            lambda: store.claim_executions("a", "f", 1),
+            lambda: store.adopt_session("a", "b"),
+            lambda: store.create_execution(entry("e-1", idempotency_key="k"), durable=True),
+            store.expire_executions,
+        ):
+            with pytest.raises(StoreUnavailable, match="did not commit the write within"):
+                write()
+    finally:
+        gate.set()
+    keep_waiting.wait(10)
