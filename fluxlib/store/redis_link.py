@@ -34,20 +34,27 @@ _CONNECT_TIMEOUT, _TIMEOUT = 2.0, 5.0
 _MAX_BATCH = 200
 _CONNECTIONS = 64
 
+# What a script says of itself, from Redis 7 on, to run though maxmemory is reached and nothing may be evicted.
+_WHEN_FULL = "#!lua flags=allow-oom\n"
+
 Argument = str | bytes | int | float
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """Lua to run on the server. It gets the key prefix as its first argument."""
+    """Lua to run on the server. It gets the key prefix as its first argument.
+
+    ``spare``: it may run while the server's memory is full, because what it frees or keeps alive ends that.
+    """
 
     text: str
     sha: str
+    spare: bool = False
 
     @classmethod
-    def of(cls, *parts: str) -> Script:
+    def of(cls, *parts: str, spare: bool = False) -> Script:
         text = "\n".join(parts)
-        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), spare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,7 @@ class RedisLink:
     def __init__(self, address: str, prefix: str, scripts: Sequence[Script], name: str) -> None:
         self.prefix = prefix
         self._scripts = tuple(scripts)
+        self._loaded: dict[str, str] = {}  # SHA of a script → that of what the server has in its place
         self._name = name
         self._answered = False  # until it has, what is wrong may be the kind of connection
         try:
@@ -90,9 +98,10 @@ class RedisLink:
 
         def ask(client: redis.Redis) -> Any:
             try:
-                return client.evalsha(script.sha, 0, self.prefix, *arguments)
+                return client.evalsha(self._sha(script), 0, self.prefix, *arguments)
             except NoScriptError:
-                return client.eval(script.text, 0, self.prefix, *arguments)
+                self._load(client)
+                return client.evalsha(self._sha(script), 0, self.prefix, *arguments)
 
         return self._ask(ask)
 
@@ -142,7 +151,20 @@ class RedisLink:
 
     def _load(self, client: redis.Redis) -> None:
         for script in self._scripts:
-            client.script_load(script.text)
+            self._loaded[script.sha] = self._load_one(client, script)
+
+    def _load_one(self, client: redis.Redis, script: Script) -> str:
+        if script.spare:
+            try:
+                return _text(client.script_load(_WHEN_FULL + script.text))
+            except ResponseError as error:
+                if isinstance(error, exceptions.NoPermissionError):
+                    raise
+                # Older than Redis 7, which lets scripts that only free memory run anyway.
+        return _text(client.script_load(script.text))
+
+    def _sha(self, script: Script) -> str:
+        return self._loaded.get(script.sha, script.sha)
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         hint = "" if self._answered else _kind_hint(error, self._address.scheme)
@@ -185,8 +207,12 @@ class RedisLink:
     def _pipeline(self, batch: list[Pending[Call]]) -> list[Any]:
         pipeline = self._redis.pipeline(transaction=False)
         for pending in batch:
-            pipeline.evalsha(pending.work.script.sha, 0, *pending.work.arguments)
+            pipeline.evalsha(self._sha(pending.work.script), 0, *pending.work.arguments)
         return list(pipeline.execute(raise_on_error=False))
+
+
+def _text(answer: Any) -> str:
+    return answer.decode() if isinstance(answer, bytes) else str(answer)
 
 
 def _pool(address: RedisAddress) -> redis.ConnectionPool:

@@ -267,6 +267,7 @@ redis.call('HSET', P..'execution:'..id, 'status', status, 'phase', 'ended', 'age
 redis.call('ZADD', P..'expiring', keep, id)
 return 1
 """,
+    spare=True,
 )
 # P, index, highest score, how many → their fields
 PAGE = Script.of(
@@ -307,6 +308,7 @@ for _, id in ipairs(ids) do
 end
 return #ids
 """,
+    spare=True,
 )
 _FORGET = """
 local function forget(P, id)
@@ -331,6 +333,7 @@ FORGET = Script.of(
 local P, id, owner = unpack(ARGV)
 if redis.call('HGET', P..'execution:'..id, 'owner') == owner then forget(P, id) end
 """,
+    spare=True,
 )
 # P, how many records to keep (0: any number), how many at most → how many
 EXPIRE = Script.of(
@@ -353,6 +356,7 @@ for _, index in ipairs({'executions:s:success', 'expiring'}) do
 end
 return gone
 """,
+    spare=True,
 )
 
 # P, name, owner, seconds → the token, or false when another holds it.
@@ -381,6 +385,7 @@ if not live then
 end
 return token
 """,
+    spare=True,
 )
 # P, name… → owner, token and seconds left of each, in their order; false for one that is not there
 LEASES = Script.of(
@@ -401,7 +406,8 @@ local P, name, token = unpack(ARGV)
 if redis.call('HGET', P..'lease:'..name, 'token') == token then
   redis.call('HSET', P..'lease:'..name, 'expires', '0')
 end
-"""
+""",
+    spare=True,
 )
 # P: fails where a write would
 PING = Script.of("redis.call('SET', ARGV[1]..'ping', '1', 'EX', 60)")

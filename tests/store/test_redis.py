@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -285,6 +286,59 @@ def test_what_a_crash_could_lose_is_said(server: RedisServer, store: RedisContro
         finally:
             client.config_set("maxmemory", "0")
             client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_full_redis_lets_leaders_lead_and_records_end_and_expire(
+    server: RedisServer, store: RedisControlStore
+) -> None:
+    """Only so can it become less full: the leader is who lets records expire."""
+    running = keep(store, "running")
+    for number in range(1500):
+        store.create_execution(entry(f"e-{number}"), durable=False)
+        ended = entry(f"e-{number}").record.ended(ExecutionStatus.SUCCESS, at=1.0)
+        last = store.end_attempt(ended, 1, 0.0)
+    last.wait()
+    leader = store.acquire_lease("leader", "a", 15, 0.0)
+    assert leader is not None
+    with server.client() as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", int(client.info("memory")["used_memory"]) - 64 * 1024)  # type: ignore[index, arg-type]
+        try:
+            with pytest.raises(StoreUnavailable, match="is full"):
+                keep(store, "more")
+            with pytest.raises(StoreUnavailable, match="is full"):
+                store.ping()
+            assert store.acquire_lease("leader", "a", 15, 0.0) is not None
+            assert store.acquire_lease("flux/b", "b", 15, 0.0) is not None
+            assert store.end_attempt(running.record.ended(ExecutionStatus.FAILED, at=1.0), 1, 1000.0).value() is True
+            assert store.adopt_session("dead", "a", leader) == 0
+            store.release_lease(leader)
+            while store.expire_executions():
+                pass
+            keep(store, "more")
+            store.ping()
+        finally:
+            client.config_set("maxmemory", "0")
+
+
+def test_expiry_goes_by_the_clock_of_redis(
+    server: RedisServer, store: RedisControlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two Flux whose clocks are apart: what one has ended the other does not forget."""
+    other = RedisControlStore(server.address)
+    try:
+        for ahead in (7200.0, -7200.0):
+            monkeypatch.setattr(time, "time", lambda ahead=ahead, now=time.time: now() + ahead)  # type: ignore[misc]
+            end(store, keep(store, f"kept-{ahead}"), 60.0)
+            end(store, keep(store, f"over-{ahead}"), 0.0)
+            assert other.expire_executions() == 1
+            monkeypatch.undo()
+        assert {one.execution_id for one in other.executions(ExecutionFilter(), "", 9).entries} == {
+            "kept-7200.0",
+            "kept--7200.0",
+        }
+    finally:
+        other.close()
 
 
 def test_records_of_agents_on_one_redis_do_not_mix(server: RedisServer, tmp_path: Path) -> None:
