@@ -28,6 +28,9 @@ _FAT_MACH_O = b"\xca\xfe\xba\xbe"  # also of Java classes, whose fifth to eighth
 _ET_REL, _PT_INTERP = 1, 3
 # Linux reads 256 bytes of a script (BINPRM_BUF_SIZE), and at most so many interpreters in a row.
 _FIRST_LINE = 255
+NOT_SHOWN = (
+    "which functions on this machine cannot see: isolation shows them only /usr, /bin, /lib, /opt and /etc of it"
+)
 _NESTED = 4
 
 
@@ -182,6 +185,9 @@ class Files(Protocol):
 
     def exists(self, path: str) -> bool: ...
 
+    def is_shown(self, path: str) -> bool:
+        """Whether isolation shows functions a path that exists."""
+
     def read(self, path: str) -> bytes:
         """The first HEAD bytes; none when it cannot be read."""
 
@@ -205,6 +211,8 @@ def machine_problem(head: Head, files: Files, rest: bytes = b"") -> str:
         if not files.exists(interpreter):
             where = "" if "/" in interpreter else f": write its whole path, such as #!/usr/bin/env {interpreter}"
             return f"{_shown(head.name)} asks for {_shown(interpreter)}, which is not on this machine{where}"
+        if not files.is_shown(interpreter):
+            return f"{_shown(head.name)} asks for {_shown(interpreter)}, {NOT_SHOWN}"
         by_env = program_of_env(head)
         if by_env and not files.is_on_path(by_env):
             return (

@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fluxlib import handlers
@@ -38,8 +39,11 @@ def head_of(path: str | Path, name: str = "") -> Head:
         return Head(name or os.path.basename(path), file.read(handlers.HEAD))
 
 
-def start_problem(spec: FunctionSpec, code_dir: Path) -> str:
-    """Why the handler will not start on this machine, as far as can be told beforehand; empty when it should."""
+def start_problem(spec: FunctionSpec, code_dir: Path, shows: Sequence[str] = ()) -> str:
+    """Why the handler will not start on this machine, as far as can be told beforehand; empty when it should.
+
+    ``shows`` are the directories that functions see of the machine; none = all of them.
+    """
     handler = spec.handler
     if sys.platform == "win32":
         return ""
@@ -48,7 +52,7 @@ def start_problem(spec: FunctionSpec, code_dir: Path) -> str:
         head = head_of(path, handler)
     except OSError as error:
         return f"{handler} cannot be read: {error.strerror}"
-    files = _Files(code_dir, spec.env.get("PATH") or function_basics()["PATH"])
+    files = _Files(code_dir, spec.env.get("PATH") or function_basics()["PATH"], shows)
     return _problem(path, head, files) or (handlers.unix_hint(head) if sys.platform == "linux" else "")
 
 
@@ -72,10 +76,7 @@ def exec_problem(program: str, number: int, code_dir: Path) -> str:
         return problem
     needs = handlers.interpreter_of(head) or handlers.loader_of(head, _loader(program, head))
     if number in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and needs:
-        return (
-            f"{name} needs {needs}, which functions on this machine cannot see: isolation hides /home, /root, /srv,"
-            " /mnt and /media"
-        )
+        return f"{name} asks for {needs}, {handlers.NOT_SHOWN}"
     if number == errno.EACCES:
         also = f", or {needs} may not," if needs else ""
         return f"{name} may not be executed{also} by the function's user"
@@ -93,12 +94,21 @@ def _problem(path: Path, head: Head, files: handlers.Files) -> str:
 class _Files:
     """handlers.Files of this machine. ``search`` is the function's PATH; empty where it does not matter."""
 
-    def __init__(self, code_dir: Path, search: str = "") -> None:
+    def __init__(self, code_dir: Path, search: str = "", shows: Sequence[str] = ()) -> None:
         self._code_dir = code_dir
         self._search = search
+        self._shows = shows
 
     def exists(self, path: str) -> bool:
         return os.path.exists(self._here(path))
+
+    def is_shown(self, path: str) -> bool:
+        if not self._shows or path.startswith(_SHOWN_CODE) or not os.path.isabs(path):
+            return True
+        # Where a link lies and where it leads: either may be a home directory.
+        lies, leads = os.path.normpath(path), os.path.realpath(path)
+        real = [os.path.realpath(directory) for directory in self._shows]
+        return _is_below(lies, [*self._shows, *real]) and _is_below(leads, real)
 
     def read(self, path: str) -> bytes:
         try:
@@ -111,13 +121,18 @@ class _Files:
             return self.exists(program)
         if not self._search:
             return True
-        return any(self.exists(os.path.join(directory or ".", program)) for directory in self._search.split(os.pathsep))
+        found = [os.path.join(directory or ".", program) for directory in self._search.split(os.pathsep)]
+        return any(self.exists(path) and self.is_shown(path) for path in found)
 
     def _here(self, path: str) -> str:
         if path.startswith(_SHOWN_CODE):
             return os.path.join(self._code_dir, path.removeprefix(_SHOWN_CODE))
         # Relative to the working directory, which is the code's unless the function says otherwise.
         return os.path.join(self._code_dir, path)
+
+
+def _is_below(path: str, directories: Iterable[str]) -> bool:
+    return any(Path(path).is_relative_to(directory) for directory in directories)
 
 
 def _loader(path: str | Path, head: Head) -> bytes:

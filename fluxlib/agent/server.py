@@ -91,7 +91,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             warnings = self._executor.check(spec)
             installed = self._packages.register(spec, digest)
             self._sessions.look_again(spec.name)
-            return Done(warnings, _start_problem(installed))
+            return Done(warnings, self._start_problem(installed))
 
         return _acknowledge(pb.FunctionAck, "registered", register)
 
@@ -130,9 +130,14 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             warnings = self._executor.check(spec)
             installed = self._packages.deploy(spec, digest, package.code_digest, archive)
             self._sessions.look_again(spec.name)
-            return Done(warnings, _start_problem(installed))
+            return Done(warnings, self._start_problem(installed))
 
         return _acknowledge(pb.DeploymentAck, "deployed", deploy)
+
+    def _start_problem(self, installed: Installed) -> str:
+        if installed.code_dir is None:
+            return ""
+        return start_problem(installed.spec, installed.code_dir, self._executor.isolation.shows)
 
     def RemoveFunction(self, request: pb.RemoveFunctionRequest, context: grpc.ServicerContext) -> pb.FunctionAck:
         def remove() -> Done:
@@ -274,10 +279,6 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             return ask()
         except FluxError as error:
             abort(context, error)
-
-
-def _start_problem(installed: Installed) -> str:
-    return start_problem(installed.spec, installed.code_dir) if installed.code_dir is not None else ""
 
 
 def _acknowledge(kind: type[Ack], done: str, act: Callable[[], Done]) -> Ack:

@@ -148,6 +148,24 @@ def test_interpreters_in_the_code_are_found_where_isolation_shows_it(tmp_path: P
     assert problem(tmp_path) == ""
 
 
+def test_an_interpreter_outside_of_what_isolation_shows_is_named_beforehand(tmp_path: Path) -> None:
+    tool = tmp_path / "venv" / "python3"
+    tool.parent.mkdir()
+    tool.symlink_to("/bin/sh")
+    code = tmp_path / "code"
+    code.mkdir()
+    spec = FunctionSpec(name="f", handler="main")
+
+    def told(line: str) -> str:
+        (code / "main").write_text(f"#!{line}\n")
+        return start_problem(spec, code, ("/usr", "/bin", "/lib"))
+
+    assert told("/bin/sh") == told("/usr/bin/env sh") == ""
+    assert told(str(tool)).startswith(f"main asks for {tool}, which functions on this machine cannot see")
+    (code / "main").write_text(f"#!{tool}\n")
+    assert start_problem(spec, code) == ""
+
+
 def test_an_interpreter_that_lacks_its_own_is_named(tmp_path: Path) -> None:
     (tmp_path / "pip").write_text("#!/gone/python3\n")
     (tmp_path / "pip").chmod(0o755)
@@ -195,6 +213,6 @@ def test_a_program_of_another_processor_is_named(tmp_path: Path) -> None:
 def test_what_isolation_hides_is_said_to_be_hidden(tmp_path: Path) -> None:
     """The interpreter is there for the agent, and was not for the function."""
     (tmp_path / "main").write_text("#!/bin/sh\n")
-    assert "cannot see: isolation hides /home" in exec_problem(str(tmp_path / "main"), 2, tmp_path)
+    assert "cannot see: isolation shows them only /usr" in exec_problem(str(tmp_path / "main"), 2, tmp_path)
     assert "may not be executed" in exec_problem(str(tmp_path / "main"), 13, tmp_path)
     assert exec_problem(str(tmp_path / "gone"), 2, tmp_path) == "gone is not there"

@@ -125,6 +125,7 @@ class Isolation:
     profile: str  # "default", "strict", "minimal", "off"
     enforces: frozenset[Enforcement]
     notes: tuple[str, ...] = ()  # reasons and warnings for people
+    shows: tuple[str, ...] = ()  # the directories that functions see of the machine; empty = all
 
 
 class Executor(Protocol):

@@ -34,7 +34,7 @@ from fluxlib.agent.executor.users import Users, check_range
 from fluxlib.config.agent import AgentConfig
 from fluxlib.errors import CannotStart, InvalidInput, Stopping, Unenforceable
 from fluxlib.model import Enforcement, FunctionSpec, Network, WorkingDirectory
-from fluxlib.spawner.sandbox import CODE, DEFAULT, OFF, PROFILES, WORK, Step
+from fluxlib.spawner.sandbox import CODE, DEFAULT, OFF, PROFILES, VIEW, WORK, Step
 
 log = logging.getLogger(__name__)
 
@@ -695,7 +695,8 @@ class UnixExecutor:
         notes += probe.degraded(lambda name: os.path.exists(os.path.join(group.path, name)))
         group.remove()
         group.close()
-        self._isolation = Isolation(profile, probe.enforces(profile, no_network), tuple(notes))
+        shows = tuple(map(os.fsdecode, VIEW)) if self._own_view else ()
+        self._isolation = Isolation(profile, probe.enforces(profile, no_network), tuple(notes), shows)
         self._tried = True
 
     def _try(self, link: SpawnerLink, *, no_network: bool) -> tuple[str, int] | None:
