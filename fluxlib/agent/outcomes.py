@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from fluxlib.errors import Conflict, FluxError
+from fluxlib.errors import CannotStart, Conflict, FluxError, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase, kind_of
 
 _MB = 1024 * 1024
@@ -15,8 +15,12 @@ _SENDABLE = 50 * _MB - 256 * 1024
 
 def refusal_of(request: ExecutionRequest, agent_id: str, error: FluxError) -> ExecutionRecord:
     """An error met before anything was started, as the record of the refusal."""
-    # A conflict here: registered, and never deployed.
-    kind = ErrorKind.NO_CODE if isinstance(error, Conflict) else kind_of(error, ErrorKind.CANNOT_START)
+    kind = kind_of(error, ErrorKind.CANNOT_START)
+    if isinstance(error, Conflict):  # registered, and never deployed
+        kind = ErrorKind.NO_CODE
+    elif isinstance(error, (CannotStart, StoreUnavailable)):
+        # Met before the program was tried, so another agent may well start it.
+        kind = ErrorKind.MACHINE_FAULT
     now = time.time()
     return ExecutionRecord(
         request.execution_id,

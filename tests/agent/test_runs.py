@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fluxlib.agent.executor.base import Exit
-from fluxlib.errors import InvalidInput, Stopping, StoreUnavailable
+from fluxlib.errors import CannotStart, InvalidInput, Stopping, StoreUnavailable
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus, FunctionSpec
 from fluxlib.store.records_sqlite import SqliteRecordStore
 from tests.agent.fakes import OK, Ends, FakeJob, Rooms, asked, rooms
@@ -129,7 +129,8 @@ def test_the_same_id_after_a_restart_of_the_agent_is_not_run_again(tmp_path: Pat
     [
         (Stopping("going"), ErrorKind.STOPPING),
         (InvalidInput("too large"), ErrorKind.INVALID),
-        (OSError(24, "Too many open files"), ErrorKind.CANNOT_START),
+        (OSError(24, "Too many open files"), ErrorKind.MACHINE_FAULT),
+        (CannotStart("cgroup: No space left on device"), ErrorKind.MACHINE_FAULT),
         (RuntimeError("a fault of ours"), ErrorKind.INTERNAL),
     ],
 )
@@ -364,7 +365,7 @@ def test_an_id_that_cannot_be_looked_up_is_not_run(tmp_path: Path) -> None:
     with rooms(tmp_path, Gone()) as agent:
         agent.deploy()
         record, accepted = agent.runs.start(asked(), Ends())
-        assert (accepted, record.error_kind) == (False, ErrorKind.CANNOT_START)
+        assert (accepted, record.error_kind) == (False, ErrorKind.MACHINE_FAULT)
         assert agent.executor.jobs == []
         assert agent.runs.open_ids() == ()
 

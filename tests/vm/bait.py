@@ -9,7 +9,11 @@ from tests.vm.rig import STATE, GuestAgent
 
 _KEEPER = """
 import ctypes, os, socket, threading
-for path in ("/run/lab.sock", "\\0lab"):
+os.makedirs("/var/lib/lab", 0o755, exist_ok=True)
+if not os.path.exists("/var/lib/lab/fifo"):
+    os.mkfifo("/var/lib/lab/fifo")
+os.chmod("/var/lib/lab/fifo", 0o666)
+for path in ("/run/lab.sock", "/var/lib/lab/socket", "\\0lab"):
     if path[0] == "/" and os.path.exists(path):
         os.unlink(path)
     server = socket.socket(socket.AF_UNIX)
@@ -17,6 +21,7 @@ for path in ("/run/lab.sock", "\\0lab"):
     server.listen(100)
     globals()["kept" + str(len(path))] = server
 os.chmod("/run/lab.sock", 0o666)
+os.chmod("/var/lib/lab/socket", 0o777)
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.shmget(0x1AB, 4096, 0o1000 | 0o666) >= 0
 open("/run/lab.ready", "w").close()
@@ -29,6 +34,7 @@ def lay(machine: Machine) -> None:
     machine.write("/srv/public-secret.txt", "everybody may read this")
     machine.run("cp /usr/bin/id /usr/local/bin/lab-suid && chmod 4755 /usr/local/bin/lab-suid")
     machine.write("/root/keeper.py", _KEEPER)
+    machine.run("echo '|/bin/true' > /proc/sys/kernel/core_pattern")
     machine.run(
         "systemd-run -q --unit lab-keeper python3 /root/keeper.py && until [ -e /run/lab.ready ]; do sleep 0.1; done"
     )

@@ -118,7 +118,28 @@ def test_file_size_and_open_files(default: GuestAgent) -> None:
 def test_no_network_when_none_was_asked_for(default: GuestAgent) -> None:
     assert default.run("hog", "network")["output"] == "works\n"
     default.deploy("alone", "hog.py", network=Network.NONE)
-    assert default.run("alone", "network")["output"].strip() in {"101", "111"}  # unreachable, refused
+    assert default.run("alone", "network")["output"].strip() == "111", "refused: its own loopback has no such port"
+    assert default.run("alone", "loopback")["output"] == "works\n"
+
+
+def test_output_past_its_cap_costs_the_agent_next_to_nothing(default: GuestAgent) -> None:
+    identifier = default.start("hog", "flood")
+
+    def kept() -> bool:
+        return int(default.record(identifier)["output_bytes"]) >= 10 * 1024**2
+
+    def ticks() -> int:
+        pid = default.machine.run("systemctl show -P MainPID flux-agent").strip()
+        fields = default.machine.run(f"cat /proc/{pid}/stat").rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])
+
+    wait_until(kept, "its output to be full", 60)
+    before, began = ticks(), time.monotonic()
+    threading.Event().wait(5)
+    spent = (ticks() - before) / 100 / (time.monotonic() - began)
+    default.cancel(identifier)
+    assert default.ended(identifier)["truncated"] is True
+    assert spent < 0.2, f"{spent:.2f} of a processor"
 
 
 def test_a_cpu_hog_leaves_its_victim_its_share(default: GuestAgent) -> None:

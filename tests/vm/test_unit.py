@@ -54,6 +54,20 @@ def _census(agent: GuestAgent) -> dict[str, int]:
     return dict(zip(commands, map(int, agent.machine.run(script).split()), strict=True))
 
 
+def test_a_spawner_that_hangs_is_replaced_and_what_it_ran_is_accounted_for(ready: GuestAgent) -> None:
+    identifiers = [ready.start("hog", "sleep") for _ in range(3)]
+    for identifier in identifiers:
+        ready.said(identifier, "\n")
+    spawner = ready.machine.run(f"echo {SPAWNER}").strip()
+    ready.machine.run(f"kill -STOP {spawner}")
+    for identifier in identifiers:
+        record = ready.ended(identifier, 60)
+        assert (record["status"], record["error_kind"]) == ("failed", "internal")
+    assert ready.processes_of_functions() == []
+    assert ready.machine.run(f"echo {SPAWNER}").strip() != spawner
+    assert ready.run("quick")["status"] == "success"
+
+
 def test_limits_outlive_a_daemon_reload(ready: GuestAgent) -> None:
     identifier = ready.start("hog", "sleep")
     ready.said(identifier, "\n")

@@ -267,7 +267,7 @@ class Reactor:
         """True after some data, False at the end, None when nothing is there now."""
         try:
             if not pipe.wanted:
-                # Not even copied, and looked at every 20 ms: a program that floods costs the agent nothing to speak of.
+                # Not even copied, and looked at every 20 ms: a program that floods costs the agent next to nothing.
                 pipe.taken = os.splice(pipe.fd, self._null, _PIPE_SIZE)
                 return pipe.taken > 0
             size = os.readv(pipe.fd, (self._buffer,))

@@ -153,7 +153,8 @@ class Supervised:
 def judge(ended: Exit, why: ErrorKind, reason: str, job: Job) -> Verdict:
     """The end in words. Being told to stop outweighs how the program then went."""
     if ended.start_error and why is ErrorKind.NONE:
-        return Verdict(ExecutionStatus.FAILED, f"cannot start: {ended.start_error}", ErrorKind.CANNOT_START, ended)
+        kind = ErrorKind.MACHINE_FAULT if ended.host_at_fault else ErrorKind.CANNOT_START
+        return Verdict(ExecutionStatus.FAILED, f"cannot start: {ended.start_error}", kind, ended)
     if why is ErrorKind.CANCELLED:
         return Verdict(ExecutionStatus.CANCELLED, reason, why, ended)
     if why is not ErrorKind.NONE:

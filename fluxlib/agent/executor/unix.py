@@ -55,8 +55,9 @@ _DEFAULT_TMP = 256 * 1024**2
 _NOBODY = 65534
 # Who a function without an account is to the programs that ask by USER and LOGNAME.
 _NO_ACCOUNT = "function"
-# Steps that depend on the function and not on the machine.
-_OF_THE_PROGRAM = ("exec", "change directory")
+# Steps that depend on the function. Where they fail for these reasons it is the machine nevertheless.
+_OF_THE_FUNCTION = ("exec", "change directory", "limits", "start")
+_OF_THE_MACHINE = (errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EAGAIN)
 
 
 class UnixSandbox:
@@ -773,8 +774,8 @@ def _failed(job: Job | None, step: str, number: int) -> Exit:
         reason = exec_problem(job.argv[0], number, job.code_dir)
     else:
         reason = os.strerror(number)
-    machine = number in (errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EAGAIN)
-    return Exit(start_error=f"{step}: {reason}", host_at_fault=machine or step not in _OF_THE_PROGRAM)
+    host_at_fault = number in _OF_THE_MACHINE or step not in _OF_THE_FUNCTION
+    return Exit(start_error=f"{step}: {reason}", host_at_fault=host_at_fault)
 
 
 def _with(ended: Exit, figures: Figures) -> Exit:

@@ -131,6 +131,20 @@ def network():
         print(error.errno)
 
 
+def loopback():
+    """A server and a client of one function."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5) as client:
+        server.accept()[0].sendall(b"works")
+        print(client.recv(16).decode())
+
+
+def flood():
+    block = b"x" * (1 << 20)
+    print("flooding", flush=True)
+    while True:
+        os.write(1, block)
+
+
 def sleep(seconds="600"):
     with open(os.path.join(os.environ["HOME"], "secret"), "w") as file:
         file.write("secret")

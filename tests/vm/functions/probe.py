@@ -4,19 +4,25 @@
 Arguments, as JSON: what the test put on the machine for it to find.
 """
 
+import asyncio
 import ctypes
 import errno
+import getpass
 import json
 import os
+import pwd
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 
 libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x20000
 PTRACE_ATTACH = 16
-BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
+BPF, IO_SETUP = {"x86_64": (321, 206), "aarch64": (280, 0)}[os.uname().machine]
+AF_NETLINK, NETLINK_ROUTE, NETLINK_USERSOCK, SO_ATTACH_FILTER = 16, 0, 2, 26
 target = json.loads(sys.argv[1])
 victim, agent = target["victim"], target["agent"]
 
@@ -75,6 +81,67 @@ def read_memory_limit():
     read(os.path.join(own_cgroup(), "memory.max"))
 
 
+def write_to_fifo():
+    os.close(os.open("/var/lib/lab/fifo", os.O_RDWR | os.O_NONBLOCK))
+
+
+def take_terminals():
+    for _ in range(200):
+        os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+
+
+def netlink(protocol):
+    socket.socket(AF_NETLINK, socket.SOCK_RAW, protocol).close()
+
+
+def filter_of_a_socket():
+    accept = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0xFFFF))
+    program = struct.pack("HL", 1, ctypes.addressof(accept))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+def change_the_core_limit():
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if resource.getrlimit(resource.RLIMIT_CORE) == before:
+        raise OSError(errno.EPERM, "core limit")
+
+
+def crash():
+    """Whether the machine's handler of crashes was started."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if not os.WCOREDUMP(os.waitpid(pid, 0)[1]):
+        raise OSError(errno.EPERM, "core dump")
+
+
+def who_am_i():
+    try:
+        entry = pwd.getpwuid(os.getuid())
+    except KeyError as error:
+        raise OSError(errno.ENOENT, "account") from error
+    if not entry.pw_name == os.environ["USER"] == os.environ["LOGNAME"] == getpass.getuser():
+        raise OSError(errno.EINVAL, entry.pw_name)
+
+
+def read_standard_input():
+    async def read():
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(os.dup(0)))
+        await asyncio.wait_for(reader.read(), 20)
+
+    asyncio.run(read())
+
+
+def use_a_terminal():
+    for fd in os.openpty():
+        os.close(fd)
+
+
 ATTACKS = {
     "inherit a descriptor": lambda: next(fd for fd in range(3, 64) if fd_is_open(fd)),
     # What honest functions need.
@@ -88,6 +155,13 @@ ATTACKS = {
     "HONEST resolve a name": lambda: socket.getaddrinfo("localhost", 80),
     "HONEST read its limits": lambda: read("/proc/self/limits"),
     "HONEST read its memory limit": read_memory_limit,
+    "HONEST write to /dev/stdout": lambda: write("/dev/stdout", ""),
+    "HONEST write to /dev/stderr": lambda: write("/dev/stderr", ""),
+    "HONEST read standard input in an event loop": read_standard_input,
+    "HONEST know who it is": who_am_i,
+    "HONEST use a terminal": use_a_terminal,
+    "HONEST ask for its personality": lambda: call("personality", 0xFFFFFFFF),
+    "HONEST list network interfaces": lambda: netlink(NETLINK_ROUTE),
     # What no function may do; what changes this process itself comes last.
     "see another's process": lambda: os.stat(f"/proc/{victim}"),
     "read another's environment": lambda: read(f"/proc/{victim}/environ"),
@@ -112,6 +186,16 @@ ATTACKS = {
     "write to /usr": lambda: write("/usr/local/lab"),
     "write to /var/tmp": lambda: write("/var/tmp/lab"),
     "write to a disk mounted later": lambda: write("/opt/lab-disk/lab"),
+    "connect to a socket in /var/lib": lambda: connect("/var/lib/lab/socket"),
+    "write to a FIFO in /var/lib": write_to_fifo,
+    "take the machine's terminals": take_terminals,
+    "fill netlink queues": lambda: netlink(NETLINK_USERSOCK),
+    "use up the memory for compiled filters": filter_of_a_socket,
+    "take a share of fs.aio-max-nr": lambda: call("syscall", IO_SETUP, 1, ctypes.byref(ctypes.c_ulong(0))),
+    "change its limit of core dumps": change_the_core_limit,
+    "have root handle its crash": crash,
+    "say it is root's login": lambda: write("/proc/self/loginuid", "0"),
+    "be spared when memory runs out": lambda: write("/proc/self/oom_score_adj", "0"),
     "leave its cgroup": leave_cgroup,
     "see other cgroups": see_other_cgroups,
     "read a disk": lambda: read("/dev/vda"),
