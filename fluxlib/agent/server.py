@@ -259,7 +259,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
     ) -> pb.CertificateRequestResponse:
         if self._certificates is None:
             abort(context, Conflict("this agent runs without TLS"))
-        return pb.CertificateRequestResponse(csr_pem=self._certificates.create_request())
+        return pb.CertificateRequestResponse(csr_pem=self._certificates.create_request(), now=time.time())
 
     def InstallCertificate(
         self, request: pb.InstallCertificateRequest, context: grpc.ServicerContext

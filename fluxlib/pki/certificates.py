@@ -14,8 +14,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fluxlib.pki.identity import AGENT_DOMAIN, Identity, utc_now
 
 CA_LIFE, FLUX_LIFE, AGENT_LIFE = timedelta(days=3650), timedelta(days=1825), timedelta(days=365)
-# Machines' clocks differ; a certificate must not be from the future on the other side.
-_BACKDATE = timedelta(minutes=10)
+# Machines' clocks differ, and are set back; a certificate must not be from the future then. What a CA signs begins when
+# the CA does: one that is renewed while the clock is wrong is good all the same once it is right again.
+_BACKDATE = timedelta(days=1)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -51,7 +52,7 @@ def make_ca(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Flux CA")])
     usage = _key_usage(signing_certificates=True)
     return (
-        _builder(name, name, key.public_key(), now, CA_LIFE)
+        _builder(name, name, key.public_key(), now - _BACKDATE, now + CA_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA256())
@@ -71,7 +72,7 @@ def sign(
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     left = ca.not_valid_after_utc - now
     return (
-        _builder(subject, ca.subject, public_key, now, min(life, left))
+        _builder(subject, ca.subject, public_key, ca.not_valid_before_utc, now + min(life, left))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signing_certificates=False), critical=True)
         .add_extension(
@@ -160,7 +161,7 @@ def fault_of(identity: Identity) -> str:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, life: timedelta
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, begins: datetime, ends: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -168,8 +169,8 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATE)
-        .not_valid_after(now + life)
+        .not_valid_before(begins)
+        .not_valid_after(ends)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

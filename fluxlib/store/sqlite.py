@@ -13,6 +13,7 @@ from fluxlib.filelock import ExclusiveLock
 from fluxlib.model import ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase
 from fluxlib.store import rows
 from fluxlib.store.base import (
+    COMMIT_TIMEOUT,
     LEASE_MEMORY,
     SMALL_REQUEST,
     Commit,
@@ -26,6 +27,8 @@ from fluxlib.store.kv import NO_BLOB, Blob, TypedTables, Value
 from fluxlib.store.sqlite_file import SqliteFile, reason_of
 
 log = logging.getLogger(__name__)
+
+_SLOW_DISK = 5e6  # bytes a second
 
 _ADVICE = (
     "stop that Flux, or give this one a `state_dir` of its own;"
@@ -179,7 +182,9 @@ class SqliteKeyValues:
             _drop_orphan(db, former_blob)
             return True
 
-        return bool(self._file.write(write, durable=True).value())
+        # Code of gigabytes takes a slow disk a while.
+        timeout = COMMIT_TIMEOUT + len(blob.data or b"") / _SLOW_DISK
+        return bool(self._file.write(write, durable=True).value(timeout))
 
     def delete(self, table: str, key: str, lease: Lease | None = None) -> bool:
         def write(db: sqlite3.Connection) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -379,7 +380,8 @@ def test_an_agent_that_stops_says_so_and_answers_first(place: Place) -> None:
 def test_renewing_an_agents_certificate(place: Place) -> None:
     assert place.side.authority is not None
     with Agent(place.directory, place.flux, "renewed") as agent, place.side.connected(agent.address) as client:
-        request = client.connection.create_certificate_request()
+        request, now = client.connection.create_certificate_request()
+        assert now == pytest.approx(time.time(), abs=60)
         certificate, not_after = place.side.authority.sign_agent_csr(request, "renewed")
         client.connection.install_certificate(certificate, place.side.authority.ca_pem)
         client.connection.reopen()

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from fluxlib.control.agents.renewal import OwnIdentity, Renewal
 from fluxlib.errors import AgentRefused
@@ -46,7 +47,7 @@ def able(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     key = certs.new_key()
     given: list[bytes] = []
     connection = place.fleet.connection("w1")
-    monkeypatch.setattr(connection, "create_certificate_request", lambda: certs.make_csr(key, "anything"))
+    monkeypatch.setattr(connection, "create_certificate_request", lambda: (certs.make_csr(key, "anything"), 0.0))
     monkeypatch.setattr(connection, "install_certificate", lambda pem, ca: given.append(pem))
     return given
 
@@ -145,3 +146,35 @@ def test_every_connection_is_reopened_under_a_new_certificate_of_flux(place: Pla
 def test_the_authoritys_own_end_is_told(place: Place) -> None:
     place.fleet.time[0] += 3630 * DAY
     assert any("CA's certificate" in warning for warning in place.renewal.warnings())
+
+
+@pytest.mark.parametrize(
+    ("days", "said"), [(400, "400.0 days ahead of the agent's"), (-3, "3.0 days behind the agent's")]
+)
+def test_a_flux_whose_clock_is_wrong_renews_nothing_and_says_so(
+    place: Place, monkeypatch: pytest.MonkeyPatch, days: float, said: str
+) -> None:
+    given = able(place, monkeypatch)
+    connection = place.fleet.connection("w1")
+    place.fleet.registry.update("w1", certificate_not_after=place.fleet.now + 5 * DAY)
+    right = place.fleet.now
+    request, _ = connection.create_certificate_request()
+    monkeypatch.setattr(connection, "create_certificate_request", lambda: (request, right))
+    place.renewal.tick(later(place, days))
+    assert given == []
+    right_again = later(place, -days)
+    assert any(said in warning for warning in place.renewal.warnings())
+    place.fleet.leadership.tick(right_again + 20)
+    place.renewal.tick(right_again)
+    assert len(given) == 1
+
+
+def test_what_is_renewed_under_a_wrong_clock_is_good_once_it_is_right(place: Place) -> None:
+    """Also for an agent that does not say what its clock shows."""
+    now = certs.utc_now()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fluxlib.pki.signer.utc_now", lambda: now + timedelta(days=400))
+        pem, _ = place.authority.sign_agent_csr(certs.make_csr(certs.new_key(), "w1"), "w1")
+    certificate = x509.load_pem_x509_certificate(pem)
+    assert certificate.not_valid_before_utc < now - timedelta(hours=12)
+    assert certificate.not_valid_after_utc > now + timedelta(days=364)

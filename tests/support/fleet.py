@@ -198,7 +198,7 @@ class Connection:
     def reopen(self) -> None:
         self.reopened += 1
 
-    def create_certificate_request(self) -> bytes:
+    def create_certificate_request(self) -> tuple[bytes, float]:
         raise AgentRefused("this agent runs without TLS")
 
     def install_certificate(self, certificate_pem: bytes, ca_pem: bytes) -> None:

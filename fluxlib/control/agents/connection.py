@@ -115,8 +115,8 @@ class AgentConnection(Protocol):
     def reopen(self) -> None:
         """A new channel, under the identity Flux has now; what is in flight on the old one is not disturbed."""
 
-    def create_certificate_request(self) -> bytes:
-        """A CSR (PEM) whose private key stays with the agent."""
+    def create_certificate_request(self) -> tuple[bytes, float]:
+        """A CSR (PEM) whose private key stays with the agent, and the agent's clock (epoch seconds, 0 = not said)."""
 
     def install_certificate(self, certificate_pem: bytes, ca_pem: bytes) -> None: ...
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from fluxlib.control.agents.connection import AgentConnection
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.registry import AgentState, Registry
-from fluxlib.errors import FluxError
+from fluxlib.errors import FluxError, Unavailable
 from fluxlib.pki import Authority, Identity
 from fluxlib.pki.identity import RENEW_BEFORE
 
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 CHECK_EVERY = 60.0
 _RETRY_AFTER = 3600.0
+# Seconds between the clocks of Flux and an agent from which on one of them is wrong, and nothing is to be dated by it.
+_CLOCKS_APART = 86400.0
 
 
 class OwnIdentity:
@@ -101,7 +103,13 @@ class Renewal:
 
     def _renew(self, state: AgentState, connection: AgentConnection, now: float) -> None:
         try:
-            request = connection.create_certificate_request()
+            request, agent_now = connection.create_certificate_request()
+            if agent_now and abs(agent_now - now) > _CLOCKS_APART:
+                days = (now - agent_now) / 86400
+                raise Unavailable(
+                    f"Flux's clock is {abs(days):.1f} days {'ahead of' if days > 0 else 'behind'} the agent's:"
+                    " set the wrong one right"
+                )
             certificate, not_after = self._authority.sign_agent_csr(request, state.agent_id)
             connection.install_certificate(certificate, self._authority.ca_pem)
         except FluxError as error:

@@ -433,10 +433,12 @@ class CertificateRequestRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CertificateRequestResponse(_message.Message):
-    __slots__ = ("csr_pem",)
+    __slots__ = ("csr_pem", "now")
     CSR_PEM_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
     csr_pem: bytes
-    def __init__(self, csr_pem: _Optional[bytes] = ...) -> None: ...
+    now: float
+    def __init__(self, csr_pem: _Optional[bytes] = ..., now: _Optional[float] = ...) -> None: ...
 
 class InstallCertificateRequest(_message.Message):
     __slots__ = ("certificate_pem", "ca_pem")

@@ -213,9 +213,9 @@ class AgentClient:
 
         self._lines.future(lambda stub: stub.ReportNodeStatus.future(pb.NodeStatusRequest(), timeout=_REPORT), answered)
 
-    def create_certificate_request(self) -> bytes:
+    def create_certificate_request(self) -> tuple[bytes, float]:
         answer = self._ask("CreateCertificateRequest", pb.CertificateRequestRequest(), _REGISTER)
-        return bytes(answer.csr_pem)
+        return answer.csr_pem, answer.now
 
     def install_certificate(self, certificate_pem: bytes, ca_pem: bytes) -> None:
         request = pb.InstallCertificateRequest(certificate_pem=certificate_pem, ca_pem=ca_pem)
