@@ -21,7 +21,7 @@ from fluxlib.config.files import (
 )
 from fluxlib.config.keys import ApiKey, read_api_keys
 from fluxlib.config.providers import AutoscalingConfig, AwsConfig, GcpConfig, NodeType, ProvidersConfig, read_providers
-from fluxlib.config.reader import Faults, between, one_of, path_problem, setting, take, url_problem
+from fluxlib.config.reader import Faults, between, one_of, path_problem, setting, take, type_name, url_problem
 from fluxlib.config.redis_address import redis_problem
 from fluxlib.errors import ConfigInvalid
 
@@ -33,6 +33,7 @@ __all__ = [
     "GcpConfig",
     "NodeType",
     "ProvidersConfig",
+    "RetentionConfig",
     "load_control",
     "read_control",
 ]
@@ -55,6 +56,20 @@ def _origin(value: Any) -> str | None:
 
 def _sha256(value: Any) -> str | None:
     return None if re.fullmatch(r"[0-9A-Fa-f]{64}", value) else "must be 64 hexadecimal digits"
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """How much is kept of executions that have ended."""
+
+    max_records: int = setting(
+        "max_records",
+        "integer",
+        200_000,
+        unit="executions",
+        why="ended ones that can be asked for; beyond that the oldest successes are forgotten first",
+        check=between(1000, 10**8),
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,9 @@ class ControlConfig:
         why="how long an ended execution can be asked for",
         check=between(1, 10**7),
     )
+    retention: RetentionConfig = setting(
+        "retention", "section", RetentionConfig(), why="how much is kept of ended executions"
+    )
     agent_lost_after_sec: float = setting(
         "agent_lost_after_sec",
         "number",
@@ -230,6 +248,7 @@ def read_control(data: bytes | str, path: Path) -> ControlConfig:
     faults, warnings, notes = Faults(), list[str](), list[str]()
     values = take(ControlConfig, document, "", faults)
     values["providers"] = read_providers(document.get("providers"), faults)
+    values["retention"] = _retention(document.get("retention"), faults)
     values["api_keys"] = read_api_keys(document.get("api_keys"), faults)
     if bool(document.get("agent_package_url")) != bool(document.get("agent_package_sha256")):
         faults.add("agent_package_url", "goes with agent_package_sha256, and the other way round")
@@ -250,6 +269,15 @@ def read_control(data: bytes | str, path: Path) -> ControlConfig:
         gcp = replace(gcp, credentials_file=str(absolute(Path(gcp.credentials_file), beside)))
         values["providers"] = replace(values["providers"], gcp=gcp)
     return ControlConfig(path=path, warnings=tuple(warnings), notes=tuple(notes), **values)
+
+
+def _retention(data: Any, faults: Faults) -> RetentionConfig:
+    if data is None:
+        return RetentionConfig()
+    if not isinstance(data, dict):
+        faults.add("retention", f"must be a mapping, is {type_name(data)}")
+        return RetentionConfig()
+    return RetentionConfig(**take(RetentionConfig, data, "retention.", faults))
 
 
 def load_control(path: Path) -> ControlConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlib.config.agent import AgentConfig
-from fluxlib.config.control import ControlConfig
+from fluxlib.config.control import ControlConfig, RetentionConfig
 from fluxlib.config.function import FunctionFile
 from fluxlib.config.keys import ApiKey
 from fluxlib.config.providers import AutoscalingConfig, AwsConfig, GcpConfig, NodeType
@@ -17,6 +17,7 @@ from fluxlib.config.reader import Between, OneOf, Setting, settings_of
 SECTIONS: tuple[tuple[str, type, str], ...] = (
     ("flux.yaml", ControlConfig, "The control plane. `FLUX_CONFIG` names the file, else `flux.yaml` here."),
     ("flux.yaml: api_keys[]", ApiKey, "A list of keys beside `api_key`."),
+    ("flux.yaml: retention", RetentionConfig, "How much is kept of ended executions, beside `execution_ttl`."),
     ("flux.yaml: providers.aws", AwsConfig, "Nodes on Amazon EC2; absent = none."),
     ("flux.yaml: providers.gcp", GcpConfig, "Nodes on Google Compute Engine; absent = none."),
     ("flux.yaml: providers.*.autoscaling", AutoscalingConfig, "Each provider's own."),

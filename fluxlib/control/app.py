@@ -95,6 +95,7 @@ class Control:
             session,
             kill_grace=config.kill_grace_sec,
             keep_for=config.execution_ttl_sec,
+            max_records=config.retention.max_records,
             max_waiting=config.max_waiting,
             shared=shared,
             lease=lambda: leadership.lease,

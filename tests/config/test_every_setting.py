@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fluxlib.config.agent import AgentConfig, read_agent
-from fluxlib.config.control import ControlConfig, read_control
+from fluxlib.config.control import ControlConfig, RetentionConfig, read_control
 from fluxlib.config.function import FunctionFile, read_function
 from fluxlib.config.keys import ApiKey
 from fluxlib.config.providers import AutoscalingConfig, AwsConfig, GcpConfig, NodeType
@@ -30,6 +30,7 @@ HERE = Path("/somewhere/flux.yaml")
 CLASSES: dict[str, tuple[type, Mapping[str, Any]]] = {
     "flux": (ControlConfig, FLUX),
     "flux.api_keys[0]": (ApiKey, KEY),
+    "flux.retention": (RetentionConfig, {}),
     "flux.providers.aws": (AwsConfig, AWS),
     "flux.providers.gcp": (GcpConfig, GCP),
     "flux.providers.aws.autoscaling": (AutoscalingConfig, {}),
@@ -43,6 +44,8 @@ def document(where: str, section: Mapping[str, Any]) -> dict[str, Any]:
     match where:
         case "flux.api_keys[0]":
             return {**FLUX, "api_keys": [section]}
+        case "flux.retention":
+            return {**FLUX, "retention": section}
         case "flux.providers.aws":
             return {**FLUX, "providers": {"aws": section}}
         case "flux.providers.gcp":
@@ -248,6 +251,7 @@ def test_thousands_of_faults_are_counted_not_listed() -> None:
     [
         ("flux", {**FLUX, "providers": []}, "providers: must be a mapping"),
         ("flux", {**FLUX, "providers": {"aws": "x"}}, "providers.aws: must be a mapping"),
+        ("flux", {**FLUX, "retention": 7}, "retention: must be a mapping, is a number"),
         ("flux", {**FLUX, "api_keys": {"a": 1}}, "api_keys: must be a list"),
         ("flux", {**FLUX, "api_keys": [KEY, KEY]}, "api_keys[1].name: ci appears twice"),
         ("flux", {**FLUX, "api_keys": [KEY, {**KEY, "name": "b"}]}, "is another key's too"),

@@ -42,8 +42,9 @@ _LOOK_SECONDS = 0.2
 class ExecutionService:
     """Implements services.Executions; ``tick`` is to be called about every second.
 
-    ``kill_grace``, ``keep_for`` (how long an ended one can be asked for) are in seconds. ``shared``: other
-    Flux processes may use the store. ``lease`` answers the leader's lease, None in a follower: only the leader expires.
+    ``kill_grace``, ``keep_for`` (how long an ended one can be asked for) are in seconds; at most ``max_records`` ended
+    ones are kept. ``shared``: other Flux processes may use the store. ``lease`` answers the leader's lease, None in a
+    follower: only the leader expires.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class ExecutionService:
         *,
         kill_grace: float = 2.0,
         keep_for: float = 3600.0,
+        max_records: int = 200_000,
         max_waiting: int = 10_000,
         shared: bool = False,
         lease: Callable[[], Lease | None] = lambda: None,
     ) -> None:
         self._store = store
+        self._max_records = max_records
         self._registry = registry
         self._functions = functions
         self._shared = shared
@@ -353,7 +356,7 @@ class ExecutionService:
                 if self._tracker.get(execution_id) is None:
                     self._tracker.changed(execution_id)
         if not self._shared or self._lease() is not None:
-            while self._store.expire_executions() >= 1000:
+            while self._store.expire_executions(self._max_records) >= 1000:
                 pass
 
     def waiting(self) -> Mapping[str, int]:
