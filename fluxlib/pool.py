@@ -1,11 +1,11 @@
-"""Things done side by side, on a few threads that hold nothing up."""
+"""Work done in the background on a bounded number of threads, which never hold up the end of the process."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
@@ -100,6 +100,84 @@ class Pool:
                 log.exception("a thread of %s failed, and goes on", self.name)
             # Not kept until the next one comes: it may be megabytes.
             del work, arguments
+
+
+class KeyedPool:
+    """Jobs in the background: one at a time for each key, a bounded number of them together.
+
+    A job may block for minutes where nothing can interrupt it (a cloud's SDK): it must have recorded what it does
+    before it does it. ``stopping`` is set by ``stop``; jobs look at it between their steps, and wait on it instead of
+    sleeping.
+    """
+
+    def __init__(self, name: str, threads: int = 16) -> None:
+        self.stopping = threading.Event()
+        self._name = name
+        self._pool = Pool(name, threads)
+        self._condition = threading.Condition()
+        self._busy: set[str] = set()  # keys with a job that is queued or running
+        self._next: dict[str, Callable[[], object]] = {}
+
+    def submit(self, key: str, job: Callable[[], object]) -> bool:
+        """Do it soon. False when there is a job for that key already, or this pool stops."""
+        with self._condition:
+            if self.stopping.is_set() or key in self._busy:
+                return False
+            self._busy.add(key)
+        return self._start(key, job)
+
+    def submit_after(self, key: str, job: Callable[[], object]) -> None:
+        """As ``submit``, after the job for that key that is there; of several the last one counts."""
+        with self._condition:
+            if key in self._busy and not self.stopping.is_set():
+                self._next[key] = job
+                return
+        self.submit(key, job)
+
+    def busy(self, key: str) -> bool:
+        with self._condition:
+            return key in self._busy
+
+    def wait(self, keys: Iterable[str], seconds: float | None = None) -> bool:
+        """Until there is no job for any of these, or this pool stops; False when that takes longer."""
+        keys = set(keys)
+        with self._condition:
+            return self._condition.wait_for(lambda: self.stopping.is_set() or not keys & self._busy, seconds)
+
+    def stop(self, deadline: Deadline) -> None:
+        """Drop what has not begun; what runs may end its step until the deadline."""
+        with self._condition:
+            self.stopping.set()
+            self._next.clear()
+            self._condition.notify_all()
+        dropped = {key for key, _ in self._pool.stop(deadline)}
+        with self._condition:
+            self._busy -= dropped
+            self._condition.notify_all()
+
+    def _start(self, key: str, job: Callable[[], object]) -> bool:
+        started = False
+        try:
+            started = self._pool.submit(self._run, key, job)
+        finally:
+            if not started:  # also when the machine has no thread left
+                with self._condition:
+                    self._busy.discard(key)
+                    self._condition.notify_all()
+        return started
+
+    def _run(self, key: str, job: Callable[[], object]) -> None:
+        try:
+            job()
+        except Exception:
+            log.exception("the job for %s failed in %s", key, self._name)
+        with self._condition:
+            following = self._next.pop(key, None)
+            if following is None:
+                self._busy.discard(key)
+            self._condition.notify_all()
+        if following is not None:
+            self._start(key, following)
 
 
 def _fulfil(future: Future[R], work: Callable[[T], R], item: T) -> None:

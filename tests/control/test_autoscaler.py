@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from fluxlib.control.nodes.scaler_state import ScalerState
+from fluxlib.control.nodes.scaler_state import DesiredFleet, ScalerState
 from fluxlib.control.nodes.scaling import Sample
 from fluxlib.errors import ProviderError, StoreUnavailable, Unavailable
 from fluxlib.model import AgentStatus, Behavior, Platform
@@ -198,7 +199,7 @@ def test_a_wish_that_was_refused_is_not_kept(fleet: CloudFleet, monkeypatch: pyt
         broken.setattr(fleet.store, "set_note", away)
         with pytest.raises(StoreUnavailable):
             fleet.nodes.remove_all()
-    assert fleet.autoscaler.report()["providers"]["aws"]["wish"] == "kept"
+    assert fleet.autoscaler.report()["providers"]["aws"]["desired"] == "active"
     fleet.nodes.terminate(fleet.node_ids()[0])
     fleet.later(10)
     assert len(fleet.cloud().running()) == 1
@@ -264,6 +265,25 @@ def test_one_sample_before_the_window_is_kept_so_that_rare_polls_cover_it() -> N
     assert [one.at for one in state.sample("a", Sample(110.0, 90, 10), 60)] == [50.0, 75.0, 100.0, 110.0]
     again = ScalerState.from_text(state.to_text())
     assert again == state
+
+
+def test_the_state_of_another_version_is_read() -> None:
+    former = (
+        '{"wish":"kept","last_change_at":5.0,"samples":{"a":[[1.0,90.0,10.0]]},"replacing":[["a","small"]],'
+        '"paused_until":0.0,"pause_reason":"","failures_in_a_row":0,"failures":[],"decisions":[],"last":{}}'
+    )
+    state = ScalerState.from_text(former)
+    assert (state.desired, state.last_change_at) == (DesiredFleet.ACTIVE, 5.0)
+    assert state.samples == {"a": [Sample(1.0, 90.0, 10.0)]}
+    assert [(one.agent_id, one.instance_type) for one in state.replacing] == [("a", "small")]
+    newer = ScalerState.from_text(
+        '{"desired":"hibernated","measured":{"a":[{"at":1.0,"cpu":2.0,"memory":3.0,"gpu":4.0}]},"more":1}'
+    )
+    assert newer.desired is DesiredFleet.UNSET
+    assert newer.samples == {"a": [Sample(1.0, 2.0, 3.0)]}
+    # What version 0.1 looks up without a default.
+    written = json.loads(state.to_text())
+    assert (written["wish"], written["samples"], written["replacing"]) == ("kept", {}, [])
 
 
 def test_a_node_offline_for_too_long_is_replaced_and_ended() -> None:
@@ -486,7 +506,7 @@ def test_a_follower_decides_nothing_and_takes_over_with_what_the_leader_knew() -
         follower.settle()
         follower.autoscaler.tick(follower.now)
         remembered = follower.autoscaler._fleets["aws"].state
-        assert remembered.wish.value == "kept"
+        assert remembered.desired.value == "active"
     finally:
         follower.close()
         leader.close()

@@ -32,7 +32,7 @@ def fleet() -> Iterator[CloudFleet]:
 
 @contextmanager
 def held_up(fleet: CloudFleet, nodes: int) -> Iterator[tuple[threading.Event, Future[Any]]]:
-    """It is making nodes, which wait for the event while flux-agent is installed; what it answers then."""
+    """It is creation nodes, which wait for the event while flux-agent is installed; what it answers then."""
     gate = fleet.setup.gates["install flux-agent"] = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(fleet.nodes.initialize)
@@ -164,7 +164,7 @@ def test_a_life_that_ended_between_asking_and_the_answer_gets_the_same_machine(f
     def dies(wanted, deadline):  # type: ignore[no-untyped-def]
         launch(wanted, deadline)
         asked.set()
-        assert fleet.crew.stopping.wait(10)
+        assert fleet.jobs.stopping.wait(10)
         raise RuntimeError("the process is gone: nobody hears the answer")
 
     provider.launch = dies  # type: ignore[method-assign]
@@ -210,7 +210,7 @@ def test_what_cannot_be_ended_is_listed_and_tried_again_until_it_is_gone(fleet: 
     assert answer["nodes"] == {"spawned": 0, "failed": 2}
     assert "the API is down: it is tried again" in answer["errors"][0]
     assert len(fleet.node_ids()) == len(fleet.cloud().running()) == 2
-    assert all("tried again" in view.problem for view in fleet.membership.views())
+    assert all("retrying" in view.problem for view in fleet.membership.views())
     fleet.later(31)
     assert len(fleet.node_ids()) == 2
     again = fleet.again()
@@ -240,7 +240,7 @@ def test_a_resumed_launch_that_is_refused_may_have_been_accepted_before(fleet: C
     def dies(wanted, deadline):  # type: ignore[no-untyped-def]
         launch(wanted, deadline)
         asked.set()
-        assert fleet.crew.stopping.wait(10)
+        assert fleet.jobs.stopping.wait(10)
         raise RuntimeError("the process is gone: nobody hears the answer")
 
     provider.launch = dies  # type: ignore[method-assign]
@@ -300,7 +300,7 @@ def test_a_node_that_is_leaving_does_not_count(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     busy = fleet.node_ids()[0]
     assert fleet.registry.reserve(busy, "hello") is not None
-    fleet.retirer.begin(busy, "cold", 300)
+    fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     assert fleet.nodes.initialize()["nodes"] == {"spawned": 1, "failed": 0}
 
@@ -417,7 +417,7 @@ def test_a_node_that_goes_away_while_it_drains_is_ended_at_once(
     fleet.nodes.initialize()
     busy = fleet.node_ids()[0]
     assert fleet.registry.reserve(busy, "hello") is not None
-    fleet.retirer.begin(busy, "cold", 300)
+    fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     fleet.wire.machines[fleet.state(busy).record.address].up = False
     for _ in range(3):
@@ -425,14 +425,14 @@ def test_a_node_that_goes_away_while_it_drains_is_ended_at_once(
     wait_until(lambda: fleet.registry.get(busy) is None, "it to go")
     assert busy not in fleet.cloud().running()
     assert ("lost", busy) in fleet.executions.calls
-    assert f"node {busy} went away while it was draining" in caplog.text
+    assert f"node {busy} went offline while draining" in caplog.text
 
 
 def test_a_drain_ends_at_its_deadline_and_survives_a_restart(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     busy, other = fleet.node_ids()
     assert fleet.registry.reserve(busy, "hello") is not None
-    fleet.retirer.begin(busy, "cold", 300)
+    fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     again = fleet.again()
     try:
@@ -441,9 +441,9 @@ def test_a_drain_ends_at_its_deadline_and_survives_a_restart(fleet: CloudFleet) 
         assert again.registry.reserve(busy, "hello") is not None
         again.pass_time(200)
         again.nodes.tick(again.now)
-        assert not again.crew.wait([busy], 0.1)
+        assert not again.jobs.wait([busy], 0.1)
         again.pass_time(101)
-        assert again.crew.wait([busy], 10)
+        assert again.jobs.wait([busy], 10)
         assert again.cloud().running() == [other]
     finally:
         again.close()
@@ -453,7 +453,7 @@ def test_a_draining_node_that_a_new_life_has_not_reached_yet_is_not_taken_for_de
     fleet.nodes.initialize()
     busy, other = fleet.node_ids()
     assert fleet.registry.reserve(busy, "hello") is not None
-    fleet.retirer.begin(busy, "cold", 300)
+    fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     machine = fleet.wire.machines[fleet.state(busy).record.address]
     machine.up = False
@@ -471,7 +471,7 @@ def test_a_draining_node_that_is_just_being_reached_is_not_taken_for_dead(fleet:
     fleet.nodes.initialize()
     agent_id = fleet.node_ids()[0]
     slot = fleet.registry.reserve(agent_id, "hello")
-    fleet.retirer.begin(agent_id, "test", 100)
+    fleet.terminator.begin(agent_id, "test", 100)
     wait_until(lambda: fleet.state(agent_id).record.status is AgentStatus.DRAINING, "it to drain")
     fleet.close()
     again = CloudFleet(*fleet.clouds, store=fleet.store, wire=fleet.wire, session="s2", clock=fleet.time)
@@ -483,7 +483,7 @@ def test_a_draining_node_that_is_just_being_reached_is_not_taken_for_dead(fleet:
             # Connected, and not present yet: the loop looks at this very moment.
             looked.append(state.record.status)
             again.nodes.tick(again.now)
-            again.crew.wait([agent_id], 1)
+            again.jobs.wait([agent_id], 1)
 
     again.registry.on_change(look)
     try:

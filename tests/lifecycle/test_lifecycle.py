@@ -14,7 +14,7 @@ import pytest
 from fluxlib import lifecycle
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop, Parts, Timers
-from fluxlib.pool import Pool
+from fluxlib.pool import KeyedPool, Pool
 from tests.support.programs import wait_until
 
 
@@ -364,3 +364,41 @@ def test_whoever_waits_for_what_a_stopped_pool_did_not_begin_is_told() -> None:
     caller.join(10)
     assert answers == [1, None, None]
     pool.stop(Deadline(10))
+
+
+def test_a_keyed_pool_does_one_job_at_a_time_for_each_key() -> None:
+    pool = KeyedPool("jobs", 4)
+    begun, end, last = threading.Event(), threading.Event(), threading.Event()
+    assert pool.submit("a", lambda: (begun.set(), end.wait(10)))
+    assert begun.wait(10)
+    assert not pool.submit("a", lambda: None)
+    assert pool.busy("a")
+    assert not pool.wait(["a"], 0.01)
+    pool.submit_after("a", lambda: pytest.fail("a later one counts"))
+    pool.submit_after("a", last.set)
+    other = threading.Event()
+    assert pool.submit("b", other.set)
+    assert other.wait(10)
+    end.set()
+    assert last.wait(10)
+    assert pool.wait(["a", "b"], 10)
+    pool.stop(Deadline(5))
+    assert not pool.submit("a", lambda: None)
+
+
+def test_a_keyed_pool_loses_no_place_when_a_thread_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = KeyedPool("jobs", 1)
+    real = threading.Thread.start
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(RuntimeError):
+        pool.submit("a", lambda: None)
+    assert not pool.busy("a")
+    monkeypatch.setattr(threading.Thread, "start", real)
+    done = threading.Event()
+    assert pool.submit("a", done.set)
+    assert done.wait(10)
+    pool.stop(Deadline(5))

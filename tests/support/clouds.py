@@ -9,18 +9,18 @@ from typing import Any
 
 from fluxlib.config.control import AutoscalingConfig, AwsConfig, GcpConfig, NodeType
 from fluxlib.control.nodes.autoscaler import Autoscaler
-from fluxlib.control.nodes.crew import Crew
 from fluxlib.control.nodes.demand import Demand
 from fluxlib.control.nodes.notes import NodeNotes, notes_of
-from fluxlib.control.nodes.orphans import Strays
-from fluxlib.control.nodes.provisioner import Spawner
+from fluxlib.control.nodes.orphans import OrphanedNodes
+from fluxlib.control.nodes.provisioner import NodeProvisioner
 from fluxlib.control.nodes.scaling import NodeCondition
 from fluxlib.control.nodes.service import NodeService
 from fluxlib.control.nodes.setup import Progress
-from fluxlib.control.nodes.terminator import Retirer
+from fluxlib.control.nodes.terminator import NodeTerminator
 from fluxlib.errors import ProviderError
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import NodeFigures
+from fluxlib.pool import KeyedPool
 from fluxlib.providers import Cloud
 from fluxlib.providers.fake import FakeCloud
 from tests.support.fleet import Fleet
@@ -99,24 +99,24 @@ class CloudFleet(Fleet):
         self.waiting: dict[str, int] = dict(waiting or {})
         for one in clouds:
             one.provider._clock = self.clock  # type: ignore[attr-defined]
-        self.crew = Crew()
+        self.jobs = KeyedPool("nodes")
         self.setup = FakeSetup(self.wire)
         self.forgotten: list[str] = []
-        self.retirer = Retirer(
+        self.terminator = NodeTerminator(
             clouds,
             self.membership,
             self.registry,
-            self.crew,
+            self.jobs,
             self.leadership,
             forget=self.forgotten.append,
             clock=self.clock,
         )
-        self.spawner = Spawner(
+        self.provisioner = NodeProvisioner(
             self.membership,
             self.registry,
             self.setup,
-            self.retirer,
-            self.crew,
+            self.terminator,
+            self.jobs,
             self.leadership,
             ssh_public_key="ssh-ed25519 KEY",
             agent_port=50052,
@@ -129,8 +129,8 @@ class CloudFleet(Fleet):
             clouds,
             self.store,
             self.registry,
-            self.spawner,
-            self.retirer,
+            self.provisioner,
+            self.terminator,
             self.demand,
             self.leadership,
             drain_seconds=300,
@@ -140,19 +140,19 @@ class CloudFleet(Fleet):
         self.nodes = NodeService(
             clouds,
             self.registry,
-            self.spawner,
-            self.retirer,
+            self.provisioner,
+            self.terminator,
             self.autoscaler,
-            self.crew,
+            self.jobs,
             self.leadership,
             drain_seconds=300,
             interrupt=self.setup.interrupt,
             clock=self.clock,
         )
-        self.strays = Strays(
+        self.strays = OrphanedNodes(
             clouds,
             self.store,
-            self.retirer,
+            self.terminator,
             self.leadership,
             installation_id="here",
             end_strays=self.end_strays,
@@ -172,8 +172,8 @@ class CloudFleet(Fleet):
 
     def quiet(self) -> None:
         """Until nothing is under way."""
-        assert self.crew.wait(self.node_ids(), 10)
-        wait_until(lambda: not self.crew._names, "the crew to be done")
+        assert self.jobs.wait(self.node_ids(), 10)
+        wait_until(lambda: not self.jobs._busy, "the jobs to be done")
         self.settle()
 
     def load(self, cpu: float, memory: float = 30.0, *only: str) -> None:

@@ -214,7 +214,7 @@ def test_a_node_that_dies_while_draining_leaves_no_orphan(rig: Rig, flux: Flux) 
         status, answer = removed.result()
     assert (status, answer["status"], answer["removed"]) == (200, "removed", 1), answer
     assert (rig.alive(), nodes(flux)) == ([], {})
-    assert f"node {agent_id} went away while it was draining" in flux.log.read_text()
+    assert f"node {agent_id} went offline while draining" in flux.log.read_text()
     # Not healed: it was asked for.
     assert "POST /initialize" in flux.api.call("GET", "/autoscaling")[1]["providers"]["aws"]["last_decision"]["reason"]
     assert flux.api.call("GET", "/health")[1]["warnings"] == []

@@ -1,7 +1,7 @@
 """Each provider's fleet follows its load: looked at, decided (scaling.decide), carried out in the background.
 
 Only the leader scales. What it must not forget is in the store before anything is
-done, so that another life goes on with the same cooldown, samples and replacements.
+done, so that another process continues with the same cooldown, samples and replacements.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.nodes.demand import Demand
 from fluxlib.control.nodes.notes import NodePhase, notes_of
-from fluxlib.control.nodes.provisioner import Making, Spawner
-from fluxlib.control.nodes.scaler_state import FleetWish, ScalerState
+from fluxlib.control.nodes.provisioner import NodeCreation, NodeProvisioner
+from fluxlib.control.nodes.scaler_state import DesiredFleet, ScalerState
 from fluxlib.control.nodes.scaling import (
     Action,
     Decision,
@@ -31,7 +31,7 @@ from fluxlib.control.nodes.scaling import (
     decide,
 )
 from fluxlib.control.nodes.scaling_report import decision_json, fleet_json
-from fluxlib.control.nodes.terminator import Retirer
+from fluxlib.control.nodes.terminator import NodeTerminator
 from fluxlib.errors import FluxError, LeaseLost, StoreUnavailable, Unavailable
 from fluxlib.model import AgentStatus
 from fluxlib.providers import Cloud
@@ -63,8 +63,8 @@ class Autoscaler:
         clouds: Sequence[Cloud],
         store: ControlStore,
         registry: Registry,
-        spawner: Spawner,
-        retirer: Retirer,
+        provisioner: NodeProvisioner,
+        terminator: NodeTerminator,
         demand: Demand,
         leadership: Leadership,
         *,
@@ -74,8 +74,8 @@ class Autoscaler:
     ) -> None:
         self._store = store
         self._registry = registry
-        self._spawner = spawner
-        self._retirer = retirer
+        self._provisioner = provisioner
+        self._terminator = terminator
         self._demand = demand
         self._leadership = leadership
         self._drain_seconds = drain_seconds
@@ -86,7 +86,7 @@ class Autoscaler:
         # The tokens of the leases under which it was done: between two ticks another process may have led.
         self._caught_up: int | None = None
         self._loaded: int | None = None
-        spawner.listen(self._made)
+        provisioner.listen(self._made)
 
     def tick(self, now: float) -> None:
         """``now`` is epoch seconds. A store that is away leaves everything as it is."""
@@ -104,7 +104,7 @@ class Autoscaler:
                     self._look(fleet, waits, now)
         except Unavailable as error:
             self._loaded = None  # what was decided and not kept is forgotten
-            log.warning("nothing is scaled now: %s", error.message)
+            log.warning("autoscaling skipped: %s", error.message)
         except LeaseLost as error:
             self._leadership.lost(error)
 
@@ -127,15 +127,15 @@ class Autoscaler:
         """Held while a person's order counts and begins nodes: no tick overlaps it."""
         return self._lock
 
-    def wish(self, provider: str, wish: FleetWish) -> None:
+    def set_desired(self, provider: str, desired: DesiredFleet) -> None:
         """What a person asked for, durable when this returns. Raises StoreUnavailable, Unavailable."""
         with self._lock:
             self._load()
             fleet = self._fleets[provider]
-            fleet.state.wish = wish
-            if wish is FleetWish.REMOVED:
+            fleet.state.desired = desired
+            if desired is DesiredFleet.REMOVED:
                 fleet.state.replacing.clear()
-            if wish is FleetWish.KEPT:
+            if desired is DesiredFleet.ACTIVE:
                 fleet.state.paused_until = 0.0
             try:
                 self._save(fleet)
@@ -165,13 +165,13 @@ class Autoscaler:
         self._sample(fleet, now)
         nodes = self._nodes(fleet, state, now)
         self._forget_replaced(state, {node.replaces for node in nodes})
-        if nodes and state.wish is FleetWish.NONE:
-            state.wish = FleetWish.KEPT
+        if nodes and state.desired is DesiredFleet.UNSET:
+            state.desired = DesiredFleet.ACTIVE
         view = self._view(fleet, nodes, waits)
-        if state.wish is FleetWish.REMOVED:
+        if state.desired is DesiredFleet.REMOVED:
             decision = Decision(Action.NOTHING, "removed by DELETE /nodes: POST /initialize makes nodes again")
         else:
-            minimum = config.min_nodes if state.wish is FleetWish.KEPT else 0
+            minimum = config.min_nodes if state.desired is DesiredFleet.ACTIVE else 0
             decision = decide(view, replace(config, min_nodes=minimum), now)
         self._note(fleet, decision, now)
         self._save(fleet)
@@ -222,7 +222,7 @@ class Autoscaler:
         lost = record.offline_since and now - record.offline_since >= self._lost_after
         if not lost:
             return NodeCondition.OFFLINE
-        return NodeCondition.STOPPED if self._retirer.is_stopped(record) else NodeCondition.LOST
+        return NodeCondition.STOPPED if self._terminator.is_stopped(record) else NodeCondition.LOST
 
     def _view(self, fleet: _Fleet, nodes: tuple[NodeView, ...], waits: tuple[Wait, ...]) -> FleetView:
         others = [other for other in self._fleets.values() if other is not fleet and other.cloud.scaling.enabled]
@@ -260,7 +260,7 @@ class Autoscaler:
             if other is fleet:
                 return False
             room = len(self._agents(other)) < other.cloud.scaling.max_nodes
-            willing = other.cloud.scaling.enabled and other.state.wish is not FleetWish.REMOVED
+            willing = other.cloud.scaling.enabled and other.state.desired is not DesiredFleet.REMOVED
             if willing and room and now >= other.state.paused_until:
                 return True
         return False
@@ -276,7 +276,7 @@ class Autoscaler:
         if decision.action is not Action.NOTHING:
             state.last_change_at = now
         if decision.action is Action.LAUNCH:
-            state.wish = FleetWish.KEPT
+            state.desired = DesiredFleet.ACTIVE
         if decision.action is Action.DRAIN and decision.instance_type:
             state.replacing += [Replacement(agent_id, decision.instance_type) for agent_id in decision.agents]
 
@@ -287,42 +287,42 @@ class Autoscaler:
         try:
             if decision.action is Action.LAUNCH:
                 for _ in range(decision.count):
-                    self._spawner.begin(fleet.cloud, decision.instance_type, decision.reason, decision.replaces)
-                # Only now: one that could not be recorded is tried again, also by the next life.
+                    self._provisioner.begin(fleet.cloud, decision.instance_type, decision.reason, decision.replaces)
+                # Only now: one that could not be recorded is tried again, also by the next process.
                 self._forget_replaced(fleet.state, {decision.replaces})
             for agent_id in decision.agents:
-                self._retirer.begin(agent_id, decision.reason, self._drain_seconds)
+                self._terminator.begin(agent_id, decision.reason, self._drain_seconds)
             for agent_id in decision.ends:
-                self._retirer.end_lost(agent_id, f"offline for more than {self._lost_after:.0f} s")
+                self._terminator.terminate_lost(agent_id, f"offline for more than {self._lost_after:.0f} s")
         except StoreUnavailable:
             raise
         except FluxError as error:
             # A node that left meanwhile; what was not done is decided again.
             log.warning("autoscaling %s: %s", fleet.cloud.name, error.message)
 
-    def _made(self, making: Making) -> None:
+    def _made(self, creation: NodeCreation) -> None:
         """On the node's own thread: how its launch went."""
         with self._lock:
-            fleet = self._fleets.get(making.cloud.name)
+            fleet = self._fleets.get(creation.cloud.name)
             if fleet is None:
                 return
             state, now = fleet.state, self._clock()
-            if not making.error:
+            if not creation.error:
                 state.failures_in_a_row, state.paused_until = 0, 0.0
                 # From now on it takes part of the load: the other providers look at what is left of it.
                 fleet.joined_at = now
                 return
-            state.failed(now, making.agent_id, making.error)
+            state.failed(now, creation.agent_id, creation.error)
             # Several launched together fail together, and are one failure.
             if now >= state.paused_until:
                 pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**state.failures_in_a_row)
                 state.failures_in_a_row = min(state.failures_in_a_row + 1, 10)
-                state.paused_until, state.pause_reason = now + pause, making.error
+                state.paused_until, state.pause_reason = now + pause, creation.error
 
     # -- the store ---------------------------------------------------------------------
 
     def _load(self) -> None:
-        """What another life, or another leader, has left. Raises Unavailable, StoreUnavailable."""
+        """Load what a previous process or another leader has left. Raises Unavailable, StoreUnavailable."""
         lease = self._leadership.lease
         if lease is not None and lease.token == self._loaded:
             return

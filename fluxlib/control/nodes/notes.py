@@ -1,4 +1,4 @@
-"""What Flux remembers of a node it made, kept in the agent's own record: how far it is, and why it goes."""
+"""A node's phase and provisioning state, kept in the agent's record."""
 
 from __future__ import annotations
 

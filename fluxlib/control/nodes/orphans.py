@@ -1,4 +1,4 @@
-"""What the clouds say runs for this installation, held against what Flux knows.
+"""Orphaned nodes: machines that a cloud lists for this installation and the store does not know.
 
 A machine that Flux does not know costs money and does nothing: it is reported, and
 ended only when the operator has said so. Three things keep that from ending the
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from fluxlib.clock import steady_time
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.nodes.notes import NodePhase, notes_of
-from fluxlib.control.nodes.terminator import Retirer
+from fluxlib.control.nodes.terminator import NodeTerminator
 from fluxlib.errors import LeaseLost, NotFound, ProviderError, StoreUnavailable
 from fluxlib.model import AgentRecord, rfc3339
 from fluxlib.providers import Cloud
@@ -35,20 +35,20 @@ _THERE = (NodeState.PENDING, NodeState.RUNNING, NodeState.STOPPED)
 
 
 @dataclass(frozen=True, slots=True)
-class Stray:
+class Orphan:
     node: Node
     predates: bool  # it is older than the store's own records
     problem: str = ""  # why it could not be ended
 
 
-class Strays:
+class OrphanedNodes:
     """``tick`` looks once; ``warnings`` is what was found last, for /health."""
 
     def __init__(
         self,
         clouds: Sequence[Cloud],
         store: ControlStore,
-        retirer: Retirer,
+        terminator: NodeTerminator,
         leadership: Leadership,
         *,
         installation_id: str,
@@ -57,12 +57,12 @@ class Strays:
     ) -> None:
         self._clouds = list(clouds)
         self._store = store
-        self._retirer = retirer
+        self._terminator = terminator
         self._leadership = leadership
         self._fact = f"nodes-since/{installation_id}"
         self._end_strays = end_strays
         self._clock = clock
-        self._found: dict[str, list[Stray]] = {}
+        self._found: dict[str, list[Orphan]] = {}
         self._unreadable: dict[str, str] = {}
 
     def tick(self, now: float) -> None:
@@ -71,14 +71,14 @@ class Strays:
             self._found.clear()
             self._unreadable.clear()
             return
-        for provider_id in [one for one, at in self._retirer.ended.items() if now - at > _ENDED_SHOWS]:
-            del self._retirer.ended[provider_id]
+        for provider_id in [one for one, at in self._terminator.ended.items() if now - at > _ENDED_SHOWS]:
+            del self._terminator.ended[provider_id]
         for cloud in self._clouds:
             try:
                 # Before the records: a launch is recorded before it is asked for.
                 nodes = cloud.provider.nodes()
                 self._unreadable.pop(cloud.name, None)
-                self._retirer.note_stopped(cloud.name, nodes)
+                self._terminator.note_stopped(cloud.name, nodes)
             except ProviderError as error:
                 self._unreadable[cloud.name] = error.message
                 log.warning("the machines at %s cannot be compared with the registry: %s", cloud.name, error.message)
@@ -89,7 +89,7 @@ class Strays:
             except StoreUnavailable as error:
                 log.warning("the registry cannot be compared with the machines at %s: %s", cloud.name, error.message)
                 return
-            self._found[cloud.name] = [self._end(cloud, stray, now) for stray in self._strays(nodes, records, since)]
+            self._found[cloud.name] = [self._end(cloud, orphan, now) for orphan in self._orphans(nodes, records, since)]
             self._forget_gone(cloud, nodes, records, now)
 
     def warnings(self) -> list[str]:
@@ -98,35 +98,35 @@ class Strays:
             f"{name}: the list of machines cannot be read: {reason}"
             for name, reason in sorted(self._unreadable.items())
         ]
-        for name, strays in sorted(self._found.items()):
-            found += [_warning(name, stray, self._end_strays) for stray in strays]
+        for name, orphans in sorted(self._found.items()):
+            found += [_warning(name, orphan, self._end_strays) for orphan in orphans]
         return found
 
-    # -- strays ------------------------------------------------------------------------
+    # -- orphans ------------------------------------------------------------------------
 
-    def _strays(self, nodes: Sequence[Node], records: Mapping[str, AgentRecord], since: float) -> list[Stray]:
+    def _orphans(self, nodes: Sequence[Node], records: Mapping[str, AgentRecord], since: float) -> list[Orphan]:
         known = {record.provider_id for record in records.values()} - {""}
         # Asked for, and not answered yet: the machine is known by its agent's ID only.
         asked = {agent_id for agent_id, record in records.items() if not record.provider_id}
-        strays = []
+        orphans = []
         for node in nodes:
-            ours = node.provider_id in known or node.agent_id in asked or node.provider_id in self._retirer.ended
+            ours = node.provider_id in known or node.agent_id in asked or node.provider_id in self._terminator.ended
             if node.state in _THERE and not ours:
-                strays.append(Stray(node, predates=node.launched_at < since + _MARGIN))
-        return strays
+                orphans.append(Orphan(node, predates=node.launched_at < since + _MARGIN))
+        return orphans
 
-    def _end(self, cloud: Cloud, stray: Stray, now: float) -> Stray:
-        node = stray.node
-        if not self._end_strays or stray.predates or now - node.launched_at < OLD_ENOUGH:
-            return stray
+    def _end(self, cloud: Cloud, orphan: Orphan, now: float) -> Orphan:
+        node = orphan.node
+        if not self._end_strays or orphan.predates or now - node.launched_at < OLD_ENOUGH:
+            return orphan
         try:
             cloud.provider.terminate(node.provider_id)
         except ProviderError as error:
-            log.warning("the stray %s (%s) could not be ended: %s", node.provider_id, node.agent_id, error.message)
-            return replace(stray, problem=error.message)
-        self._retirer.ended[node.provider_id] = now
-        log.warning("ended the stray %s (%s) at %s (end_strays)", node.provider_id, node.agent_id, cloud.name)
-        return stray
+            log.warning("orphan %s (%s) could not be terminated: %s", node.provider_id, node.agent_id, error.message)
+            return replace(orphan, problem=error.message)
+        self._terminator.ended[node.provider_id] = now
+        log.warning("terminated orphan %s (%s) at %s (end_strays)", node.provider_id, node.agent_id, cloud.name)
+        return orphan
 
     def _since(self, now: float) -> float:
         """When this store began to keep this installation's nodes. Raises StoreUnavailable."""
@@ -155,21 +155,21 @@ class Strays:
                 continue
             log.warning("node %s: its machine %s is gone from %s", agent_id, record.provider_id, cloud.name)
             try:
-                self._retirer.begin(agent_id, f"its machine is gone from {cloud.name}", 0)
+                self._terminator.begin(agent_id, f"its machine is gone from {cloud.name}", 0)
             except (NotFound, StoreUnavailable, LeaseLost) as error:
                 log.warning("node %s is forgotten later: %s", agent_id, error.message)
 
 
-def _warning(provider: str, stray: Stray, end_strays: bool) -> str:
-    node = stray.node
+def _warning(provider: str, orphan: Orphan, end_strays: bool) -> str:
+    node = orphan.node
     since = f", since {rfc3339(node.launched_at)}" if node.launched_at else ""
     what = (
         f"{provider}: {node.provider_id} ({node.agent_id or 'no agent ID'}, {node.instance_type}{since}) carries this"
     )
     what += " installation's ID, but Flux does not know it"
-    if stray.problem:
-        return f"{what}, and could not end it: {stray.problem}"
-    if stray.predates:
+    if orphan.problem:
+        return f"{what}, and could not end it: {orphan.problem}"
+    if orphan.predates:
         return f"{what}; it is older than the store's records and is left alone: end it in the cloud yourself"
     if end_strays:
         return f"{what}: it is ended when it is {OLD_ENOUGH / 60:.0f} minutes old"

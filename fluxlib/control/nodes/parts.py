@@ -17,15 +17,15 @@ from fluxlib.control.agents.registry import Registry
 from fluxlib.control.executions.service import ExecutionService
 from fluxlib.control.functions.deploy import FunctionService
 from fluxlib.control.nodes.autoscaler import Autoscaler
-from fluxlib.control.nodes.crew import Crew
 from fluxlib.control.nodes.demand import Demand
-from fluxlib.control.nodes.orphans import LOOK_EVERY, Strays
-from fluxlib.control.nodes.provisioner import Spawner
+from fluxlib.control.nodes.orphans import LOOK_EVERY, OrphanedNodes
+from fluxlib.control.nodes.provisioner import NodeProvisioner
 from fluxlib.control.nodes.service import NodeService
 from fluxlib.control.nodes.setup import CARRIED, NodeSetup
-from fluxlib.control.nodes.terminator import Retirer
+from fluxlib.control.nodes.terminator import NodeTerminator
 from fluxlib.lifecycle import Deadline, Loop
 from fluxlib.pki import Authority
+from fluxlib.pool import KeyedPool
 from fluxlib.providers import build_clouds
 from fluxlib.store.base import ControlStore
 
@@ -62,24 +62,24 @@ def build_nodes(
     installation_id = authority.installation_id()
     key = authority.ssh_key(for_ec2=config.providers.aws is not None)
     clouds = build_clouds(config.providers, installation_id)
-    crew = Crew()
+    jobs = KeyedPool("nodes")
     setup = NodeSetup(config, authority, tls=not config.disable_grpc_tls, private_key=key.private, carried=carried)
-    retirer = Retirer(
+    terminator = NodeTerminator(
         clouds,
         membership,
         registry,
-        crew,
+        jobs,
         leadership,
         # Another Flux learns in its next round that a node drains.
         settle=lambda: config.health_interval_sec * 1.5 if leadership.others else 0.0,
         forget=partial(forget_node, authority, store),
     )
-    spawner = Spawner(
+    provisioner = NodeProvisioner(
         membership,
         registry,
         setup,
-        retirer,
-        crew,
+        terminator,
+        jobs,
         leadership,
         ssh_public_key=key.public,
         agent_port=config.agent_port,
@@ -90,8 +90,8 @@ def build_nodes(
         clouds,
         store,
         registry,
-        spawner,
-        retirer,
+        provisioner,
+        terminator,
         demand,
         leadership,
         drain_seconds=config.drain_timeout_sec,
@@ -100,16 +100,18 @@ def build_nodes(
     service = NodeService(
         clouds,
         registry,
-        spawner,
-        retirer,
+        provisioner,
+        terminator,
         autoscaler,
-        crew,
+        jobs,
         leadership,
         drain_seconds=config.drain_timeout_sec,
         interrupt=setup.interrupt,
     )
-    strays = Strays(clouds, store, retirer, leadership, installation_id=installation_id, end_strays=config.end_strays)
-    looks = Loop("strays", strays.tick, LOOK_EVERY, steady_time)
+    orphans = OrphanedNodes(
+        clouds, store, terminator, leadership, installation_id=installation_id, end_strays=config.end_strays
+    )
+    looks = Loop("orphaned-nodes", orphans.tick, LOOK_EVERY, steady_time)
 
     def stop(deadline: Deadline) -> None:
         brief = Deadline(min(_STOP_SECONDS, deadline.remaining()))
@@ -126,7 +128,7 @@ def build_nodes(
             Loop("autoscaler", autoscaler.tick, _TICK, steady_time),
             looks,
         ),
-        lambda: settings + strays.warnings(),
+        lambda: settings + orphans.warnings(),
         stop,
     )
 

@@ -1,8 +1,8 @@
-"""Making a node: recorded, launched, set up, joined; undone when any of it fails.
+"""Provisioning a node: recorded, launched, set up, joined; rolled back when any of it fails.
 
 Everything is recorded before it is done, under an ID that makes the cloud answer
-twice with the same machine. A life that ends in between is gone on with by the
-next one (``resume``), so no machine is ever launched that nobody knows of.
+twice with the same machine. When the process ends in between, the next one
+continues (``resume``), so no machine is ever launched that nobody knows of.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from fluxlib.clock import steady_time
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
 from fluxlib.control.agents.registry import Registry
-from fluxlib.control.nodes.crew import Crew
 from fluxlib.control.nodes.notes import NodeNotes, NodePhase, noted, notes_of, with_notes
 from fluxlib.control.nodes.setup import Progress
-from fluxlib.control.nodes.terminator import Retirer
+from fluxlib.control.nodes.terminator import NodeTerminator
 from fluxlib.errors import (
     AgentUnreachable,
     FluxError,
@@ -34,6 +33,7 @@ from fluxlib.errors import (
     StrandedNode,
 )
 from fluxlib.model import AgentRecord, AgentStatus
+from fluxlib.pool import KeyedPool
 from fluxlib.providers import Cloud
 from fluxlib.providers.base import Address, Launch
 
@@ -47,7 +47,7 @@ _LONGEST_NAME = 40
 
 
 class Setup(Protocol):
-    """What makes an agent of a machine; see :class:`fluxlib.control.nodes.setup.NodeSetup`."""
+    """Installs an agent on a machine; see :class:`fluxlib.control.nodes.setup.NodeSetup`."""
 
     def carry_out(
         self,
@@ -62,26 +62,26 @@ class Setup(Protocol):
     def interrupt(self, agent_id: str = "") -> None: ...
 
 
-class _LeftToNextLife(Exception):
-    """This process stops, or does not lead any more."""
+class _Interrupted(Exception):
+    """This process stops, or does not lead any more: the next one continues."""
 
 
-class Making:
-    """One node on its way. ``error`` is empty when it has joined, once ``over``."""
+class NodeCreation:
+    """One node that is being provisioned. ``error`` is empty once it has joined."""
 
     def __init__(self, cloud: Cloud, agent_id: str, *, resumed: bool = False) -> None:
         self.cloud = cloud
         self.agent_id = agent_id
         self.resumed = resumed
         self.provider_id = ""  # once it is launched
-        self.error = "Flux stopped meanwhile: it goes on when it starts again"
+        self.error = "Flux stopped meanwhile: provisioning continues when it starts again"
         self.step = "launch"
 
 
-OnResult = Callable[[Making], object]
+OnResult = Callable[[NodeCreation], object]
 
 
-class Spawner:
+class NodeProvisioner:
     """``begin`` and ``resume`` return at once; ``on_result`` is told how each ended, on the job's thread."""
 
     def __init__(
@@ -89,8 +89,8 @@ class Spawner:
         membership: Membership,
         registry: Registry,
         setup: Setup,
-        retirer: Retirer,
-        crew: Crew,
+        terminator: NodeTerminator,
+        jobs: KeyedPool,
         leadership: Leadership,
         *,
         ssh_public_key: str,
@@ -103,8 +103,8 @@ class Spawner:
         self._membership = membership
         self._registry = registry
         self._setup = setup
-        self._retirer = retirer
-        self._crew = crew
+        self._terminator = terminator
+        self._jobs = jobs
         self._leadership = leadership
         self._ssh_public_key = ssh_public_key
         self._agent_port = agent_port
@@ -118,62 +118,62 @@ class Spawner:
     def listen(self, on_result: OnResult) -> None:
         self._on_result.append(on_result)
 
-    def begin(self, cloud: Cloud, instance_type: str, reason: str, replaces: str = "") -> Making:
-        """Record a new node and have it made. Raises StoreUnavailable: nothing was launched then."""
+    def begin(self, cloud: Cloud, instance_type: str, reason: str, replaces: str = "") -> NodeCreation:
+        """Record a new node and provision it in the background. Raises StoreUnavailable: nothing was launched then."""
         agent_id = new_agent_id(cloud.scaling.name)
         notes = NodeNotes(NodePhase.ASKED, asked_at=self._clock(), replaces=replaces)
         record = AgentRecord(agent_id, "", provider=cloud.name, instance_type=instance_type)
         self._membership.adopt_node(with_notes(record, notes))
         log.info("node %s: launching a %s at %s (%s)", agent_id, instance_type, cloud.name, reason)
-        making = Making(cloud, agent_id)
-        self._crew.start(agent_id, lambda: self._make(making))
-        return making
+        creation = NodeCreation(cloud, agent_id)
+        self._jobs.submit(agent_id, lambda: self._make(creation))
+        return creation
 
     def resume(self, cloud: Cloud, agent_id: str) -> None:
-        """Go on with one that another life began."""
-        making = Making(cloud, agent_id, resumed=True)
-        if self._crew.start(agent_id, lambda: self._make(making)):
-            log.info("node %s: going on with its start", agent_id)
+        """Continue with one that another process began."""
+        creation = NodeCreation(cloud, agent_id, resumed=True)
+        if self._jobs.submit(agent_id, lambda: self._make(creation)):
+            log.info("node %s: resuming provisioning", agent_id)
 
-    def give_up(self, agent_id: str) -> None:
-        """Have one under way undone: it is recorded as ending before this is called."""
+    def cancel(self, agent_id: str) -> None:
+        """Interrupt one that is being provisioned: it is recorded as ending before this is called."""
         self._setup.interrupt(agent_id)
 
     # -- one node ----------------------------------------------------------------------
 
-    def _make(self, making: Making) -> None:
-        agent_id = making.agent_id
+    def _make(self, creation: NodeCreation) -> None:
+        agent_id = creation.agent_id
         try:
-            record = self._record(making)
-            making.provider_id = record.provider_id
+            record = self._record(creation)
+            creation.provider_id = record.provider_id
             if notes_of(record).phase is NodePhase.ASKED:
-                self._launch(making, record)
-            self._set_up(making)
-            making.error = ""
-        except _LeftToNextLife:
-            log.info("node %s: its start is gone on with later", agent_id)
+                self._launch(creation, record)
+            self._set_up(creation)
+            creation.error = ""
+        except _Interrupted:
+            log.info("node %s: provisioning interrupted, it is resumed later", agent_id)
             return
         except StoreUnavailable as error:
             # Not the node's fault, and its record is as it was: it is taken up again.
-            log.warning("node %s: its start is gone on with when the store is back: %s", agent_id, error.message)
+            log.warning("node %s: provisioning paused until the store is reachable: %s", agent_id, error.message)
             return
         except NotFound:
-            making.error = "it was deregistered meanwhile"
-            log.warning("node %s: %s", agent_id, making.error)
-            self._end_forgotten(making)
+            creation.error = "it was deregistered meanwhile"
+            log.warning("node %s: %s", agent_id, creation.error)
+            self._end_forgotten(creation)
         except FluxError as error:
-            if self._crew.stopping.is_set() or not self._leadership.leads:
+            if self._jobs.stopping.is_set() or not self._leadership.leads:
                 return  # broken off by our own end
-            making.error = error.message
-            self._undo(making, error)
+            creation.error = error.message
+            self._roll_back(creation, error)
         for listener in self._on_result:
-            listener(making)
+            listener(creation)
 
-    def _launch(self, making: Making, record: AgentRecord) -> None:
-        cloud, agent_id = making.cloud, making.agent_id
+    def _launch(self, creation: NodeCreation, record: AgentRecord) -> None:
+        cloud, agent_id = creation.cloud, creation.agent_id
         deadline = time.monotonic() + self._start_seconds
         try:
-            self._step(making, f"launch a {record.instance_type}")
+            self._step(creation, f"launch a {record.instance_type}")
             self._prepare(cloud)
             node = cloud.provider.launch(Launch(agent_id, record.instance_type, self._ssh_public_key), deadline)
         except StrandedNode as error:
@@ -182,11 +182,11 @@ class Spawner:
             self._membership.save(agent_id, lambda mine: replace(mine, provider_id=stranded))
             raise
         except ProviderError:
-            if not making.resumed:
+            if not creation.resumed:
                 self._membership.deregister(agent_id)
-            # Of one that a former life asked for, the refusal says nothing: it may run.
+            # When a previous process asked for it, the refusal says nothing: it may run.
             raise
-        making.provider_id = node.provider_id
+        creation.provider_id = node.provider_id
         address = Address.of(node, use_private_ip=cloud.config.use_private_ip)
         self._membership.save(
             agent_id,
@@ -201,87 +201,89 @@ class Spawner:
         )
         log.info("node %s: %s runs at %s", agent_id, node.provider_id, address.reach)
 
-    def _set_up(self, making: Making) -> None:
-        agent_id = making.agent_id
-        notes = notes_of(self._record(making))
+    def _set_up(self, creation: NodeCreation) -> None:
+        agent_id = creation.agent_id
+        notes = notes_of(self._record(creation))
         progress = Progress(
             host_key=lambda key: self._note(agent_id, host_key=key),
-            begins=lambda step: self._step(making, step),
+            begins=lambda step: self._step(creation, step),
             done=lambda step: self._done(agent_id, step),
         )
-        self._setup.carry_out(making.cloud, agent_id, notes, progress, lambda: self._join(making), self._crew.stopping)
-        self._record(making)
+        self._setup.carry_out(
+            creation.cloud, agent_id, notes, progress, lambda: self._join(creation), self._jobs.stopping
+        )
+        self._record(creation)
         self._membership.save(agent_id, lambda record: noted(record, phase=NodePhase.READY, done=()))
         log.info("node %s: it has joined", agent_id)
 
-    def _join(self, making: Making) -> None:
+    def _join(self, creation: NodeCreation) -> None:
         """An agent that has just been started listens in a moment."""
-        notes = notes_of(self._record(making))
+        notes = notes_of(self._record(creation))
         host = f"[{notes.reach}]" if ":" in notes.reach else notes.reach
         deadline = time.monotonic() + self._join_seconds
         while True:
-            self._record(making)
+            self._record(creation)
             try:
-                self._membership.node_ready(making.agent_id, f"{host}:{self._agent_port}")
+                self._membership.node_ready(creation.agent_id, f"{host}:{self._agent_port}")
                 break
             except AgentUnreachable:
                 if time.monotonic() > deadline:
                     raise
-            self._crew.stopping.wait(_JOIN_EVERY)
+            self._jobs.stopping.wait(_JOIN_EVERY)
         # It has shown who it is; a slow machine may still be brought in step, and is tried again by the poller.
-        while not self._takes_work(making):
+        while not self._takes_work(creation):
             if time.monotonic() > deadline:
-                state = self._registry.get(making.agent_id)
+                state = self._registry.get(creation.agent_id)
                 raise AgentUnreachable(f"it is not online: {state.problem if state is not None else 'it is gone'}")
-            self._crew.stopping.wait(_JOIN_EVERY)
+            self._jobs.stopping.wait(_JOIN_EVERY)
 
-    def _takes_work(self, making: Making) -> bool:
-        self._record(making)
-        state = self._registry.get(making.agent_id)
+    def _takes_work(self, creation: NodeCreation) -> bool:
+        self._record(creation)
+        state = self._registry.get(creation.agent_id)
         return state is not None and (state.takes_work or state.record.status is AgentStatus.DRAINING)
 
-    def _undo(self, making: Making, error: FluxError) -> None:
-        agent_id = making.agent_id
-        log.warning("node %s failed at '%s' and is undone: %s", agent_id, making.step, error.message)
+    def _roll_back(self, creation: NodeCreation, error: FluxError) -> None:
+        agent_id = creation.agent_id
+        log.warning("node %s: provisioning failed at '%s', terminating it: %s", agent_id, creation.step, error.message)
         if self._registry.get(agent_id) is None:
             return
         try:
             self._note(agent_id, phase=NodePhase.ENDING, ending_at=self._clock(), reason=error.message)
-            self._retirer.finish(agent_id)
+            self._terminator.finish(agent_id)
         except ProviderError as stranded:
-            making.error += f"; and {stranded.message}: it is tried again"
+            creation.error += f"; and {stranded.message}: it is tried again"
         except (StoreUnavailable, NotFound, LeaseLost) as unsaved:
             log.warning("node %s: %s", agent_id, unsaved.message)
 
-    def _end_forgotten(self, making: Making) -> None:
-        """There is no record left to try it again from; what fails here is reported as a stray."""
-        if making.provider_id:
+    def _end_forgotten(self, creation: NodeCreation) -> None:
+        """There is no record left to retry from; what fails here is reported as an orphan."""
+        if creation.provider_id:
             try:
-                making.cloud.provider.terminate(making.provider_id)
-                self._retirer.ended[making.provider_id] = self._clock()
+                creation.cloud.provider.terminate(creation.provider_id)
+                self._terminator.ended[creation.provider_id] = self._clock()
             except ProviderError as error:
-                log.warning("%s could not be ended: %s", making.provider_id, error.message)
-        self._retirer.forget(making.agent_id)
+                log.warning("%s could not be ended: %s", creation.provider_id, error.message)
+        self._terminator.forget(creation.agent_id)
 
     # -- small things ------------------------------------------------------------------
 
-    def _record(self, making: Making) -> AgentRecord:
+    def _record(self, creation: NodeCreation) -> AgentRecord:
         """As it is now. Raises what ends the job: this process's end, a removal that somebody ordered."""
-        if self._crew.stopping.is_set() or not self._leadership.leads:
-            raise _LeftToNextLife
-        state = self._registry.get(making.agent_id)
+        if self._jobs.stopping.is_set() or not self._leadership.leads:
+            raise _Interrupted
+        state = self._registry.get(creation.agent_id)
         if state is None:
-            raise NotFound(f"{making.agent_id} is not registered")
+            raise NotFound(f"{creation.agent_id} is not registered")
         notes = notes_of(state.record)
         if notes.phase is NodePhase.ENDING:
-            raise ProviderError(f"given up at '{making.step}': {notes.reason}")
+            raise ProviderError(f"given up at '{creation.step}': {notes.reason}")
         return state.record
 
-    def _step(self, making: Making, step: str) -> None:
-        making.step = step
-        self._record(making)
-        self._registry.update(making.agent_id, problem=f"is being made: {step}")
-        log.info("node %s: %s", making.agent_id, step)
+    def _step(self, creation: NodeCreation, step: str) -> None:
+        creation.step = step
+        self._record(creation)
+        self._registry.update(creation.agent_id, problem=f"is being made: {step}")
+        log.info("node %s: %s", creation.agent_id, step)
 
     def _done(self, agent_id: str, step: str) -> None:
         self._membership.save(agent_id, lambda record: noted(record, done=(*notes_of(record).done, step)))

@@ -1,6 +1,6 @@
-"""What the autoscaler must not forget over a restart: cooldown, samples, replacements, pauses.
+"""The autoscaler's state that survives a restart: cooldown, samples, replacements, pauses.
 
-One small fact of the store for each provider, written under the leader's lease.
+One small JSON document in the store for each provider, written under the leader's lease.
 """
 
 from __future__ import annotations
@@ -16,19 +16,28 @@ _DECISIONS = 50
 _FAILURES = 20
 
 
-class FleetWish(str, Enum):
+class DesiredFleet(str, Enum):
     """What people have asked of a provider's fleet."""
 
-    NONE = "none"  # nobody has asked for nodes yet: only waiting executions make some
-    KEPT = "kept"  # initialised: min_nodes are held
+    UNSET = "unset"  # nobody has asked for nodes yet: only waiting executions make some
+    ACTIVE = "active"  # initialized: min_nodes are kept
     REMOVED = "removed"  # DELETE /nodes: nothing is made until the next POST /initialize
+
+    @classmethod
+    def _missing_(cls, value: object) -> DesiredFleet:
+        """What version 0.1 called it, and what a newer one may: as long as that is unknown nothing is kept."""
+        return cls.ACTIVE if value == "kept" else cls.UNSET
+
+
+# As version 0.1 reads it, for as long as one may share the store.
+_FORMER_WORDS = {DesiredFleet.UNSET: "none", DesiredFleet.ACTIVE: "kept", DesiredFleet.REMOVED: "removed"}
 
 
 @dataclass
 class ScalerState:
     """One provider's. Times are epoch seconds."""
 
-    wish: FleetWish = FleetWish.NONE
+    desired: DesiredFleet = DesiredFleet.UNSET
     last_change_at: float = 0.0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     replacing: list[Replacement] = field(default_factory=list)
@@ -49,7 +58,7 @@ class ScalerState:
         return tuple(kept)
 
     def begin(self, now: float, longest_pause: float) -> None:
-        """A new life: what another one's clock, which was ahead, has written must not hold this one up."""
+        """At the start of a process: times written by one whose clock was ahead must not hold this one up."""
         self.last_change_at = min(self.last_change_at, now)
         self.paused_until = min(self.paused_until, now + longest_pause)
 
@@ -62,38 +71,49 @@ class ScalerState:
             self.decisions = [*self.decisions, decision][-_DECISIONS:]
 
     def to_text(self) -> str:
+        """Named fields; what is positional, and `wish`, is for version 0.1, which reads nothing without them."""
         data = {
-            "wish": self.wish.value,
+            "desired": self.desired.value,
             "last_change_at": self.last_change_at,
-            "samples": {
-                agent_id: [[round(one.at, 1), round(one.cpu, 1), round(one.memory, 1)] for one in samples]
+            "measured": {
+                agent_id: [
+                    {"at": round(one.at, 1), "cpu": round(one.cpu, 1), "memory": round(one.memory, 1)}
+                    for one in samples
+                ]
                 for agent_id, samples in self.samples.items()
             },
-            "replacing": [[one.agent_id, one.instance_type] for one in self.replacing],
+            "replacements": [{"agent_id": one.agent_id, "instance_type": one.instance_type} for one in self.replacing],
             "paused_until": self.paused_until,
             "pause_reason": self.pause_reason,
             "failures_in_a_row": self.failures_in_a_row,
             "failures": self.failures,
             "decisions": self.decisions,
             "last": self.last,
+            "wish": _FORMER_WORDS[self.desired],
+            "samples": {},
+            "replacing": [],
         }
         return json.dumps(data, separators=(",", ":"))
 
     @classmethod
     def from_text(cls, text: str | None) -> Self:
-        """What ``to_text`` wrote; a fresh one for None."""
-        if text is None:
-            return cls()
-        data = json.loads(text)
+        """What ``to_text`` wrote, in this version or another: unknown fields are ignored, missing ones defaulted."""
+        data: dict[str, Any] = json.loads(text) if text else {}
+        samples = {
+            agent_id: [Sample(one["at"], one["cpu"], one["memory"]) for one in found]
+            for agent_id, found in data.get("measured", {}).items()
+        } or {agent_id: [Sample(*one[:3]) for one in found] for agent_id, found in data.get("samples", {}).items()}
+        replacing = [Replacement(one["agent_id"], one["instance_type"]) for one in data.get("replacements", ())]
+        new = cls()
         return cls(
-            wish=FleetWish(data["wish"]),
-            last_change_at=data["last_change_at"],
-            samples={agent_id: [Sample(*one) for one in samples] for agent_id, samples in data["samples"].items()},
-            replacing=[Replacement(*one) for one in data["replacing"]],
-            paused_until=data["paused_until"],
-            pause_reason=data["pause_reason"],
-            failures_in_a_row=data["failures_in_a_row"],
-            failures=data["failures"],
-            decisions=data["decisions"],
-            last=data["last"],
+            desired=DesiredFleet(data.get("desired") or data.get("wish")),
+            last_change_at=data.get("last_change_at", new.last_change_at),
+            samples=samples,
+            replacing=replacing or [Replacement(*one[:2]) for one in data.get("replacing", ())],
+            paused_until=data.get("paused_until", new.paused_until),
+            pause_reason=data.get("pause_reason", new.pause_reason),
+            failures_in_a_row=data.get("failures_in_a_row", new.failures_in_a_row),
+            failures=data.get("failures", []),
+            decisions=data.get("decisions", []),
+            last=data.get("last", {}),
         )

@@ -28,7 +28,7 @@ def fleet_json(cloud: Cloud, state: ScalerState, nodes: Sequence[NodeView], now:
         "enabled": config.enabled,
         "min_nodes": config.min_nodes,
         "max_nodes": config.max_nodes,
-        "wish": state.wish.value,
+        "desired": state.desired.value,
         "nodes": [
             {
                 "agent_id": node.agent_id,

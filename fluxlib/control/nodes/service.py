@@ -1,4 +1,4 @@
-"""Nodes as HTTP asks for them: made, removed, ended one by one; and what was left undone is taken up again."""
+"""The cloud nodes behind the HTTP API: initialize, remove, terminate; and the reconciliation of unfinished ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fluxlib.clock import steady_time
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.nodes.autoscaler import Autoscaler
-from fluxlib.control.nodes.crew import Crew
 from fluxlib.control.nodes.notes import NodePhase, notes_of
-from fluxlib.control.nodes.provisioner import Making, Spawner
-from fluxlib.control.nodes.scaler_state import FleetWish
+from fluxlib.control.nodes.provisioner import NodeCreation, NodeProvisioner
+from fluxlib.control.nodes.scaler_state import DesiredFleet
 from fluxlib.control.nodes.scaling import by_size
-from fluxlib.control.nodes.terminator import Retirer
+from fluxlib.control.nodes.terminator import NodeTerminator
 from fluxlib.errors import Conflict, FluxError, NotFound, ProviderError, Unavailable
 from fluxlib.lifecycle import Deadline
+from fluxlib.pool import KeyedPool
 from fluxlib.providers import Cloud
 
 log = logging.getLogger(__name__)
@@ -27,16 +27,16 @@ _BRIEF_DRAIN = 10.0
 
 
 class NodeService:
-    """services.Nodes. ``tick`` about every second takes up what another life, or a failure, has left."""
+    """services.Nodes. ``tick``, about every second, takes the next step of each node that has one."""
 
     def __init__(
         self,
         clouds: Sequence[Cloud],
         registry: Registry,
-        spawner: Spawner,
-        retirer: Retirer,
+        provisioner: NodeProvisioner,
+        terminator: NodeTerminator,
         autoscaler: Autoscaler,
-        crew: Crew,
+        jobs: KeyedPool,
         leadership: Leadership,
         *,
         drain_seconds: float,
@@ -45,10 +45,10 @@ class NodeService:
     ) -> None:
         self._clouds = {cloud.name: cloud for cloud in clouds}
         self._registry = registry
-        self._spawner = spawner
-        self._retirer = retirer
+        self._provisioner = provisioner
+        self._terminator = terminator
         self._autoscaler = autoscaler
-        self._crew = crew
+        self._jobs = jobs
         self._leadership = leadership
         self._drain_seconds = min(drain_seconds, _BRIEF_DRAIN)
         self._interrupt = interrupt
@@ -62,12 +62,12 @@ class NodeService:
         Raises StoreUnavailable, and Unavailable when another Flux leads.
         """
         self._check_leads()
-        makings: list[Making] = []
+        creations: list[NodeCreation] = []
         faults: list[str] = []
         failed = present = 0
         with self._autoscaler.paused:
             for cloud in self._clouds.values():
-                self._autoscaler.wish(cloud.name, FleetWish.KEPT)
+                self._autoscaler.set_desired(cloud.name, DesiredFleet.ACTIVE)
                 here = len(self._nodes(cloud.name))
                 present += here
                 missing = max(0, cloud.scaling.min_nodes - here)
@@ -79,23 +79,23 @@ class NodeService:
                 log.info("%s: %d nodes are here, min_nodes is %d", cloud.name, here, cloud.scaling.min_nodes)
                 for _ in range(missing):
                     kind = by_size(cloud.scaling.node_types)[0].instance_type
-                    makings.append(self._spawner.begin(cloud, kind, "POST /initialize"))
-        self._crew.wait(making.agent_id for making in makings)
-        good = [making for making in makings if not making.error]
-        bad = [making for making in makings if making.error]
+                    creations.append(self._provisioner.begin(cloud, kind, "POST /initialize"))
+        self._jobs.wait(creation.agent_id for creation in creations)
+        good = [creation for creation in creations if not creation.error]
+        bad = [creation for creation in creations if creation.error]
         return {
             "nodes": {"spawned": len(good), "failed": failed + len(bad)},
             "present": present,  # before, or on their way already
             "agents": [
                 {
-                    "agent_id": making.agent_id,
-                    "provider": making.cloud.name,
-                    "status": "failed" if making.error else "spawned",
-                    "message": making.error,
+                    "agent_id": creation.agent_id,
+                    "provider": creation.cloud.name,
+                    "status": "failed" if creation.error else "spawned",
+                    "message": creation.error,
                 }
-                for making in makings
+                for creation in creations
             ],
-            "errors": faults + [f"{making.cloud.name}: {making.agent_id}: {making.error}" for making in bad],
+            "errors": faults + [f"{creation.cloud.name}: {creation.agent_id}: {creation.error}" for creation in bad],
         }
 
     def remove_all(self) -> dict[str, Any]:
@@ -106,11 +106,11 @@ class NodeService:
         self._check_leads()
         with self._autoscaler.paused:
             for name in self._clouds:
-                self._autoscaler.wish(name, FleetWish.REMOVED)
+                self._autoscaler.set_desired(name, DesiredFleet.REMOVED)
             nodes = [state.agent_id for state in self._registry.agents() if state.record.provider]
             for agent_id in nodes:
                 self._end(agent_id, "DELETE /nodes", self._drain_seconds)
-        self._crew.wait(nodes)
+        self._jobs.wait(nodes)
         left = [state for state in self._registry.agents() if state.agent_id in nodes]
         return {
             "status": "removed" if not left else "incomplete",
@@ -127,7 +127,7 @@ class NodeService:
         if not state.record.provider:
             raise Conflict(f"agent {agent_id} was registered by hand: Flux has no machine of it to end")
         self._end(agent_id, "it was asked for", 0)
-        self._crew.wait([agent_id])
+        self._jobs.wait([agent_id])
         left = self._registry.get(agent_id)
         if left is not None:
             raise ProviderError(left.problem or f"node {agent_id} has not ended yet: it is tried again")
@@ -138,48 +138,49 @@ class NodeService:
     # -- for the application -----------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Take up what is neither done nor under way. ``now`` is epoch seconds."""
+        """Reconcile every node that no job works on. ``now`` is epoch seconds."""
         if not self._leadership.leads:
             return
         try:
             self._autoscaler.catch_up()
         except Unavailable as error:
-            log.warning("no node is gone on with now: %s", error.message)
+            log.warning("node reconciliation skipped: %s", error.message)
             return
         for agent_id in [state.agent_id for state in self._registry.agents() if state.record.provider]:
-            if self._crew.busy(agent_id):
+            if self._jobs.busy(agent_id):
                 continue
             # Read after that look: what was under way a moment ago may have ended it.
             state = self._registry.get(agent_id)
             try:
                 if state is not None:
-                    self._take_up(state, now)
+                    self._step(state, now)
             except FluxError as error:
-                log.warning("node %s cannot be gone on with: %s", agent_id, error.message)
+                log.warning("node %s: reconciliation failed: %s", agent_id, error.message)
 
     def stop(self, deadline: Deadline) -> None:
-        """Break off what is under way; it is recorded, and gone on with by the next life."""
-        self._crew.stopping.set()
+        """Interrupt the jobs; what they have recorded is continued by the next process."""
+        self._jobs.stopping.set()
         self._interrupt()
-        self._crew.stop(deadline)
+        self._jobs.stop(deadline)
 
     # -- inside ------------------------------------------------------------------------
 
     def _end(self, agent_id: str, reason: str, drain_seconds: float) -> None:
         try:
-            self._retirer.begin(agent_id, reason, drain_seconds)
+            self._terminator.begin(agent_id, reason, drain_seconds)
         except NotFound:
             return  # it went by itself meanwhile
-        self._spawner.give_up(agent_id)
+        self._provisioner.cancel(agent_id)
 
-    def _take_up(self, state: AgentState, now: float) -> None:
+    def _step(self, state: AgentState, now: float) -> None:
+        """The next step of one node, by its phase: see NodePhase."""
         phase = notes_of(state.record).phase
         if phase is NodePhase.ENDING:
-            self._retirer.resume(state.agent_id, now)
+            self._terminator.resume(state.agent_id, now)
         elif phase is not NodePhase.READY:
             cloud = self._clouds.get(state.record.provider)
             if cloud is not None:
-                self._spawner.resume(cloud, state.agent_id)
+                self._provisioner.resume(cloud, state.agent_id)
             elif not state.problem:
                 text = f"{state.record.provider} is not configured any more: put it back into flux.yaml"
                 self._registry.update(state.agent_id, problem=text)

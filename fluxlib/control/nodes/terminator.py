@@ -1,4 +1,4 @@
-"""The end of a node: it finishes its work, its machine is ended, its record goes. In this order.
+"""Terminating a node: drain, end the machine, delete the record. In this order.
 
 The record goes last, so that a machine whose end was not confirmed is never
 forgotten: it is tried again until the cloud says that it is gone.
@@ -15,10 +15,10 @@ from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
 from fluxlib.control.agents.registry import Registry
 from fluxlib.control.agents.roster import DRAINING
-from fluxlib.control.nodes.crew import Crew
 from fluxlib.control.nodes.notes import NodePhase, noted, notes_of
 from fluxlib.errors import FluxError, LeaseLost, NotFound, ProviderError, StoreUnavailable
 from fluxlib.model import AgentRecord
+from fluxlib.pool import KeyedPool
 from fluxlib.providers import Cloud
 from fluxlib.providers.base import Node, NodeState
 
@@ -33,8 +33,8 @@ _REACHED_WITHIN = 45.0
 _LOOK_EVERY = 1.0
 
 
-class Retirer:
-    """Ends nodes in the background (``begin``) or on the caller's thread (``finish``).
+class NodeTerminator:
+    """Drains and terminates nodes in the background (``begin``) or terminates one on the caller's thread (``finish``).
 
     ``settle`` answers how many seconds other Flux processes may still send a node work after it began to drain.
     ``forget`` is told which node's ID nobody will need any more; no ID of a node comes back.
@@ -45,7 +45,7 @@ class Retirer:
         clouds: Sequence[Cloud],
         membership: Membership,
         registry: Registry,
-        crew: Crew,
+        jobs: KeyedPool,
         leadership: Leadership,
         *,
         settle: Callable[[], float] = lambda: 0.0,
@@ -55,7 +55,7 @@ class Retirer:
         self._clouds = {cloud.name: cloud for cloud in clouds}
         self._membership = membership
         self._registry = registry
-        self._crew = crew
+        self._jobs = jobs
         self._leadership = leadership
         self._settle = settle
         self._forget = forget
@@ -69,7 +69,7 @@ class Retirer:
         registry.on_change(lambda agent_id: self._changed(agent_id, None))
 
     def begin(self, agent_id: str, reason: str, drain_seconds: float) -> None:
-        """Have it drained and ended; recorded when this returns. Raises NotFound, StoreUnavailable, LeaseLost."""
+        """Drain and terminate it in the background; recorded on return. Raises NotFound, StoreUnavailable, LeaseLost."""
         now = self._clock()
         self._membership.save(
             agent_id,
@@ -86,11 +86,11 @@ class Retirer:
         with self._condition:
             self._retry_at.pop(agent_id, None)
             self._condition.notify_all()
-        self._crew.follow(agent_id, lambda: self._retire(agent_id))
+        self._jobs.submit_after(agent_id, lambda: self._drain_and_terminate(agent_id))
 
-    def end_lost(self, agent_id: str, reason: str) -> None:
-        """Have one ended that has been away for too long, unless its machine turns out to be stopped."""
-        self._crew.start(agent_id, lambda: self._end_lost(agent_id, reason))
+    def terminate_lost(self, agent_id: str, reason: str) -> None:
+        """Terminate one that has been offline for too long, unless its machine turns out to be stopped."""
+        self._jobs.submit(agent_id, lambda: self._terminate_lost(agent_id, reason))
 
     def note_stopped(self, provider: str, nodes: Sequence[Node]) -> None:
         """What a provider has just listed."""
@@ -101,7 +101,7 @@ class Retirer:
         return record.provider_id in self._stopped.get(record.provider, ())
 
     def resume(self, agent_id: str, now: float) -> None:
-        """Go on with one that is recorded as ending, not too often."""
+        """Continue with one that is recorded as ending, not too often."""
         state = self._registry.get(agent_id)
         if state is None or now < self._retry_at.get(agent_id, 0.0):
             return
@@ -109,8 +109,8 @@ class Retirer:
         # Also when it is connected to: it is present only a moment later.
         unreached = not record.status.present and record.offline_since
         if unreached and now < min(record.offline_since + _REACHED_WITHIN, notes_of(record).drain_until):
-            return  # this life has just begun: it may well be running something
-        self._crew.start(agent_id, lambda: self._retire(agent_id))
+            return  # this process has just started: the node may well be running something
+        self._jobs.submit(agent_id, lambda: self._drain_and_terminate(agent_id))
 
     def finish(self, agent_id: str) -> None:
         """End the machine now, then forget the node. Raises ProviderError; the record stays then, to be tried again."""
@@ -125,17 +125,17 @@ class Retirer:
                 self.ended[provider_id] = self._clock()
         except ProviderError as error:
             self._retry_at[agent_id] = self._clock() + _RETRY_EVERY
-            self._registry.update(agent_id, problem=f"ending it failed, and is tried again: {error.message}")
-            log.warning("node %s could not be ended, it is tried again: %s", agent_id, error.message)
+            self._registry.update(agent_id, problem=f"termination failed, retrying: {error.message}")
+            log.warning("node %s: termination failed, retrying: %s", agent_id, error.message)
             raise
         self._membership.deregister(agent_id)
         self._retry_at.pop(agent_id, None)
         if record.provider:
             self.forget(agent_id)
-        log.info("node %s (%s %s) has ended", agent_id, record.provider, provider_id or "was never launched")
+        log.info("node %s (%s %s) terminated", agent_id, record.provider, provider_id or "was never launched")
 
     def forget(self, agent_id: str) -> None:
-        """Away with what is kept of a node beside its record. What cannot be removed is left: it does no harm."""
+        """Delete what is kept of a node beside its record. What cannot be deleted is left: it does no harm."""
         try:
             self._forget(agent_id)
         except FluxError as error:
@@ -143,7 +143,7 @@ class Retirer:
 
     # -- inside ------------------------------------------------------------------------
 
-    def _end_lost(self, agent_id: str, reason: str) -> None:
+    def _terminate_lost(self, agent_id: str, reason: str) -> None:
         state = self._registry.get(agent_id)
         if state is None or state.record.status.present:
             return
@@ -160,20 +160,20 @@ class Retirer:
         except NotFound:
             return
         except (ProviderError, StoreUnavailable, LeaseLost) as error:
-            log.warning("node %s, %s, is ended later: %s", agent_id, reason, error.message)
+            log.warning("node %s, %s: termination postponed: %s", agent_id, reason, error.message)
 
-    def _retire(self, agent_id: str) -> None:
+    def _drain_and_terminate(self, agent_id: str) -> None:
         try:
             if self._drain(agent_id):
                 self.finish(agent_id)
         except (ProviderError, NotFound):
             return  # said already; gone already
         except StoreUnavailable as error:
-            log.warning("node %s is ended later: %s", agent_id, error.message)
+            log.warning("node %s: termination postponed: %s", agent_id, error.message)
             self._retry_at[agent_id] = self._clock() + _RETRY_EVERY
 
     def _drain(self, agent_id: str) -> bool:
-        """Whether it may be ended now: it is idle, away, or its time is over. False: another life goes on."""
+        """Whether it may be terminated now: idle, offline, or its time is over. False: another process continues."""
         state = self._registry.get(agent_id)
         if state is None:
             return False
@@ -185,13 +185,13 @@ class Retirer:
             with self._condition:
                 self._draining.add(agent_id)
                 try:
-                    while self._busy(agent_id, settled) and not self._crew.stopping.is_set():
+                    while self._busy(agent_id, settled) and not self._jobs.stopping.is_set():
                         if not self._leadership.leads:
                             return False
                         self._condition.wait(_LOOK_EVERY)
                 finally:
                     self._draining.discard(agent_id)
-        if self._crew.stopping.is_set() or not self._leadership.leads:
+        if self._jobs.stopping.is_set() or not self._leadership.leads:
             return False
         self._say_how_it_ended(agent_id)
         return True
@@ -209,9 +209,9 @@ class Retirer:
         if state is None or not state.record.extra.get(DRAINING):
             return
         if not state.record.status.present:
-            log.warning("node %s went away while it was draining: it is ended at once", agent_id)
+            log.warning("node %s went offline while draining: terminating it now", agent_id)
         elif state.expected_active:
-            log.warning("node %s still runs %d executions after its time to drain", agent_id, state.expected_active)
+            log.warning("node %s still runs %d executions after the drain timeout", agent_id, state.expected_active)
 
     def _changed(self, agent_id: str, function_name: str | None) -> None:
         """On the path of every execution: nothing but a look, unless a node is draining."""
