@@ -69,7 +69,7 @@ class NodeTerminator:
         registry.on_change(lambda agent_id: self._changed(agent_id, None))
 
     def begin(self, agent_id: str, reason: str, drain_seconds: float) -> None:
-        """Drain and terminate it in the background; recorded on return. Raises NotFound, StoreUnavailable, LeaseLost."""
+        """Drain and terminate it in the background; recorded first. Raises NotFound, StoreUnavailable, LeaseLost."""
         now = self._clock()
         self._membership.save(
             agent_id,
