@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fluxlib.agent.certificates import Certificates
-from fluxlib.agent.executor import build_executor
+from fluxlib.agent.executor import build_executor, users_walk_to_code
 from fluxlib.agent.executor.base import Executor, Limits
 from fluxlib.agent.executor.leftovers import kill_executions
 from fluxlib.agent.jobs import Settings
@@ -50,7 +50,7 @@ class Agent:
         try:
             # First of all: an agent begins by ending what a former life left running.
             self._hold(state)
-            programs = programs_dir(state)
+            programs = programs_dir(state) if users_walk_to_code(config) else state
             if programs != state:
                 self._hold(programs)
             self._build(config, state, programs)

@@ -193,6 +193,10 @@ class Sandbox:
         self._loopback = [(_NETWORK, *linux.raise_loopback())] if loopback else []
         if Step.NETWORK in self._steps and not loopback:
             self.notes.append("CAP_NET_ADMIN is missing: under `network: none` functions have no loopback interface")
+        if Step.PRIVILEGES in self._steps and not self._may_raise:
+            self.notes.append(
+                "CAP_SYS_RESOURCE is missing: functions can undo that they go first when the machine has no memory left"
+            )
         if Step.PRIVILEGES in self._steps:
             with _step("give up privileges"):
                 if not linux.clone3_is_there():
@@ -377,10 +381,9 @@ class View:
             _Copy(b"/etc/group", b"".join(b"%s:x:%d:\n" % (_name(uid), uid) for uid in users)),
         ]
         resolver = os.path.realpath(b"/etc/resolv.conf")
-        if not resolver.startswith((b"/etc/", b"/usr/")):
+        if not resolver.startswith((b"/etc/", b"/usr/")) and os.path.isdir(b"/" + resolver.split(b"/")[1]):
             # Not its directory, where the resolver also has sockets.
             self._copies.append(_Copy(resolver))
-        self._copies = [copy for copy in self._copies if copy.exists]
         # Covered rather than any other directory: a fresh one is mounted there in any case.
         root = b"/proc"
         linux.make(linux.mount(b"tmpfs", root, MS_NOSUID | MS_NODEV, b"size=16m,nr_inodes=1024,mode=755"))
@@ -465,13 +468,10 @@ class _Copy:
         self.kept = b""
         self.fd = -1
         self._more = more
-        self._name = os.path.basename(path)
         self._seen: tuple[int, int, int] | None = None
-        self._directory = -1
-        self.exists = os.path.isfile(path)
-        if self.exists:
-            # Kept: the path is not there in the view.
-            self._directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Kept: the path is not there in the view. From the top, because the file and its directory may come later.
+        top, _, self._name = path[1:].partition(b"/")
+        self._directory = os.open(b"/" + top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def is_in_place(self) -> bool:
         with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from fluxlib.agent.executor import link
 from fluxlib.agent.executor.cgroup import RunGroup
 from fluxlib.agent.executor.link import SpawnerLink
 from fluxlib.spawner import sandbox
@@ -370,26 +371,33 @@ def test_its_user_has_an_account_a_home_and_a_shell(launched: Launched) -> None:
     assert "root:x:0:0" in launched.run("cat /etc/passwd")[0], "the machine's accounts are there too"
 
 
-def test_accounts_follow_the_machines(programs: Path, cgroups: Path) -> None:
+@pytest.fixture
+def etc(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What the next spawner takes for /etc: a copy, because the machine's own is everybody's."""
+    place = Path(tempfile.mkdtemp(prefix="flux-etc-", dir="/var/lib"))
+    subprocess.run(["cp", "-a", "/etc", place], check=True)
+    command = link._command
+    within = ["unshare", "--mount", "sh", "-c", f'mount --bind {place}/etc /etc && exec "$@"', "sh"]
+    monkeypatch.setattr(link, "_command", lambda fd: [*within, *command(fd)])
+    yield place / "etc"
+    shutil.rmtree(place)
+
+
+def test_accounts_follow_the_machines(programs: Path, cgroups: Path, etc: Path) -> None:
     """A new account replaces /etc/passwd, which takes what is mounted over it away everywhere."""
     launched = Launched(DEFAULT, programs, cgroups)
     try:
-        original = Path("/etc/passwd").read_text()
-        replaced = Path("/etc/passwd.flux-test")
-        try:
-            replaced.write_text(original + "flux-test-account:x:54321:54321::/:/bin/sh\n")
-            replaced.chmod(0o644)
-            replaced.rename("/etc/passwd")
+        assert launched.run("whoami")[0] == f"flux-{UID}\n"
+        new = etc / "passwd.new"
+        new.write_text((etc / "passwd").read_text() + "flux-test-account:x:54321:54321::/:/bin/sh\n")
+        new.chmod(0o644)
+        new.rename(etc / "passwd")
 
-            def followed() -> bool:
-                output = launched.run("cat /etc/passwd; whoami")[0]
-                return "flux-test-account" in output and output.endswith(f"\nflux-{UID}\n")
+        def followed() -> bool:
+            output = launched.run("cat /etc/passwd; whoami")[0]
+            return "flux-test-account" in output and output.endswith(f"\nflux-{UID}\n")
 
-            wait_until(followed, "both accounts", 10)
-        finally:
-            replaced.write_text(original)
-            replaced.chmod(0o644)
-            replaced.rename("/etc/passwd")
+        wait_until(followed, "both accounts", 10)
     finally:
         launched.link.close()
 
@@ -521,3 +529,23 @@ def test_it_is_reported_which_version_speaks(programs: Path, monkeypatch: pytest
     monkeypatch.setattr(spawner, "VERSION", 99)
     with pytest.raises(CannotStart, match=r"version 1 of its protocol and this agent 99: .* restart the agent"):
         SpawnerLink(OFF, str(programs), "0", "0")
+
+
+def test_the_resolvers_file_is_followed_and_its_sockets_are_not_there(programs: Path, cgroups: Path, etc: Path) -> None:
+    """Also when it comes after the agent, and its directory with it."""
+    place = Path("/run/flux-test-resolver")
+    (etc / "resolv.conf").unlink(missing_ok=True)
+    (etc / "resolv.conf").symlink_to(place / "stub.conf")
+    launched = Launched(DEFAULT, programs, cgroups)
+    try:
+        assert launched.run("cat /etc/resolv.conf")[0] == ""
+        place.mkdir()
+        (place / "stub.conf").write_text("nameserver 127.0.0.53\n")
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(place / "socket"))
+        wait_until(lambda: launched.run("cat /etc/resolv.conf")[0] == "nameserver 127.0.0.53\n", "its content", 10)
+        assert launched.run(f"ls {place}")[0] == "stub.conf\n"
+        listening.close()
+    finally:
+        launched.link.close()
+        shutil.rmtree(place, ignore_errors=True)

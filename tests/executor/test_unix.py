@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from fluxlib.agent.executor import reactor, unix
+from fluxlib.agent.executor import reactor, unix, users_walk_to_code
 from fluxlib.agent.executor.base import Exit, Job, Limits
 from fluxlib.agent.executor.cgroup import RunGroup
 from fluxlib.agent.executor.reactor import OutputPipe, Reactor
@@ -266,6 +266,24 @@ def _run(executor: UnixExecutor, script: str, **changes: Any) -> Invoked:
         _job(executor, script, **changes), invoked.wrote, invoked.ended, lambda pid, ago: invoked.started.set()
     )
     return invoked
+
+
+def test_code_may_lie_where_only_root_may_walk(
+    cgroups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    state = tmp_path_factory.mktemp("closed")
+    state.parent.chmod(0o700)
+    config = read_agent(f"agent_id: a\nuid_range: 1900000600+256\nstate_dir: {state}\n", state / "agent.yaml")
+    assert not users_walk_to_code(config)
+    monkeypatch.setattr(unix.Hierarchy, "find", classmethod(lambda cls, agent_id: Groups(cgroups)))
+    monkeypatch.setattr(unix.probe, "require", lambda profile, host: None)
+    executor = UnixExecutor(config, state)
+    try:
+        invoked = _run(executor, "cat $0 | head -1")
+        assert invoked.end().exit_code == 0
+        assert invoked.output == b"#!/bin/sh\n"
+    finally:
+        executor.stop(time.monotonic() + SECONDS)
 
 
 READ_BY_AN_EVENT_LOOP = """exec python3 - 3<&0 <<'EOF'

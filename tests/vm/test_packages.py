@@ -174,7 +174,7 @@ def test_the_frozen_agent_isolates_and_leaks_nothing_of_itself(host: Host) -> No
     assert int(uid) >= 1879048192, "a number of the pool, neither root nor flux-runner"
 
 
-@pytest.mark.parametrize(("unit", "most"), [("flux", 1.2), ("flux-agent", 4.1)])
+@pytest.mark.parametrize(("unit", "most"), [("flux", 1.2), ("flux-agent", 4.3)])
 def test_the_units_score_as_the_documentation_says(host: Host, top: Path, unit: str, most: float) -> None:
     said = host.run(f"systemd-analyze security --no-pager {unit}.service")
     (score,) = re.findall(r"exposure level for \S+: ([\d.]+)", said)

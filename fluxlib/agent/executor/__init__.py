@@ -33,3 +33,15 @@ def build_executor(config: AgentConfig, state_dir: Path) -> Executor:
     elif not config.isolation and os.geteuid() != 0:
         why_off = "the agent does not run as root (development)"
     return UnixExecutor(config, state_dir, why_off)
+
+
+def users_walk_to_code(config: AgentConfig) -> bool:
+    """Whether functions' users must be able to enter every directory on the way to their code.
+
+    Not where the spawner attaches the code to a function's own view by a descriptor.
+    """
+    if sys.platform == "win32":
+        return False
+    from fluxlib.spawner.sandbox import DEFAULT, PROFILES, Step
+
+    return Step.MOUNTS not in PROFILES[config.isolation or DEFAULT]
