@@ -25,7 +25,7 @@ from fluxlib.store.base import (
 from fluxlib.store.kv import NO_BLOB, Blob, TypedTables, Value
 from fluxlib.store.redis_import import import_original
 from fluxlib.store.redis_link import RedisLink
-from fluxlib.store.redis_migration import bring_up_to_date
+from fluxlib.store.redis_migration import SCHEMA, bring_up_to_date
 
 PREFIX = "fluxpy:"
 # A value of Redis holds 512 MB at most, and a command that large would hold up everybody else's.
@@ -128,6 +128,7 @@ class RedisControlStore(TypedTables):
     def __init__(self, address: str, *, prefix: str = PREFIX) -> None:
         self._link = RedisLink(address, prefix, scripts.ALL, "flux-store")
         super().__init__(RedisKeyValues(self._link))
+        self._emptied: tuple[str, ...] = ()
         try:
             bring_up_to_date(self._link)
             import_original(self._link, self)
@@ -324,6 +325,17 @@ class RedisControlStore(TypedTables):
         self._link.write(scripts.PING).wait(5)
 
     def persistence(self) -> tuple[str, ...]:
+        return (*self._lost(), *self._kept())
+
+    def _lost(self) -> tuple[str, ...]:
+        """Whether everything is gone since this process started: Redis was emptied, or came back without its data."""
+        if self._link.read(lambda client: client.set(self._key("schema"), SCHEMA, nx=True)):
+            self._emptied = (
+                "Redis was emptied while Flux used it: its functions, agents and executions are not known any more",
+            )
+        return self._emptied
+
+    def _kept(self) -> tuple[str, ...]:
         info = self._info()
         if info is None:
             return ("could not ask whether Redis keeps what it is given: it does not let Flux run INFO",)

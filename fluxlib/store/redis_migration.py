@@ -30,7 +30,8 @@ def bring_up_to_date(link: RedisLink, *, patience: float = _LEASES_END) -> None:
     """Raises StoreUnavailable for a newer schema, and when a Flux of an older one runs for longer than ``patience``."""
     key = link.prefix + "schema"
     lock, mine = link.prefix + "migrating", secrets.token_hex(8)
-    link.read(lambda client: client.set(key, SCHEMA, nx=True))
+    if link.read(lambda client: client.set(key, SCHEMA, nx=True)):
+        log.warning("Redis holds no state of Flux yet: a new, empty store was made in it")
     deadline = Deadline(_OTHERS_MIGRATE)
     while (found := int(link.read(lambda client: client.get(key)) or SCHEMA)) < SCHEMA:
         _wait_for_older_ones(link, Deadline(patience))

@@ -341,6 +341,24 @@ def test_expiry_goes_by_the_clock_of_redis(
         other.close()
 
 
+def test_a_redis_that_is_emptied_or_new_says_so(
+    server: RedisServer, store: RedisControlStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not any("emptied" in warning for warning in store.persistence())
+    server.empty()
+    for _ in range(2):
+        assert any("was emptied while Flux used it" in warning for warning in store.persistence())
+    server.empty()
+    caplog.clear()
+    RedisControlStore(server.address).close()
+    assert "a new, empty store was made" in caplog.text
+    caplog.clear()
+    again = RedisControlStore(server.address)
+    assert "new, empty" not in caplog.text
+    assert not any("emptied" in warning for warning in again.persistence())
+    again.close()
+
+
 def test_records_of_agents_on_one_redis_do_not_mix(server: RedisServer, tmp_path: Path) -> None:
     one, two = (open_record_store("redis", server.address, tmp_path, name) for name in ("worker-1", "worker-2"))
     try:

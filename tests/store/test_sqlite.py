@@ -400,6 +400,7 @@ def test_every_wait_for_a_write_has_a_deadline(store: SqliteControlStore, monkey
 
     for method in (Pending.wait, Pending.value):
         monkeypatch.setattr(method, "__defaults__", (0.2,))
+    monkeypatch.setattr("fluxlib.store.sqlite.COMMIT_TIMEOUT", 0.2)
     keep_waiting = store._file.write(hold)
     try:
         assert busy.wait(10)

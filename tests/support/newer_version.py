@@ -17,7 +17,7 @@ _ADDITIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "fluxlib/model/executions.py": (
         ('    CANCELLED = "cancelled"\n', '    SKIPPED = "skipped"\n'),
         ('    ENDED = "ended"\n', '    THAWING = "thawing"\n'),
-        ("    INTERNAL = 15\n", "    TOO_HOT = 16\n"),
+        ("    INTERNAL = 15\n", "    TOO_HOT = 116\n"),
         ("    attempt: int = 1", "  # which start\n    joules: float = 0.5"),
         ('            "attempt": self.attempt,\n', '            "joules": self.joules,\n'),
         ('            get("attempt", 1),\n', '            get("joules", 0.5),\n'),
@@ -39,7 +39,7 @@ _ADDITIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("        disk_free_mb=figures.disk_free_mb,\n", "        gpu_percent=figures.gpu_percent,\n"),
     ),
     "protos/flux.proto": (
-        ("  ERROR_KIND_INTERNAL = 15;\n", "  ERROR_KIND_TOO_HOT = 16;\n"),
+        ("  ERROR_KIND_INTERNAL = 15;\n", "  ERROR_KIND_TOO_HOT = 116;\n"),
         ("  int32 attempt = 21;", "  // newer\n  double joules = 122;"),
         ("  int64 disk_free_mb = 24;", "\n  double gpu_percent = 127;"),
     ),
