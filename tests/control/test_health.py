@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 import time
@@ -223,6 +224,17 @@ def test_an_original_that_took_a_deploy_badly_gets_its_former_code_again(fleet: 
     old.calls.clear()
     fleet.functions.deploy("hello", CODE)
     assert old.calls == ["deploy hello"]
+
+
+def test_an_original_that_runs_the_program_to_be_replaced_gets_it_later(fleet: Fleet, old: Machine) -> None:
+    new = make_zip({"run.sh": "#!/bin/sh\necho other\n"})
+    old.refuses["hello"] = "open /home/flux-runner/apps/hello/run.sh: text file busy"
+    fleet.functions.deploy("hello", new)
+    assert "text file busy" in fleet.state("old").lacking["hello"]
+    old.refuses.clear()
+    fleet.round()
+    assert fleet.state("old").lacking == {}
+    assert old.functions["hello"].code_digest == hashlib.sha256(new).hexdigest()
 
 
 def test_an_original_that_tells_no_uptime_is_left_in_service(fleet: Fleet) -> None:

@@ -223,11 +223,13 @@ class Pusher:
         return connection.deploy(function.spec, function.spec_digest, function.code_digest, archive)
 
     def _failed(self, agent: AgentState, error: FluxError) -> Pushed:
-        away = isinstance(error, AgentUnreachable | AgentLost)
-        if away:
+        # An original has one place for each function, and cannot replace a program there that runs.
+        busy = agent.record.original and "text file busy" in error.message.lower()
+        again = busy or isinstance(error, AgentUnreachable | AgentLost)
+        if again:
             self._missed.add(agent.agent_id)
         return Pushed(
-            AgentResult(agent.agent_id, FAILED, error.message), again=away, unfit="" if away else error.message
+            AgentResult(agent.agent_id, FAILED, error.message), again=again, unfit="" if again else error.message
         )
 
     def _note(self, agent: AgentState, name: str, held: FunctionState | None, problem: str) -> None:
