@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from fluxlib.errors import AtCapacity, FluxError, Internal, InvalidInput, NotFound, Stopping, Unenforceable
@@ -115,6 +116,14 @@ def kind_of(error: FluxError, otherwise: ErrorKind) -> ErrorKind:
     return next((kind for cls, kind in _KINDS_OF_ERRORS if isinstance(error, cls)), otherwise)
 
 
+_json_text = encode_basestring_ascii
+_JSON_BOOLEANS = ("false", "true")
+
+
+def _json_number(number: float | None) -> str:
+    return "null" if number is None else repr(number)
+
+
 @dataclass(frozen=True, slots=True)
 class ExecutionRequest:
     execution_id: str
@@ -195,35 +204,39 @@ class ExecutionRecord:
             data["output"] = (self.output or b"").decode("utf-8", "replace")
         return data
 
-    def to_fields(self) -> dict[str, Any]:
-        """Everything but its output by name, as stores keep it; at half of what ``to_json`` costs."""
-        return {
-            "execution_id": self.execution_id,
-            "function_name": self.function_name,
-            "agent_id": self.agent_id,
-            "status": self.status.value,
-            "phase": self.phase.value,
-            "asynchronous": self.asynchronous,
-            "output_bytes": self.output_bytes,
-            "truncated": self.truncated,
-            "error": self.error,
-            "error_kind": self.error_kind.label,
-            "exit_code": self.exit_code,
-            "signal": self.signal,
-            "duration_ms": self.duration_ms,
-            "queue_ms": self.queue_ms,
-            "started_at": self.started_at,
-            "run_started_at": self.run_started_at,
-            "status_at": self.status_at,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "cpu_seconds": self.cpu_seconds,
-            "warnings": self.warnings,
-            "attempt": self.attempt,
-        }
+    def to_text(self) -> str:
+        """Everything but its output as a JSON object, as stores keep it. Written out: an encoder takes five times as
+        long, for each execution.
+        """
+        warnings = ",".join(map(_json_text, self.warnings))
+        return (
+            f'{{"execution_id":{_json_text(self.execution_id)}'
+            f',"function_name":{_json_text(self.function_name)}'
+            f',"agent_id":{_json_text(self.agent_id)}'
+            f',"status":"{self.status.value}"'
+            f',"phase":"{self.phase.value}"'
+            f',"asynchronous":{_JSON_BOOLEANS[self.asynchronous]}'
+            f',"output_bytes":{self.output_bytes}'
+            f',"truncated":{_JSON_BOOLEANS[self.truncated]}'
+            f',"error":{_json_text(self.error)}'
+            f',"error_kind":"{self.error_kind.label}"'
+            f',"exit_code":{_json_number(self.exit_code)}'
+            f',"signal":{_json_number(self.signal)}'
+            f',"duration_ms":{self.duration_ms}'
+            f',"queue_ms":{self.queue_ms}'
+            f',"started_at":{self.started_at!r}'
+            f',"run_started_at":{self.run_started_at!r}'
+            f',"status_at":{self.status_at!r}'
+            f',"peak_memory_bytes":{_json_number(self.peak_memory_bytes)}'
+            f',"cpu_seconds":{_json_number(self.cpu_seconds)}'
+            f',"warnings":[{warnings}]'
+            f',"attempt":{self.attempt}'
+            "}"
+        )
 
     @classmethod
     def from_fields(cls, data: Mapping[str, Any]) -> ExecutionRecord:
-        """What ``to_fields`` of this or another version made: what is missing has its default, what is unknown is
+        """The object that ``to_text`` of this or another version made: what is missing has its default, what is unknown is
         ignored.
         """
         get = data.get

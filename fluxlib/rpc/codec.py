@@ -196,7 +196,7 @@ def response_from_record(record: ExecutionRecord, *, with_output: bool = True) -
         error=original_text(record), duration_ms=record.duration_ms, error_kind=cast("Any", int(record.error_kind))
     )
     if record.status.ended and not record.error_kind.nothing_started:
-        response.ended_record.CopyFrom(_ended_to_message(record))
+        _fill_ended(response.ended_record, record)
         response.record = _ENCODER.encode(positional.to_list(record)).encode()
     if with_output and record.output:
         response.output = record.output
@@ -249,30 +249,34 @@ def record_from_response(
     )
 
 
-def _ended_to_message(record: ExecutionRecord) -> pb.ExecutionRecord:
-    return pb.ExecutionRecord(
-        execution_id=record.execution_id,
-        function_name=record.function_name,
-        agent_id=record.agent_id,
-        status=record.status.value,
-        phase=record.phase.value,
-        asynchronous=record.asynchronous,
-        output_bytes=record.output_bytes,
-        truncated=record.truncated,
-        error=record.error,
-        error_kind=cast("Any", int(record.error_kind)),
-        exit_code=record.exit_code,
-        signal=record.signal,
-        duration_ms=record.duration_ms,
-        queue_ms=record.queue_ms,
-        started_at=record.started_at,
-        run_started_at=record.run_started_at,
-        status_at=record.status_at,
-        peak_memory_bytes=record.peak_memory_bytes,
-        cpu_seconds=record.cpu_seconds,
-        warnings=record.warnings,
-        attempt=record.attempt,
-    )
+def _fill_ended(message: pb.ExecutionRecord, record: ExecutionRecord) -> None:
+    # In place, and only what is set: half of what a message made and copied costs.
+    message.execution_id = record.execution_id
+    message.function_name = record.function_name
+    message.agent_id = record.agent_id
+    message.status = record.status.value
+    message.phase = record.phase.value
+    message.asynchronous = record.asynchronous
+    message.output_bytes = record.output_bytes
+    message.truncated = record.truncated
+    message.error = record.error
+    message.error_kind = cast("Any", int(record.error_kind))
+    if record.exit_code is not None:
+        message.exit_code = record.exit_code
+    if record.signal is not None:
+        message.signal = record.signal
+    message.duration_ms = record.duration_ms
+    message.queue_ms = record.queue_ms
+    message.started_at = record.started_at
+    message.run_started_at = record.run_started_at
+    message.status_at = record.status_at
+    if record.peak_memory_bytes is not None:
+        message.peak_memory_bytes = record.peak_memory_bytes
+    if record.cpu_seconds is not None:
+        message.cpu_seconds = record.cpu_seconds
+    if record.warnings:
+        message.warnings.extend(record.warnings)
+    message.attempt = record.attempt
 
 
 def _ended_from_message(message: pb.ExecutionRecord, output: bytes, agent_id: str) -> ExecutionRecord:

@@ -41,7 +41,7 @@ def request_from_bytes(data: bytes, execution_id: str, function_name: str, async
 
 def record_to_text(record: ExecutionRecord) -> str:
     """Without output."""
-    return dump(record.to_fields())
+    return record.to_text()
 
 
 def record_from_text(text: str | bytes) -> ExecutionRecord:

@@ -106,6 +106,11 @@ def test_an_end_arrives_whole(record: ExecutionRecord) -> None:
     assert codec.record_from_response(message, request, "worker-1", 5.0) == record
 
 
+@given(ended)
+def test_an_end_is_stored_whole(record: ExecutionRecord) -> None:
+    assert ExecutionRecord.from_fields(json.loads(record.to_text())) == replace(record, output=None)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ErrorKind if kind.nothing_started])
 def test_a_refusal_says_that_nothing_was_started(kind: ErrorKind) -> None:
     request = ExecutionRequest("e-1", "f", asynchronous=True)

@@ -19,7 +19,7 @@ _ADDITIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ('    ENDED = "ended"\n', '    THAWING = "thawing"\n'),
         ("    INTERNAL = 15\n", "    TOO_HOT = 116\n"),
         ("    attempt: int = 1", "  # which start\n    joules: float = 0.5"),
-        ('            "attempt": self.attempt,\n', '            "joules": self.joules,\n'),
+        ("            f',\"attempt\":{self.attempt}'\n", "            f',\"joules\":{self.joules}'\n"),
         ('            get("attempt", 1),\n', '            get("joules", 0.5),\n'),
     ),
     "fluxlib/model/agents.py": (
@@ -34,7 +34,7 @@ _ADDITIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ('            tmp_size_mb=limits.get("tmp_size", 0),\n', '            gpus=get("gpus", 0),\n'),
     ),
     "fluxlib/rpc/codec.py": (
-        ("        attempt=record.attempt,\n", "        joules=record.joules,\n"),
+        ("    message.attempt = record.attempt\n", "    message.joules = record.joules\n"),
         ("        message.attempt or 1,\n", "        message.joules or 0.5,\n"),
         ("        disk_free_mb=figures.disk_free_mb,\n", "        gpu_percent=figures.gpu_percent,\n"),
     ),
