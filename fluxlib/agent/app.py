@@ -10,7 +10,6 @@ from pathlib import Path
 from fluxlib.agent.certificates import Certificates
 from fluxlib.agent.executor import build_executor, users_walk_to_code
 from fluxlib.agent.executor.base import Executor, Limits
-from fluxlib.agent.executor.leftovers import kill_executions
 from fluxlib.agent.jobs import Settings
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
@@ -48,7 +47,7 @@ class Agent:
         # Before grpc is imported: forking is only safe now.
         prepare_grpc()
         try:
-            # First of all: an agent begins by ending what a former life left running.
+            # First of all: an agent begins by ending what the previous run left running.
             self._hold(state)
             programs = programs_dir(state) if users_walk_to_code(config) else state
             if programs != state:
@@ -76,7 +75,7 @@ class Agent:
         executor = build_executor(config, programs)
         # Stopped before the records close: it tells the end of what it still kills.
         parts.add("executor", lambda deadline: executor.stop(deadline.at))
-        _end_former_life(executor, records, programs)
+        _recover_previous_run(executor, records)
         timers = Timers("agent-timers").start()
         parts.add("timers", timers.stop)
         packages = Packages(programs / "functions")
@@ -162,13 +161,12 @@ def serve(config: AgentConfig, stop: StopSignal) -> int:
     return 0
 
 
-def _end_former_life(executor: Executor, records: Records, programs: Path) -> None:
-    """Kill what an earlier life of this agent left running, then say of each that it failed."""
-    # By their homes too: the store may not have heard of the newest ones.
-    killed = executor.clean_up_former_life() + kill_executions(records.unfinished(), programs / "work")
-    ended = records.end_former_life(time.time(), "the agent restarted while it ran")
+def _recover_previous_run(executor: Executor, records: Records) -> None:
+    """Kill what the previous run of this agent left running, then mark each as failed."""
+    killed = executor.recover_previous_run(records.unfinished())
+    ended = records.end_previous_run(time.time(), "the agent restarted while it ran")
     if ended or killed:
-        log.warning("an earlier life of this agent left %d executions: they are ended and recorded", ended)
+        log.warning("killed %d orphans of the previous run and marked %d executions as failed", killed, ended)
 
 
 def _certificates(config: AgentConfig) -> Certificates | None:

@@ -151,11 +151,11 @@ class Records:
     # -- in between ----------------------------------------------------------------
 
     def unfinished(self) -> list[str]:
-        """The IDs of what an earlier life of this agent was running."""
+        """The IDs of what the previous run of this agent had not finished."""
         return [record.execution_id for record in self._store.unfinished()]
 
-    def end_former_life(self, now: float, reason: str) -> int:
-        """What an earlier life was running has failed; how many there were. Outputs nobody knows are removed."""
+    def end_previous_run(self, now: float, reason: str) -> int:
+        """Mark what the previous run had not finished as failed; how many that were. Removes outputs of no record."""
         unfinished = self._store.unfinished()
         for record in unfinished:
             try:

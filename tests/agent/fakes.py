@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class FakeExecutor:
             on_started(fake.pid, 0.0)
         return fake
 
-    def clean_up_former_life(self) -> int:
+    def recover_previous_run(self, execution_ids: Collection[str]) -> int:
         return 0
 
     def stop(self, deadline: float) -> None:

@@ -105,7 +105,7 @@ def test_a_former_life_fails_with_the_reason(open_records: Open, tmp_path: Path)
     (tmp_path / "outputs" / "of-nobody").write_bytes(b"left by a store that was thrown away")
     second = open_records()
     assert sorted(second.unfinished()) == ["loud", "quiet"]
-    assert second.end_former_life(2000, "the agent restarted") == 2
+    assert second.end_previous_run(2000, "the agent restarted") == 2
     assert second.unfinished() == []
     for name, size in (("quiet", 0), ("loud", 100_000)):
         record = second.get(name)

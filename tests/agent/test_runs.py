@@ -112,7 +112,7 @@ def test_the_same_id_after_a_restart_of_the_agent_is_not_run_again(tmp_path: Pat
         crashed = SqliteRecordStore(tmp_path / "agent.db")
         with rooms(tmp_path, crashed) as second:
             assert second.records.unfinished() == ["running"]
-            assert second.records.end_former_life(time.time(), "restarted") == 1
+            assert second.records.end_previous_run(time.time(), "restarted") == 1
             for execution_id, status, kind in (
                 ("ended", "success", ErrorKind.NONE),
                 ("running", "failed", ErrorKind.AGENT_STOPPED),

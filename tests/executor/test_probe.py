@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.agent.executor import probe
+from fluxlib.agent.executor import build_executor, probe
 from fluxlib.agent.executor.probe import Host
+from fluxlib.config.agent import read_agent
 from fluxlib.errors import Unenforceable
 from fluxlib.model import Enforcement
 
@@ -86,3 +87,10 @@ def test_what_profiles_hold_functions_to() -> None:
 def test_older_kernels_are_told_in_notes() -> None:
     assert probe.degraded(lambda name: True) == []
     assert "peak memory" in probe.degraded(lambda name: name != "memory.peak")[0]
+
+
+def test_an_agent_on_macos_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_agent("agent_id: a\n", tmp_path / "agent.yaml")
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(Unenforceable, match="an agent runs on Linux or Windows, and this is darwin"):
+        build_executor(config, tmp_path)

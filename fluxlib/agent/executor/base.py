@@ -24,7 +24,7 @@ bear.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -167,8 +167,11 @@ class Executor(Protocol):
         Stopping after ``stop`` was called.
         """
 
-    def clean_up_former_life(self) -> int:
-        """Kill and remove what an earlier life of this agent left behind; how many jobs that were."""
+    def recover_previous_run(self, execution_ids: Collection[str]) -> int:
+        """Kill and remove what the previous run of this agent left behind; how many jobs or processes that were.
+
+        ``execution_ids`` are those that its records call unfinished.
+        """
 
     def stop(self, deadline: float) -> None:
         """Kill what still runs and end every helper and thread by ``deadline`` (time.monotonic)."""

@@ -244,7 +244,7 @@ class Hierarchy:
         return cls(root / "flux" / agent_id)
 
     def set_up(self) -> int:
-        """Move this process, enable the controllers, end what an earlier life left; how many runs that were.
+        """Move this process, enable the controllers, end what the previous run left; how many executions that were.
 
         Raises Unenforceable with what is missing.
         """
@@ -293,7 +293,7 @@ class Hierarchy:
                 group.remove()
                 ended += 1
             else:
-                log.error("what an earlier life left in %s cannot be killed", group.path)
+                log.error("what the previous run left in %s cannot be killed", group.path)
             group.close()
         return ended
 

@@ -32,7 +32,7 @@ _TICK = 50_000_000
 
 
 class WorkDirectories:
-    """Makes and removes directories under ``root``; what an earlier life left there goes at the start."""
+    """Makes and removes directories under ``root``; what the previous run left there goes at the start."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

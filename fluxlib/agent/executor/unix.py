@@ -17,7 +17,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,9 +204,11 @@ class UnixExecutor:
         if any("\0" in arg for arg in args):
             raise InvalidInput("an argument contains NUL, which no program can be given")
 
-    def clean_up_former_life(self) -> int:
-        """What was left had to go before the users could be checked; how many runs that were."""
-        return self._left_behind
+    def recover_previous_run(self, execution_ids: Collection[str]) -> int:
+        """What has a cgroup had to go before the users could be checked. The rest is found by its environment, and by its
+        home as well: the store may not have heard of the newest ones.
+        """
+        return self._left_behind + kill_executions(execution_ids, Path(self._programs, "work"))
 
     def create(self, job: Job) -> UnixSandbox:
         return self._create(job, keep=True)

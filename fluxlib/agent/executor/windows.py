@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from fluxlib.agent.executor import windows_commands as commands
@@ -161,8 +161,8 @@ class WindowsExecutor:
                     return
         run.end_tree()
 
-    def clean_up_former_life(self) -> int:
-        """Nothing to do: the jobs' handles died with that life, and the jobs with their handles."""
+    def recover_previous_run(self, execution_ids: Collection[str]) -> int:
+        """Nothing to do: the jobs' handles died with that process, and the jobs with their handles."""
         return 0
 
     def stop(self, deadline: float) -> None:
