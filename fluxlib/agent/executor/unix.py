@@ -205,8 +205,8 @@ class UnixExecutor:
             raise InvalidInput("an argument contains NUL, which no program can be given")
 
     def recover_previous_run(self, execution_ids: Collection[str]) -> int:
-        """What has a cgroup had to go before the users could be checked. The rest is found by its environment, and by its
-        home as well: the store may not have heard of the newest ones.
+        """What has a cgroup had to go before the users could be checked. The rest is found by its environment, and by
+        its home as well: the store may not have heard of the newest ones.
         """
         return self._left_behind + kill_executions(execution_ids, Path(self._programs, "work"))
 
