@@ -54,12 +54,12 @@ def placement(sizes: list[int], count: int = 20_000) -> str:
     for size in sizes:
         simulation = Simulation(SCENARIOS[0], size, 1, 300)
         simulation.fill()
-        held = [simulation.registry.place("work", simulation.choose, slots=SLOTS) for _ in range(size * SLOTS // 2)]
+        held = [simulation.fleet.place("work", simulation.choose, slots=SLOTS) for _ in range(size * SLOTS // 2)]
         began = time.process_time()
         for _ in range(count):
-            reservation = simulation.registry.place("work", simulation.choose, slots=SLOTS)
+            reservation = simulation.fleet.place("work", simulation.choose, slots=SLOTS)
             assert reservation is not None
-            simulation.registry.release(reservation)
+            simulation.fleet.release(reservation)
         rows.append([size, len(held), 1e6 * (time.process_time() - began) / count])
     return markdown(["agents", "running", "place and release, CPU µs"], rows)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fluxlib.config.control import AutoscalingConfig, NodeType
-from fluxlib.control.agents.registry import AgentState, Registry, Reservation
+from fluxlib.control.agents.fleet import Agent, Fleet, Reservation
 from fluxlib.control.executions.placement import chooser, need_of
 from fluxlib.control.nodes.scaler_state import ScalerState
 from fluxlib.control.nodes.scaling import Action, Decision, FleetView, NodeCondition, NodeView, Sample, Wait, decide
@@ -60,7 +60,7 @@ SCENARIOS = (
 
 @dataclass
 class Node:
-    agent: AgentState
+    agent: Agent
     launched: float
     condition: NodeCondition = NodeCondition.COMING
     away_since: float = 0.0
@@ -107,7 +107,7 @@ class Simulation:
         self.need = need_of(Function(spec, spec.digest(), "code"))
         self.choose = chooser(self.need, {})
         self.random = random.Random(seed)
-        self.registry = Registry()
+        self.fleet = Fleet()
         self.nodes: dict[str, Node] = {}
         self.state = ScalerState()
         self.queue: deque[tuple[int, float]] = deque()
@@ -156,7 +156,7 @@ class Simulation:
             self.queue.append((number, self.now))
 
     def _start(self, number: int, waited: float) -> bool:
-        reservation = self.registry.place("work", self.choose, slots=SLOTS)
+        reservation = self.fleet.place("work", self.choose, slots=SLOTS)
         if reservation is None:
             return False
         node = self.nodes[reservation.agent_id]
@@ -172,7 +172,7 @@ class Simulation:
             return  # lost with its node
         node, reservation = place
         node.running.discard(number)
-        self.registry.release(reservation)
+        self.fleet.release(reservation)
         self._serve()
 
     def _serve(self) -> None:
@@ -190,7 +190,7 @@ class Simulation:
     def _launch(self) -> Node:
         agent_id = f"sim-{len(self.state.failures)}-{next(self._numbers)}"
         record = AgentRecord(agent_id, "", provider="sim", status=AgentStatus.PROVISIONING, max_tasks=SLOTS)
-        node = self.nodes[agent_id] = Node(AgentState(record), self.now)
+        node = self.nodes[agent_id] = Node(Agent(record), self.now)
         self.outcome.most = max(self.outcome.most, len(self.nodes))
         return node
 
@@ -199,9 +199,9 @@ class Simulation:
             return
         node.condition = NodeCondition.ONLINE
         record = AgentRecord(node.agent.agent_id, "", status=AgentStatus.ONLINE, max_tasks=SLOTS)
-        node.agent = AgentState(record, _Connection())  # type: ignore[arg-type]
+        node.agent = Agent(record, _Connection())  # type: ignore[arg-type]
         node.agent.in_step = True
-        self.registry.add(node.agent)
+        self.fleet.add(node.agent)
         self._report(node)
         self._serve()
         if self.scenario.lost_every:
@@ -217,10 +217,10 @@ class Simulation:
         """Its work is lost; callers send it again, which counts as waiting from the start."""
         if node.condition is not NodeCondition.LEAVING:
             node.condition, node.away_since = NodeCondition.OFFLINE, self.now
-        self.registry.update(node.agent.agent_id, in_step=False)
+        self.fleet.update(node.agent.agent_id, in_step=False)
         for number in sorted(node.running):
             self.outcome.lost_executions += 1
-            self.registry.release(self.places.pop(number)[1])
+            self.fleet.release(self.places.pop(number)[1])
             self.queue.append((next(self._numbers), self.now))
         node.running.clear()
         self._serve()
@@ -229,11 +229,11 @@ class Simulation:
         figures = NodeFigures(
             100 * len(node.running) / SLOTS, 30.0, 16384, 4096, active_tasks=len(node.running), max_tasks=SLOTS
         )
-        self.registry.report(node.agent.agent_id, figures, at=self.now)
+        self.fleet.report(node.agent.agent_id, figures, at=self.now)
 
     def _drain(self, node: Node) -> None:
         node.condition = NodeCondition.LEAVING
-        self.registry.update(node.agent.agent_id, in_step=False)
+        self.fleet.update(node.agent.agent_id, in_step=False)
         self._look_drained(node)
 
     def _look_drained(self, node: Node) -> None:
@@ -244,7 +244,7 @@ class Simulation:
 
     def _end(self, node: Node) -> None:
         if self.nodes.pop(node.agent.agent_id, None) is not None:
-            self.registry.remove(node.agent.agent_id)
+            self.fleet.remove(node.agent.agent_id)
             self.outcome.node_seconds += self.now - node.launched
 
     # -- the autoscaler ----------------------------------------------------------------

@@ -52,12 +52,12 @@ class Control:
         prepare_grpc()  # before grpc is imported
         from fluxlib.control.agents.client.connector import AgentConnector
         from fluxlib.control.agents.enrolment import EnrolmentService
+        from fluxlib.control.agents.fleet import Fleet
         from fluxlib.control.agents.health import HealthPoller
         from fluxlib.control.agents.leadership import RENEW_EVERY, Leadership
         from fluxlib.control.agents.membership import Membership
         from fluxlib.control.agents.pushes import Pusher
         from fluxlib.control.agents.reconciler import Joiner
-        from fluxlib.control.agents.registry import Registry
         from fluxlib.control.agents.renewal import CHECK_EVERY, OwnIdentity, Renewal
         from fluxlib.control.agents.replication import Sharing
         from fluxlib.control.agents.roster import Roster
@@ -81,15 +81,15 @@ class Control:
         self._parts.add("timers", timers.stop)
 
         leadership = self._leadership = Leadership(store, session, shared=shared)
-        registry = Registry()
-        pusher = Pusher(registry, store.archive)
+        fleet = Fleet()
+        pusher = Pusher(fleet, store.archive)
         self._parts.add("pushes", pusher.stop)
         functions = self._functions = FunctionService(
-            store, registry, pusher, max_archive_bytes=config.max_archive_mb * _MB
+            store, fleet, pusher, max_archive_bytes=config.max_archive_mb * _MB
         )
         executions = self._executions = ExecutionService(
             store,
-            registry,
+            fleet,
             functions,
             timers,
             session,
@@ -101,12 +101,12 @@ class Control:
             lease=lambda: leadership.lease,
         )
         connector = AgentConnector(own.current if own is not None else lambda: None, session, timers)
-        roster = Roster(store, registry, leadership)
-        joiner = Joiner(store, registry, roster, connector, executions, functions, pusher, leadership, tls=with_tls)
-        membership = self._membership = Membership(registry, roster, joiner, connector, executions, pusher)
-        sharing = Sharing(store, registry, roster, joiner, membership, leadership)
+        roster = Roster(store, fleet, leadership)
+        joiner = Joiner(store, fleet, roster, connector, executions, functions, pusher, leadership, tls=with_tls)
+        membership = self._membership = Membership(fleet, roster, joiner, connector, executions, pusher)
+        sharing = Sharing(store, fleet, roster, joiner, membership, leadership)
         poller = HealthPoller(
-            registry,
+            fleet,
             roster,
             joiner,
             executions,
@@ -119,7 +119,7 @@ class Control:
         )
 
         status = self._status = StatusService(
-            store, registry, tls=with_tls, leads=lambda: leadership.leads, stopping=lambda: self._stopping
+            store, fleet, tls=with_tls, leads=lambda: leadership.leads, stopping=lambda: self._stopping
         )
         self._add_loop(poller.loop)
         self._add_loop(Loop("leadership", leadership.tick, RENEW_EVERY))
@@ -128,7 +128,7 @@ class Control:
         if shared:
             self._add_loop(Loop("functions", functions.tick, REFRESH_EVERY))
         if authority is not None and own is not None:
-            renewal = Renewal(authority, own, registry, leadership)
+            renewal = Renewal(authority, own, fleet, leadership)
             status.warn(renewal.warnings)
             self._add_loop(Loop("renewal", renewal.tick, CHECK_EVERY))
 
@@ -139,7 +139,7 @@ class Control:
                 config,
                 authority or Authority.open(config.certs_dir),
                 store,
-                registry,
+                fleet,
                 functions,
                 executions,
                 membership,
@@ -156,7 +156,7 @@ class Control:
             membership,
             status,
             nodes=self._nodes.service if self._nodes is not None else None,
-            enrolment=EnrolmentService(authority, registry, config.agent_port) if authority is not None else None,
+            enrolment=EnrolmentService(authority, fleet, config.agent_port) if authority is not None else None,
         )
         api = Api(self.services)
         reload = KeyReload(config.path, api.pipeline.keys.take)

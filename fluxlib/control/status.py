@@ -11,7 +11,7 @@ from typing import Protocol
 
 import psutil
 
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import LoopReport
 from fluxlib.model import NodeFigures
@@ -44,7 +44,7 @@ class StatusService:
     def __init__(
         self,
         store: ControlStore,
-        registry: Registry,
+        fleet: Fleet,
         *,
         tls: bool,
         leads: Callable[[], bool] = lambda: True,
@@ -54,7 +54,7 @@ class StatusService:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
-        self._registry = registry
+        self._fleet = fleet
         self._tls = tls
         self._leads = leads
         self._stopping = stopping
@@ -149,7 +149,7 @@ class StatusService:
             memory_percent=100.0 * used / memory.total,
             memory_total_mb=memory.total // _MB,
             memory_used_mb=used // _MB,
-            active_tasks=sum(state.total for state in self._registry.agents()),
+            active_tasks=sum(state.total for state in self._fleet.agents()),
             uptime_seconds=int(now - self._started),
             collected_at=now,
         )

@@ -92,7 +92,7 @@ class NodeFigures:
 
 @dataclass(frozen=True, slots=True)
 class AgentRecord:
-    """An agent as the store keeps it. What changes by the second lives in the registry only."""
+    """An agent as the store keeps it. What changes by the second lives in the fleet only."""
 
     agent_id: str
     address: str  # host:port of its gRPC server; empty while provisioning

@@ -71,7 +71,7 @@ def test_what_is_written_too_late_is_not_sent(plane: Plane, store: SlowStore, mo
         running.result(5)
     store.later.calls[0](None)
     assert agent.asked == []
-    assert plane.registry.agents()[0].total == 0
+    assert plane.fleet.agents()[0].total == 0
 
 
 def test_what_was_not_written_is_the_callers_error_and_frees_its_slot(plane: Plane, store: SlowStore) -> None:
@@ -82,7 +82,7 @@ def test_what_was_not_written_is_the_callers_error_and_frees_its_slot(plane: Pla
     with pytest.raises(StoreUnavailable, match="the disk is full"):
         running.result(5)
     assert agent.asked == []
-    assert plane.registry.agents()[0].total == 0
+    assert plane.fleet.agents()[0].total == 0
 
 
 def test_ids_are_uuids_that_rise_with_time() -> None:

@@ -60,7 +60,7 @@ def test_a_hot_fleet_grows_by_one_of_the_smallest_and_then_cools_down(fleet: Clo
     assert len(fleet.node_ids()) == 1
     hold(fleet, 95, 20)
     assert len(fleet.node_ids()) == 2
-    assert {state.record.instance_type for state in fleet.registry.agents()} == {"small"}
+    assert {state.record.instance_type for state in fleet.agents.agents()} == {"small"}
     hold(fleet, 95, 280)
     assert len(fleet.node_ids()) == 2
     assert "cooling down" in fleet.last()["reason"]
@@ -89,7 +89,7 @@ def test_agents_added_by_hand_are_invisible(fleet: CloudFleet) -> None:
     hold(fleet, 95, 70)
     assert len(fleet.cloud().running()) == 2
     hold(fleet, 5, 400)
-    assert "manual" in {state.agent_id for state in fleet.registry.agents()}
+    assert "manual" in {state.agent_id for state in fleet.agents.agents()}
     assert "manual" not in fleet.conditions()
 
 
@@ -98,7 +98,7 @@ def test_at_the_maximum_a_small_node_is_drained_and_replaced_by_the_largest() ->
     try:
         fleet.nodes.initialize()
         first, second = fleet.node_ids()
-        slot = fleet.registry.reserve(second, "hello")
+        slot = fleet.agents.reserve(second, "hello")
         for _ in range(6):
             fleet.load(95)
             fleet.later(10)
@@ -121,7 +121,7 @@ def test_a_replacement_survives_a_restart_in_every_step() -> None:
         fleet.nodes.initialize()
         first = fleet.node_ids()[0]
         for agent_id in fleet.node_ids():
-            assert fleet.registry.reserve(agent_id, "hello") is not None
+            assert fleet.agents.reserve(agent_id, "hello") is not None
         for _ in range(7):
             fleet.load(95)
             fleet.pass_time(10)
@@ -144,7 +144,7 @@ def test_a_replacement_whose_launch_could_not_be_recorded_is_tried_again(monkeyp
     try:
         fleet.nodes.initialize()
         first, second = fleet.node_ids()
-        assert fleet.registry.reserve(second, "hello") is not None
+        assert fleet.agents.reserve(second, "hello") is not None
         while first in fleet.node_ids():
             fleet.load(95)
             fleet.later(10)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxlib.control.agents.registry import Registry, Reservation
+from fluxlib.control.agents.fleet import Fleet, Reservation
 from fluxlib.control.executions.backlog import Backlog
 from fluxlib.control.executions.execution import Execution, new_execution_id
 from fluxlib.errors import AtCapacity
@@ -19,22 +19,22 @@ from tests.support.fake_agents import join
 
 
 class Room:
-    """A room over a registry whose agents have ``slots`` per function."""
+    """A room over a fleet whose agents have ``slots`` per function."""
 
     def __init__(self, slots: int = 1, agents: int = 1, max_waiting: int = 10_000, max_tasks: int = 0) -> None:
-        self.registry = Registry()
+        self.fleet = Fleet()
         self.slots = slots
         self.started: list[tuple[Execution, Reservation]] = []
         self.room = Backlog(self.place, self.is_full, lambda one, slot: self.started.append((one, slot)), max_waiting)
-        self.registry.on_capacity(self.room.capacity)
+        self.fleet.on_capacity(self.room.capacity)
         for number in range(agents):
-            join(self.registry, f"a{number}", figures=NodeFigures(0, 0, 1000, 0, 0, max_tasks))
+            join(self.fleet, f"a{number}", figures=NodeFigures(0, 0, 1000, 0, 0, max_tasks))
 
     def place(self, name: str, agent_id: str = "") -> Reservation | None:
-        return self.registry.place(name, lambda agents: next(agents, None), slots=self.slots, only=agent_id)
+        return self.fleet.place(name, lambda agents: next(agents, None), slots=self.slots, only=agent_id)
 
     def is_full(self, agent_id: str) -> bool:
-        agent = self.registry.get(agent_id)
+        agent = self.fleet.get(agent_id)
         return agent is None or "" in agent.full
 
     def wait(self, name: str = "f", *, resources: bool = False) -> Execution:
@@ -48,7 +48,7 @@ class Room:
         return [one for one, _ in self.started]
 
     def end(self, index: int) -> None:
-        self.registry.release(self.started[index][1])
+        self.fleet.release(self.started[index][1])
 
 
 def test_a_free_slot_is_taken_at_once() -> None:
@@ -84,10 +84,10 @@ def test_one_turned_down_comes_back_to_where_it_was() -> None:
     room.end(0)
     assert room.order == waiting[:2]
     # Its agent refused it: the slot is full for others' sake, then frees.
-    room.registry.mark_full("a0", "f")
+    room.fleet.mark_full("a0", "f")
     room.room.admit("f", already_accepted=True)
     room.room.add(waiting[1], waits_for_resources=False)
-    room.registry.freed("a0", "f")
+    room.fleet.freed("a0", "f")
     room.end(1)
     assert room.order[2] is waiting[1]
 
@@ -104,7 +104,7 @@ def test_a_slot_of_the_whole_agent_goes_to_whoever_waited_longest() -> None:
 def test_a_new_agent_serves_the_queues_in_turn() -> None:
     room = Room(slots=10, agents=0)
     waiting = [room.wait(name) for name in ("a", "b", "a", "b")]
-    join(room.registry, "a1", figures=NodeFigures(0, 0, 1000, 0, 0, 3))
+    join(room.fleet, "a1", figures=NodeFigures(0, 0, 1000, 0, 0, 3))
     assert room.order == waiting[:3]
 
 
@@ -133,7 +133,7 @@ def test_a_queue_that_waits_for_resources_hears_of_everybodys_slots() -> None:
     waiting = room.wait(resources=True)
     assert not room.order
     blocked = False
-    room.registry.release(other)
+    room.fleet.release(other)
     assert room.order == [waiting]
 
 
@@ -195,7 +195,7 @@ def test_nobody_is_forgotten_and_no_slot_is_given_twice_under_many_threads() -> 
             _, reservation = ready.pop()
             with lock:
                 running[reservation.agent_id] -= 1
-            room.registry.release(reservation)
+            room.fleet.release(reservation)
             with lock:
                 if len(begun) == total:
                     done.set()

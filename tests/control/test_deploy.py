@@ -77,7 +77,7 @@ def test_each_agent_has_an_answer_of_its_own(fleet: Fleet) -> None:
     assert "hello" in fleet.view("strict").problem
     assert fleet.state("strict").takes_work
     seen: list[str] = []
-    fleet.registry.place("hello", lambda agents: seen.extend(agent.agent_id for agent in agents))  # type: ignore[func-returns-value]
+    fleet.agents.place("hello", lambda agents: seen.extend(agent.agent_id for agent in agents))  # type: ignore[func-returns-value]
     assert "strict" not in seen
     assert "good" in seen
 
@@ -222,7 +222,7 @@ def test_a_function_saved_while_an_agent_joins_reaches_it(fleet: Fleet) -> None:
     )
     registering.start()
     try:
-        wait_until(lambda: fleet.registry.get("w1") and fleet.state("w1").connection, "the agent to be connected")
+        wait_until(lambda: fleet.agents.get("w1") and fleet.state("w1").connection, "the agent to be connected")
         saved = threading.Thread(target=lambda: fleet.functions.put(spec("second")), name="saving")
         saved.start()
     finally:

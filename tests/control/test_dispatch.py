@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fluxlib.control.agents.connection import refusal
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.executions.placement import Placement
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput, NoAgentFits, StoreUnavailable
 from fluxlib.lifecycle import Deadline, Timers
@@ -86,15 +86,15 @@ def plane(store: TrickyStore) -> Iterator[Plane]:
 
 
 def idle(plane: Plane) -> bool:
-    return all(agent.total == 0 and not agent.in_flight for agent in plane.registry.agents())
+    return all(agent.total == 0 and not agent.in_flight for agent in plane.fleet.agents())
 
 
 def test_a_refusal_names_each_agent_once(plane: Plane) -> None:
     plane.agent("a1", script=succeed)
     plane.agent("a2", script=succeed)
     plane.execute()
-    for state in list(plane.registry.agents()):
-        plane.registry.update(state.agent_id, record=replace(state.record, status=AgentStatus.DRAINING))
+    for state in list(plane.fleet.agents()):
+        plane.fleet.update(state.agent_id, record=replace(state.record, status=AgentStatus.DRAINING))
     with pytest.raises(NoAgentFits) as refused:
         plane.execute()
     assert refused.value.message.count("a1") == refused.value.message.count("a2") == 1
@@ -154,7 +154,7 @@ class TestStore:
 
         agent = plane.agent(script=once)
         until(lambda: not store.fails)
-        plane.registry.freed("a1", "w")
+        plane.fleet.freed("a1", "w")
         until(lambda: agent.records)
         assert len(agent.asked) == (2 if write == "requeue" else 1)
         agent.end(agent.asked[-1])
@@ -212,11 +212,11 @@ class TestStops:
         store.hooks[write] = client.leave
         agent = plane.agent(script=refuse(ErrorKind.AT_CAPACITY))
         if write == "create":
-            plane.registry.mark_full("a1", "w")
+            plane.fleet.mark_full("a1", "w")
         assert plane.execute("w", client=client).status is ExecutionStatus.CANCELLED
         assert not plane.service.waiting()
         agent.script = succeed
-        plane.registry.freed("a1", "w")
+        plane.fleet.freed("a1", "w")
         assert idle(plane)
         assert len(agent.asked) == (0 if write == "create" else 1)
 
@@ -288,7 +288,7 @@ def test_a_lost_queued_one_is_never_sent_again(plane: Plane, store: TrickyStore)
     agent = plane.agent(script=fail(AgentLost("the host went dark")))
     agent.wait_asked()
     until(lambda: idle(plane))
-    plane.registry.freed("a1", "w")
+    plane.fleet.freed("a1", "w")
     plane.service.agent_lost("a1", "offline for 300 s")
     record = plane.record(execution_id)
     assert (record.status, record.error_kind) == (ExecutionStatus.FAILED, ErrorKind.AGENT_LOST)
@@ -301,20 +301,20 @@ class TestLargeFleets:
         """Slots whose every walk counts as a long one, and the walks."""
         monkeypatch.setattr("fluxlib.control.executions.placement._SLOW_SCAN", 0.0)
         monkeypatch.setattr("fluxlib.control.executions.placement._SCAN_BACKOFF", 1e6)
-        registry, functions, walks = Registry(), FakeFunctions(), list[str]()
+        fleet, functions, walks = Fleet(), FakeFunctions(), list[str]()
         functions.add("big", memory_mb=1000)
         functions.add("small")
         for number in range(20):
-            join(registry, f"a{number}", figures=NodeFigures(0, 90, 1000, 900, 0, 256))
-        place = registry.place
+            join(fleet, f"a{number}", figures=NodeFigures(0, 90, 1000, 900, 0, 256))
+        place = fleet.place
 
         def counted(name: str, *args: Any, **more: Any) -> Any:
             walks.append(name)
             return place(name, *args, **more)
 
-        monkeypatch.setattr(registry, "place", counted)
+        monkeypatch.setattr(fleet, "place", counted)
         timers = Timers("test-timers").start()
-        yield Placement(registry, functions, timers, lambda agent_id, name: None), walks
+        yield Placement(fleet, functions, timers, lambda agent_id, name: None), walks
         timers.stop(Deadline(5))
 
     def test_a_flood_nobody_can_take_does_not_walk_the_fleet_each_time(
@@ -353,7 +353,7 @@ def test_a_storm_leaves_nothing_open_and_runs_nothing_twice(
 
     def refuse_then_free(connection: FakeConnection, asked: Asked) -> None:
         refuse(ErrorKind.AT_CAPACITY)(connection, asked)
-        plane.registry.freed(connection.agent_id, asked.request.function_name)
+        plane.fleet.freed(connection.agent_id, asked.request.function_name)
 
     def behave(connection: FakeConnection, asked: Asked) -> None:
         roll = chance.random()
@@ -404,7 +404,7 @@ def test_a_storm_leaves_nothing_open_and_runs_nothing_twice(
     assert not errors
     for agent in agents:
         agent.script = succeed
-        plane.registry.freed(agent.agent_id, "")
+        plane.fleet.freed(agent.agent_id, "")
     until(lambda: not plane.service.waiting())
     # A lost one stays in flight without a slot, until its agent is given up.
     until(lambda: idle(plane) and all(one.watch for one in plane.service._tracker.all()))

@@ -61,7 +61,7 @@ class TestSync:
         kept = plane.record(record.execution_id)
         assert (kept.status, kept.output, kept.exit_code) == (ExecutionStatus.SUCCESS, None, 0)
         assert plane.service.get(record.execution_id).output == b"hello you"
-        assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 0  # type: ignore[union-attr]
 
     def test_ownership_is_in_the_store_before_the_agent_is_asked(self, plane: Plane) -> None:
         seen: list[ExecutionRecord] = []
@@ -177,9 +177,9 @@ class TestAsync:
         execution_id = plane.submit("f", "x", stdin=b"in")
         assert agent.asked[0].request.stdin == b"in"
         assert plane.service.get(execution_id).status is ExecutionStatus.RUNNING
-        assert plane.registry.get("a1").total == 1  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 1  # type: ignore[union-attr]
         agent.end(agent.asked[0], b"done")
-        assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 0  # type: ignore[union-attr]
         assert plane.record(execution_id).status is ExecutionStatus.SUCCESS
         assert plane.service.get(execution_id).output == b"done"
         assert b"".join(plane.service.output(execution_id, 1, follow=True)) == b"one"
@@ -206,7 +206,7 @@ class TestAsync:
         agent.on_ended = lambda record: None
         agent.end(agent.asked[0], b"x", status=ExecutionStatus.FAILED, error="exit code 3")
         until(lambda: plane.record(execution_id).status is ExecutionStatus.FAILED)
-        assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 0  # type: ignore[union-attr]
 
     def test_a_repeated_key_is_the_first_submission(self, plane: Plane) -> None:
         plane.functions.add("one", max_concurrency=1)
@@ -217,7 +217,7 @@ class TestAsync:
         agent.end(agent.asked[0])
         assert plane.submit("one", idempotency_key="k") == first
         assert len(agent.asked) == 1
-        assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 0  # type: ignore[union-attr]
 
     def test_a_repeated_key_is_known_to_the_next_life_before_it_has_an_agent(self, store: ControlStore) -> None:
         with_agent = Plane(store)
@@ -238,7 +238,7 @@ class TestAsync:
         with pytest.raises(AtCapacity):
             plane.submit(idempotency_key="k")
         agent.script = accept
-        plane.registry.freed("a1", "f")
+        plane.fleet.freed("a1", "f")
         execution_id = plane.submit(idempotency_key="k")
         assert plane.record(execution_id).status is ExecutionStatus.RUNNING
 
@@ -306,7 +306,7 @@ class TestWaiting:
         agent = plane.agent(script=accept, figures=NodeFigures(10.0, 90.0, 4096, 3600, 0, 256))
         execution_id = plane.submit("big")
         assert plane.service.get(execution_id).phase is Phase.QUEUED
-        plane.registry.report("a1", NodeFigures(10.0, 10.0, 4096, 400, 0, 256), at=1.0)
+        plane.fleet.report("a1", NodeFigures(10.0, 10.0, 4096, 400, 0, 256), at=1.0)
         agent.wait_asked()
 
     def test_resources_lacking_are_429_with_exit(self, plane: Plane) -> None:
@@ -381,7 +381,7 @@ class TestCancel:
         execution_id = plane.submit()
         assert plane.service.cancel(execution_id).status is ExecutionStatus.CANCELLED
         assert plane.record(execution_id).status is ExecutionStatus.CANCELLED
-        assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 0  # type: ignore[union-attr]
         assert len(agent.cancels) == 1
 
     def test_a_queued_one_never_starts(self, plane: Plane) -> None:
@@ -415,7 +415,7 @@ class TestCancel:
         ours, theirs = Plane(store, "s1", shared=True), Plane(store, "s2", shared=True)
         theirs.functions.add("f")
         agent = theirs.agent(script=accept)
-        join(ours.registry, "a1", agent)
+        join(ours.fleet, "a1", agent)
         execution_id = theirs.submit("f")
         assert ours.service.cancel(execution_id).status is ExecutionStatus.CANCELLED
         assert theirs.record(execution_id).status is ExecutionStatus.CANCELLED
@@ -458,10 +458,10 @@ class TestReading:
         with pytest.raises(AgentAway) as caught:
             plane.service.get(execution_id)
         assert caught.value.record.agent_id == "a1"
-        state = plane.registry.get("a1")
+        state = plane.fleet.get("a1")
         assert state is not None
         agent.down = None
-        plane.registry.update("a1", record=type(state.record)("a1", "x", status=AgentStatus.OFFLINE))
+        plane.fleet.update("a1", record=type(state.record)("a1", "x", status=AgentStatus.OFFLINE))
         with pytest.raises(AgentAway):
             plane.service.get(execution_id)
         with pytest.raises(AgentAway):
@@ -471,7 +471,7 @@ class TestReading:
         plane.agent(script=succeed)
         record = plane.execute("f", "x")
         plane.record(record.execution_id)
-        plane.registry.remove("a1")
+        plane.fleet.remove("a1")
         kept = plane.service.get(record.execution_id)
         assert kept.status is ExecutionStatus.SUCCESS
         assert "output is lost" in kept.warnings[0]
@@ -510,7 +510,7 @@ class TestReading:
         reading = plane.pool.submit(lambda: b"".join(stream))
         agent = FakeConnection("a1", accept)
         agent.outputs[execution_id] = b"hello"
-        join(plane.registry, "a1", agent)
+        join(plane.fleet, "a1", agent)
         assert reading.result(10) == b"hello"
 
     def test_a_follower_who_looks_before_the_agent_is_asked_looks_again(
@@ -569,7 +569,7 @@ class TestRecovery:
         new = Plane(store, "new")
         new.service.start()
         agent.on_ended = new.service.events("a1").ended
-        join(new.registry, "a1", agent)
+        join(new.fleet, "a1", agent)
         new.service.reconcile("a1", [running, sync_id])
         until(lambda: new.record(ended).status is ExecutionStatus.SUCCESS)
         until(lambda: new.record(sync_id).status is ExecutionStatus.CANCELLED)
@@ -585,7 +585,7 @@ class TestRecovery:
         agent = plane.agent(script=accept)
         execution_id = plane.submit()
         plane.service.agent_lost("a1", "deregistered")
-        assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 0  # type: ignore[union-attr]
         plane.service.reconcile("a1", [execution_id, "of-somebody-else"])
         assert agent.wait_cancelled()[0][0] == execution_id
         record = plane.record(execution_id)
@@ -612,7 +612,7 @@ class TestRecovery:
         )
         plane.service.reconcile("a1", [])
         until(lambda: plane.record(execution_id).error_kind is ErrorKind.AGENT_STOPPED)
-        assert plane.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert plane.fleet.get("a1").total == 0  # type: ignore[union-attr]
 
     def test_stopping_refuses_tells_those_that_wait_and_keeps_the_queue(self, store: ControlStore) -> None:
         plane = Plane(store)

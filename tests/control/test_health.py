@@ -88,7 +88,7 @@ def test_an_agent_that_is_back_gets_no_work_before_it_is_in_step(fleet: Fleet, m
         if fleet.state(agent_id).takes_work:
             seen.append("hello" in machine.functions)
 
-    fleet.registry.on_change(watch)
+    fleet.agents.on_change(watch)
     fleet.executions.calls.clear()
     machine.up = True
     fleet.round()
@@ -354,7 +354,7 @@ def test_one_found_offline_while_it_was_brought_in_is_brought_in_again(fleet: Fl
     machine.up = True
     machine.functions.clear()
     seen: list[bool] = []
-    fleet.registry.on_change(
+    fleet.agents.on_change(
         lambda agent_id: seen.append("hello" in machine.functions) if fleet.state(agent_id).takes_work else None
     )
     fleet.round()
@@ -585,7 +585,7 @@ def test_a_restart_just_before_the_leader_goes_costs_nobody_a_refusal_later(pair
     follower.connection("w1").events.greeted(machine.instance)
     follower.settle()
     refused: list[str] = []
-    follower.registry.on_change(lambda agent_id: None if follower.state("w1").takes_work else refused.append(agent_id))
+    follower.agents.on_change(lambda agent_id: None if follower.state("w1").takes_work else refused.append(agent_id))
     follower.round(0)
     follower.round(16)
     assert follower.leadership.leads

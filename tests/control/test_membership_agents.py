@@ -177,7 +177,7 @@ def test_an_agents_certificate_is_renewed_while_it_works(lab: Lab) -> None:
     with agent, lab.life() as fleet:
         fleet.membership.register(agent.address, legacy=False)
         process = agent.process
-        renewal = Renewal(lab.authority, lab.own, fleet.registry, fleet.leadership)
+        renewal = Renewal(lab.authority, lab.own, fleet.agents, fleet.leadership)
         assert any("worker-4" in warning for warning in renewal.warnings())
         renewal.tick(time.time())
         assert renewal.warnings() == []
@@ -200,7 +200,7 @@ def test_flux_takes_a_new_certificate_of_its_own_without_a_restart(lab: Lab) -> 
         fleet.membership.register(agent.address, legacy=False)
         before = lab.own.current()
         (lab.flux.certs / "flux" / "flux.pem").unlink()  # as when it had run out: a new one is made
-        renewal = Renewal(lab.authority, lab.own, fleet.registry, fleet.leadership)
+        renewal = Renewal(lab.authority, lab.own, fleet.agents, fleet.leadership)
         renewal.tick(time.time())
         assert lab.own.current().cert_pem != before.cert_pem
         assert fleet.connection_of("worker-5").inventory() is not None
@@ -211,7 +211,7 @@ def test_flux_takes_a_new_certificate_of_its_own_without_a_restart(lab: Lab) -> 
 
 def test_an_enrolled_directory_starts_an_agent(lab: Lab, tmp_path: Path) -> None:
     with lab.life() as fleet:
-        service = EnrolmentService(lab.authority, fleet.registry, 50052)
+        service = EnrolmentService(lab.authority, fleet.agents, 50052)
         for bad in ("flux", "flux-agent", "*.x", "../x", "Upper", ""):
             with pytest.raises(InvalidInput):
                 service.bundle(bad)

@@ -68,7 +68,7 @@ class FleetMachine(RuleBasedStateMachine):
         try:
             getattr(self.fleet.membership, what)(agent_id)
         except NotFound:
-            assert self.fleet.registry.get(agent_id) is None
+            assert self.fleet.agents.get(agent_id) is None
         except StoreUnavailable:
             assert self.store.away
 
@@ -129,7 +129,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def whoever_takes_work_is_joined_and_known(self) -> None:
-        for state in self.fleet.registry.agents():
+        for state in self.fleet.agents.agents():
             if state.takes_work:
                 assert state.record.status is AgentStatus.ONLINE
                 assert state.connection is not None
@@ -143,7 +143,7 @@ class FleetMachine(RuleBasedStateMachine):
             for _ in range(3):
                 self.fleet.round(40)
             wanted = {name: function for name in FUNCTIONS if (function := self.store.function(name)) is not None}
-            for state in self.fleet.registry.agents():
+            for state in self.fleet.agents.agents():
                 machine = self.machine(state.agent_id)
                 held = {name: (one.spec_digest, one.code_digest) for name, one in machine.functions.items()}
                 expected = {name: (one.spec_digest, one.code_digest) for name, one in wanted.items()}
@@ -157,7 +157,7 @@ class FleetMachine(RuleBasedStateMachine):
                 assert state.problem == ""
                 assert state.lacking.keys() == (wanted.keys() - expected.keys())
             stored = {record.agent_id: record.status for record in self.store.agents()}
-            assert stored == {state.agent_id: state.record.status for state in self.fleet.registry.agents()}
+            assert stored == {state.agent_id: state.record.status for state in self.fleet.agents.agents()}
         finally:
             self.fleet.close()
 

@@ -299,7 +299,7 @@ def test_a_removal_ordered_while_a_machine_is_launched_is_not_forgotten(fleet: C
 def test_a_node_that_is_leaving_does_not_count(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     busy = fleet.node_ids()[0]
-    assert fleet.registry.reserve(busy, "hello") is not None
+    assert fleet.agents.reserve(busy, "hello") is not None
     fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     assert fleet.nodes.initialize()["nodes"] == {"spawned": 1, "failed": 0}
@@ -398,15 +398,15 @@ def test_remove_all_counts_only_what_is_gone(fleet: CloudFleet) -> None:
 def test_what_runs_may_end_before_its_node_does(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     busy, idle = fleet.node_ids()
-    slot = fleet.registry.reserve(busy, "hello")
+    slot = fleet.agents.reserve(busy, "hello")
     assert slot is not None
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(fleet.nodes.remove_all)
-        wait_until(lambda: fleet.registry.get(idle) is None, "the idle one to go")
+        wait_until(lambda: fleet.agents.get(idle) is None, "the idle one to go")
         assert fleet.state(busy).record.status is AgentStatus.DRAINING
         assert not fleet.state(busy).takes_work
         assert fleet.cloud().running() == [busy]
-        fleet.registry.release(slot)
+        fleet.agents.release(slot)
         assert answer.result(10)["removed"] == 2
     assert fleet.cloud().running() == []
 
@@ -416,13 +416,13 @@ def test_a_node_that_goes_away_while_it_drains_is_ended_at_once(
 ) -> None:
     fleet.nodes.initialize()
     busy = fleet.node_ids()[0]
-    assert fleet.registry.reserve(busy, "hello") is not None
+    assert fleet.agents.reserve(busy, "hello") is not None
     fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     fleet.wire.machines[fleet.state(busy).record.address].up = False
     for _ in range(3):
         fleet.round()
-    wait_until(lambda: fleet.registry.get(busy) is None, "it to go")
+    wait_until(lambda: fleet.agents.get(busy) is None, "it to go")
     assert busy not in fleet.cloud().running()
     assert ("lost", busy) in fleet.executions.calls
     assert f"node {busy} went offline while draining" in caplog.text
@@ -431,14 +431,14 @@ def test_a_node_that_goes_away_while_it_drains_is_ended_at_once(
 def test_a_drain_ends_at_its_deadline_and_survives_a_restart(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     busy, other = fleet.node_ids()
-    assert fleet.registry.reserve(busy, "hello") is not None
+    assert fleet.agents.reserve(busy, "hello") is not None
     fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     again = fleet.again()
     try:
         assert again.notes(busy).phase is NodePhase.ENDING
         assert again.notes(busy).drain_until == 1300
-        assert again.registry.reserve(busy, "hello") is not None
+        assert again.agents.reserve(busy, "hello") is not None
         again.pass_time(200)
         again.nodes.tick(again.now)
         assert not again.jobs.wait([busy], 0.1)
@@ -452,7 +452,7 @@ def test_a_drain_ends_at_its_deadline_and_survives_a_restart(fleet: CloudFleet) 
 def test_a_draining_node_that_a_new_life_has_not_reached_yet_is_not_taken_for_dead(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     busy, other = fleet.node_ids()
-    assert fleet.registry.reserve(busy, "hello") is not None
+    assert fleet.agents.reserve(busy, "hello") is not None
     fleet.terminator.begin(busy, "cold", 300)
     wait_until(lambda: fleet.state(busy).record.status is AgentStatus.DRAINING, "it to drain")
     machine = fleet.wire.machines[fleet.state(busy).record.address]
@@ -470,7 +470,7 @@ def test_a_draining_node_that_a_new_life_has_not_reached_yet_is_not_taken_for_de
 def test_a_draining_node_that_is_just_being_reached_is_not_taken_for_dead(fleet: CloudFleet) -> None:
     fleet.nodes.initialize()
     agent_id = fleet.node_ids()[0]
-    slot = fleet.registry.reserve(agent_id, "hello")
+    slot = fleet.agents.reserve(agent_id, "hello")
     fleet.terminator.begin(agent_id, "test", 100)
     wait_until(lambda: fleet.state(agent_id).record.status is AgentStatus.DRAINING, "it to drain")
     fleet.close()
@@ -478,14 +478,14 @@ def test_a_draining_node_that_is_just_being_reached_is_not_taken_for_dead(fleet:
     looked = []
 
     def look(changed: str) -> None:
-        state = again.registry.get(agent_id)
+        state = again.agents.get(agent_id)
         if changed == agent_id and state is not None and state.connection is not None and not looked:
             # Connected, and not present yet: the loop looks at this very moment.
             looked.append(state.record.status)
             again.nodes.tick(again.now)
             again.jobs.wait([agent_id], 1)
 
-    again.registry.on_change(look)
+    again.agents.on_change(look)
     try:
         again.start()
         assert looked == [AgentStatus.OFFLINE]

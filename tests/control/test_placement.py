@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxlib.control.agents.registry import AgentState, Registry, free_share
+from fluxlib.control.agents.fleet import Agent, Fleet, free_share
 from fluxlib.control.executions.placement import BUSY_CPU_PERCENT, Need, chooser, fits, need_of, refusal, reject_reason
 from fluxlib.errors import AgentUnreachable, AtCapacity, NoAgentFits
 from fluxlib.model import AgentStatus, Behavior, Function, FunctionSpec, Network, NodeFigures, Platform
@@ -19,41 +19,41 @@ LINUX, WINDOWS = Platform("linux", "amd64"), Platform("windows", "amd64")
 NEED = need_of(Function(FunctionSpec("f", "run.sh"), "d", "c"))
 
 
-def agents(registry: Registry, count: int, **figures: object) -> list[AgentState]:
+def agents(fleet: Fleet, count: int, **figures: object) -> list[Agent]:
     values: dict[str, object] = {"memory_total_mb": 4096, "memory_used_mb": 1024, "max_tasks": 1000, **figures}
-    return [join(registry, f"a{n:05}", figures=NodeFigures(**values)) for n in range(count)]  # type: ignore[arg-type]
+    return [join(fleet, f"a{n:05}", figures=NodeFigures(**values)) for n in range(count)]  # type: ignore[arg-type]
 
 
-def place(registry: Registry, need: Need = NEED) -> str | None:
-    taken = registry.place(need.function_name, chooser(need, {}), slots=need.slots, memory_mb=need.memory_mb)
+def place(fleet: Fleet, need: Need = NEED) -> str | None:
+    taken = fleet.place(need.function_name, chooser(need, {}), slots=need.slots, memory_mb=need.memory_mb)
     return taken.agent_id if taken is not None else None
 
 
 def test_a_burst_between_two_reports_spreads_evenly() -> None:
-    registry = Registry()
-    agents(registry, 4)
+    fleet = Fleet()
+    agents(fleet, 4)
     need = replace(NEED, slots=0)
-    taken = [place(registry, need) for _ in range(400)]
+    taken = [place(fleet, need) for _ in range(400)]
     assert {taken.count(f"a{n:05}") for n in range(4)} == {100}
 
 
 def test_the_freest_comes_first_until_it_is_no_longer() -> None:
-    registry = Registry()
-    join(registry, "busy", figures=NodeFigures(80, 80, 4096, 3000, 0, 100))
-    join(registry, "idle", figures=NodeFigures(0, 0, 4096, 100, 0, 100))
+    fleet = Fleet()
+    join(fleet, "busy", figures=NodeFigures(80, 80, 4096, 3000, 0, 100))
+    join(fleet, "idle", figures=NodeFigures(0, 0, 4096, 100, 0, 100))
     need = replace(NEED, slots=0)
-    taken = [place(registry, need) for _ in range(60)]
+    taken = [place(fleet, need) for _ in range(60)]
     assert taken[:10] == ["idle"] * 10
     assert "busy" in taken
 
 
 def test_memory_promised_since_the_report_counts() -> None:
-    registry = Registry()
-    (agent,) = agents(registry, 1)
+    fleet = Fleet()
+    (agent,) = agents(fleet, 1)
     need = replace(NEED, memory_mb=1000, slots=0)
-    assert [place(registry, need) for _ in range(4)] == ["a00000"] * 3 + [None]
+    assert [place(fleet, need) for _ in range(4)] == ["a00000"] * 3 + [None]
     assert agent.expected_memory_free_mb == 72
-    refused = refusal(need, registry.agents(), {})
+    refused = refusal(need, fleet.agents(), {})
     assert isinstance(refused.error, NoAgentFits)
     assert "1000 MB" in refused.error.message
     assert "72 MB" in refused.error.message
@@ -61,18 +61,18 @@ def test_memory_promised_since_the_report_counts() -> None:
 
 
 def test_cpu_matters_only_to_those_that_ask_for_it() -> None:
-    registry = Registry()
-    agents(registry, 1, cpu_percent=BUSY_CPU_PERCENT)
-    assert place(registry) == "a00000"
-    assert place(registry, replace(NEED, cpu_millicores=100)) is None
-    agents(registry, 1, cpu_percent=BUSY_CPU_PERCENT - 1)
-    assert place(registry, replace(NEED, cpu_millicores=100)) == "a00000"
+    fleet = Fleet()
+    agents(fleet, 1, cpu_percent=BUSY_CPU_PERCENT)
+    assert place(fleet) == "a00000"
+    assert place(fleet, replace(NEED, cpu_millicores=100)) is None
+    agents(fleet, 1, cpu_percent=BUSY_CPU_PERCENT - 1)
+    assert place(fleet, replace(NEED, cpu_millicores=100)) == "a00000"
 
 
 def test_unknown_figures_and_platforms_fit_all() -> None:
-    registry = Registry()
-    state = join(registry, "original", platform=Platform())
-    registry.update("original", figures=None)
+    fleet = Fleet()
+    state = join(fleet, "original", platform=Platform())
+    fleet.update("original", figures=None)
     assert fits(replace(NEED, memory_mb=10**6, cpu_millicores=1, platforms=(WINDOWS,)), state)
 
 
@@ -83,13 +83,13 @@ def test_unknown_figures_and_platforms_fit_all() -> None:
 def test_what_is_asked_must_be_enforced_unless_nothing_is(
     isolation: str, enforces: tuple[str, ...], takes: bool
 ) -> None:
-    registry = Registry()
+    fleet = Fleet()
     spec = FunctionSpec("f", "run.sh", memory_mb=10, network=Network.NONE)
-    join(registry, "a", isolation=isolation, enforces=enforces)
+    join(fleet, "a", isolation=isolation, enforces=enforces)
     need = need_of(Function(spec, "d", "c"))
-    assert (place(registry, need) == "a") is takes
+    assert (place(fleet, need) == "a") is takes
     if not takes:
-        error = refusal(need, registry.agents(), {}).error
+        error = refusal(need, fleet.agents(), {}).error
         assert "network_none" in error.message
         assert "memory" not in error.message.replace("memory_mb", "")
 
@@ -102,10 +102,10 @@ def test_the_owners_platforms_win_over_what_was_read() -> None:
 
 class TestRefusals:
     def test_a_missing_platform_is_final_and_names_both_sides(self) -> None:
-        registry = Registry()
-        agents(registry, 5)
+        fleet = Fleet()
+        agents(fleet, 5)
         need = replace(NEED, platforms=(WINDOWS,), when_full=Behavior.WAIT, when_resources_exhausted=Behavior.WAIT)
-        refused = refusal(need, registry.agents(), {})
+        refused = refusal(need, fleet.agents(), {})
         assert isinstance(refused.error, NoAgentFits)
         assert "windows/amd64" in refused.error.message
         assert "linux/amd64" in refused.error.message
@@ -113,13 +113,13 @@ class TestRefusals:
         assert not refused.wait
 
     def test_one_full_agent_that_fits_means_at_capacity(self) -> None:
-        registry = Registry()
-        agents(registry, 3)
-        registry.update("a00000", record=replace(registry.agents()[0].record, platform=WINDOWS))
-        registry.mark_full("a00002", "f")
-        registry.update("a00001", in_step=False)
+        fleet = Fleet()
+        agents(fleet, 3)
+        fleet.update("a00000", record=replace(fleet.agents()[0].record, platform=WINDOWS))
+        fleet.mark_full("a00002", "f")
+        fleet.update("a00001", in_step=False)
         for behavior in Behavior:
-            refused = refusal(replace(NEED, when_full=behavior, platforms=(LINUX,)), registry.agents(), {})
+            refused = refusal(replace(NEED, when_full=behavior, platforms=(LINUX,)), fleet.agents(), {})
             assert isinstance(refused.error, AtCapacity)
             assert refused.error.retry_after
             assert refused.wait is (behavior is Behavior.WAIT)
@@ -133,25 +133,25 @@ class TestRefusals:
         ],
     )
     def test_lasting_and_passing_reasons_are_told(self, change: dict[str, object], words: str) -> None:
-        registry = Registry()
-        agents(registry, 1)
-        registry.update("a00000", **change)
-        refused = refusal(replace(NEED, when_resources_exhausted=Behavior.WAIT), registry.agents(), {})
+        fleet = Fleet()
+        agents(fleet, 1)
+        fleet.update("a00000", **change)
+        refused = refusal(replace(NEED, when_resources_exhausted=Behavior.WAIT), fleet.agents(), {})
         assert words in refused.error.message
         assert refused.wait
 
     def test_an_offline_fleet_and_an_empty_one(self) -> None:
-        registry = Registry()
-        assert "none is registered" in refusal(NEED, registry.agents(), {}).error.message
-        agents(registry, 1)
-        record = replace(registry.agents()[0].record, status=AgentStatus.OFFLINE)
-        registry.update("a00000", record=record)
-        assert "offline" in refusal(NEED, registry.agents(), {}).error.message
+        fleet = Fleet()
+        assert "none is registered" in refusal(NEED, fleet.agents(), {}).error.message
+        agents(fleet, 1)
+        record = replace(fleet.agents()[0].record, status=AgentStatus.OFFLINE)
+        fleet.update("a00000", record=record)
+        assert "offline" in refusal(NEED, fleet.agents(), {}).error.message
 
     def test_an_agent_nobody_reaches_is_an_error_of_its_own(self) -> None:
-        registry = Registry()
-        agents(registry, 1)
-        error = refusal(NEED, registry.agents(), {("a00000", "f"): AgentUnreachable("no route")}).error
+        fleet = Fleet()
+        agents(fleet, 1)
+        error = refusal(NEED, fleet.agents(), {("a00000", "f"): AgentUnreachable("no route")}).error
         assert isinstance(error, AgentUnreachable)
         assert error.retry_after
 
@@ -178,44 +178,44 @@ needs = st.builds(
 
 
 @settings(max_examples=200, deadline=None)
-@given(fleet=fleets, need=needs, calls=st.integers(1, 30))
+@given(members=fleets, need=needs, calls=st.integers(1, 30))
 def test_what_is_placed_fits_and_a_refusal_is_true(
-    fleet: list[tuple[NodeFigures, Platform, bool, bool]], need: Need, calls: int
+    members: list[tuple[NodeFigures, Platform, bool, bool]], need: Need, calls: int
 ) -> None:
-    registry = Registry()
-    for number, (seen, platform, in_step, lacks) in enumerate(fleet):
-        state = join(registry, f"a{number}", figures=seen, platform=platform)
-        registry.update(state.agent_id, in_step=in_step, lacking={"f": "no"} if lacks else {})
+    fleet = Fleet()
+    for number, (seen, platform, in_step, lacks) in enumerate(members):
+        state = join(fleet, f"a{number}", figures=seen, platform=platform)
+        fleet.update(state.agent_id, in_step=in_step, lacking={"f": "no"} if lacks else {})
     taken: list[str] = []
     for _ in range(calls):
-        before = {agent.agent_id: reject_reason(need, agent, {}) for agent in registry.agents()}
+        before = {agent.agent_id: reject_reason(need, agent, {}) for agent in fleet.agents()}
         free = [agent_id for agent_id, reason in before.items() if reason is None]
-        headroom = {agent.agent_id: free_share(agent) for agent in registry.agents()}
-        chosen = place(registry, need)
+        headroom = {agent.agent_id: free_share(agent) for agent in fleet.agents()}
+        chosen = place(fleet, need)
         if chosen is None:
             assert not free
-            refused = refusal(need, registry.agents(), {})
+            refused = refusal(need, fleet.agents(), {})
             full = any(reason is not None and reason.value == "full" for reason in before.values())
             assert isinstance(refused.error, AtCapacity if full else NoAgentFits)
         else:
             assert chosen in free
             assert headroom[chosen] == max(headroom[one] for one in free)
             taken.append(chosen)
-    for agent in registry.agents():
+    for agent in fleet.agents():
         assert not need.slots or taken.count(agent.agent_id) <= need.slots
         assert not agent.max_tasks or agent.total <= agent.max_tasks
 
 
 def test_ten_thousand_agents_cost_no_more_than_a_hundred() -> None:
     def cost(count: int) -> float:
-        registry = Registry()
-        agents(registry, count)
+        fleet = Fleet()
+        agents(fleet, count)
         need = replace(NEED, slots=0)
         rounds = []
         for _ in range(5):
             began = process_time()
             for _ in range(200):
-                place(registry, need)
+                place(fleet, need)
             rounds.append(process_time() - began)
         return min(rounds)
 
@@ -224,33 +224,33 @@ def test_ten_thousand_agents_cost_no_more_than_a_hundred() -> None:
 
 def test_one_that_looks_idle_does_not_get_the_whole_of_a_burst() -> None:
     """Sixteen at a time, each over before the next: the others had just started, and said so."""
-    registry = Registry()
+    fleet = Fleet()
     for n in range(3):
-        join(registry, f"starting-{n}", figures=NodeFigures(95, 30, 4096, 1200, 0, 256))
-    join(registry, "idle", figures=NodeFigures(2, 30, 4096, 1200, 0, 256))
+        join(fleet, f"starting-{n}", figures=NodeFigures(95, 30, 4096, 1200, 0, 256))
+    join(fleet, "idle", figures=NodeFigures(2, 30, 4096, 1200, 0, 256))
     need = replace(NEED, slots=0)
     taken: dict[str, int] = {}
     held = []
     for _ in range(100):
-        reservation = registry.place("f", chooser(need, {}))
+        reservation = fleet.place("f", chooser(need, {}))
         assert reservation is not None
         taken[reservation.agent_id] = taken.get(reservation.agent_id, 0) + 1
         held.append(reservation)
         if len(held) == 16:
-            registry.release(held.pop(0))
+            fleet.release(held.pop(0))
     assert len(taken) == 4
     assert max(taken.values()) < 75
 
 
 def test_what_ended_since_the_report_gives_back_no_more_than_there_is() -> None:
-    registry = Registry()
-    join(registry, "was-busy", figures=NodeFigures(0, 30, 4096, 1200, 0, 0))
-    join(registry, "idle", figures=NodeFigures(0, 30, 4096, 1200, 0, 0))
-    before = [registry.reserve("was-busy", "f") for _ in range(20)]
-    registry.report("was-busy", NodeFigures(100, 30, 4096, 1200, 20, 0), at=1.0)
+    fleet = Fleet()
+    join(fleet, "was-busy", figures=NodeFigures(0, 30, 4096, 1200, 0, 0))
+    join(fleet, "idle", figures=NodeFigures(0, 30, 4096, 1200, 0, 0))
+    before = [fleet.reserve("was-busy", "f") for _ in range(20)]
+    fleet.report("was-busy", NodeFigures(100, 30, 4096, 1200, 20, 0), at=1.0)
     for reservation in before:
         assert reservation is not None
-        registry.release(reservation)
+        fleet.release(reservation)
     need = replace(NEED, slots=0)
-    taken = [place(registry, need) for _ in range(20)]
+    taken = [place(fleet, need) for _ in range(20)]
     assert 8 <= taken.count("was-busy") <= 14

@@ -104,7 +104,7 @@ class TestDeparted:
         here = plane(planes, store, "s1", shared=True)
         here.agent(script=accept)
         running = here.submit()
-        here.registry.remove("a1")
+        here.fleet.remove("a1")
         assert here.record(running).error_kind is ErrorKind.AGENT_LOST
         assert not here.service._tracker.all()
 
@@ -113,7 +113,7 @@ class TestDeparted:
         agent = here.agent()
         waiting = here.soon()
         asked = agent.wait_asked()
-        here.registry.remove("a1")
+        here.fleet.remove("a1")
         here.service.agent_lost("a1", "it was deregistered")
         asked.answer(AgentLost("agent a1 was lost: it was deregistered"))
         with pytest.raises(AgentLost) as caught:
@@ -130,7 +130,7 @@ class TestDeparted:
         here.service.agent_lost("a1", "it was deregistered")
         asked.accept()
         submitting.result(10)
-        here.registry.remove("a1")
+        here.fleet.remove("a1")
         here.service.tick(0.0)
         assert not here.service._tracker.all()
 
@@ -254,11 +254,11 @@ class TestFrozen:
     def test_what_runs_goes_on(self, frozen: Plane, leader: Plane, store: Store) -> None:
         agent = frozen.agent(script=accept)
         running = frozen.submit()
-        join(leader.registry, "a1", agent)
+        join(leader.fleet, "a1", agent)
         leader.service.adopt("old", None)
         frozen.service.tick(time.time() + 60)
         assert not frozen.service._tracker.all()
-        assert frozen.registry.get("a1").total == 0  # type: ignore[union-attr]
+        assert frozen.fleet.get("a1").total == 0  # type: ignore[union-attr]
         frozen.service._reconciler.close(Deadline(5))
         assert not agent.cancels
         assert entry(store, running).status is ExecutionStatus.RUNNING
@@ -283,10 +283,10 @@ class TestFollowing:
     def test_a_streams_agent_is_asked_once_for_all_it_runs(self, planes: list[Plane], store: Store) -> None:
         former = plane(planes, store, "old")
         agent = Counting("a1")
-        join(former.registry, "a1", agent)
+        join(former.fleet, "a1", agent)
         ids = [former.submit() for _ in range(4)]
         new = plane(planes, store, "new")
-        join(new.registry, "a1", agent)
+        join(new.fleet, "a1", agent)
         new.service.start()
         for count in range(1, 6):
             new.service.tick(0.0)
@@ -299,10 +299,10 @@ class TestFollowing:
     def test_what_runs_for_long_is_asked_for_seldom(self, planes: list[Plane], store: Store) -> None:
         former = plane(planes, store, "old")
         agent = Counting("a1")
-        join(former.registry, "a1", agent)
+        join(former.fleet, "a1", agent)
         running = former.submit()
         new = plane(planes, store, "new")
-        join(new.registry, "a1", agent)
+        join(new.fleet, "a1", agent)
         new.service.start()
         reconciler = new.service._reconciler
         for _ in range(300):
@@ -315,11 +315,11 @@ class TestFollowing:
     def test_being_asked_often_at_once_does_not_make_it_lost(self, planes: list[Plane], store: Store) -> None:
         former = plane(planes, store, "old")
         agent = Counting("a1")
-        join(former.registry, "a1", agent)
+        join(former.fleet, "a1", agent)
         on_its_way = former.submit()
         record = agent.records.pop(on_its_way)
         new = plane(planes, store, "new")
-        join(new.registry, "a1", agent)
+        join(new.fleet, "a1", agent)
         new.service.start()
         for count in range(2, 7):
             until(lambda: not new.service._reconciler._polls["a1"].asking)
@@ -334,7 +334,7 @@ class TestFollowing:
     def test_calls_of_a_dead_flux_are_ended_side_by_side(self, planes: list[Plane], store: Store) -> None:
         former = plane(planes, store, "old")
         agent = Counting("a1")
-        join(former.registry, "a1", agent)
+        join(former.fleet, "a1", agent)
         agent.script = None
         for _ in range(3):
             former.soon()
@@ -342,7 +342,7 @@ class TestFollowing:
         agent.records = {asked.request.execution_id: asked.record for asked in agent.asked}
         agent.on_cancel = lambda execution_id: ExecutionStatus.RUNNING  # they are dying
         new = plane(planes, store, "new")
-        join(new.registry, "a1", agent)
+        join(new.fleet, "a1", agent)
         new.service.start()
         assert len({execution_id for execution_id, _ in agent.wait_cancelled(3)}) == 3
         for _ in range(3):
@@ -363,7 +363,7 @@ class TestFollowing:
         running = former.submit()
         new = plane(planes, store, "new")
         agent = Counting("a1")
-        join(new.registry, "a1", agent, status=AgentStatus.OFFLINE)
+        join(new.fleet, "a1", agent, status=AgentStatus.OFFLINE)
         new.service.start()
         for _ in range(5):
             new.service.tick(0.0)

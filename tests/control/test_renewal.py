@@ -37,7 +37,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     fleet = Fleet(now=start)
     machine = fleet.wire.add("w1", not_after=start + 100 * DAY)
     fleet.membership.register("w1:50052", legacy=False)
-    renewal = Renewal(authority, own, fleet.registry, fleet.leadership, clock=fleet.clock)
+    renewal = Renewal(authority, own, fleet.agents, fleet.leadership, clock=fleet.clock)
     yield Place(fleet, machine, authority, own, renewal, tmp_path)
     fleet.close()
 
@@ -156,7 +156,7 @@ def test_a_flux_whose_clock_is_wrong_renews_nothing_and_says_so(
 ) -> None:
     given = able(place, monkeypatch)
     connection = place.fleet.connection("w1")
-    place.fleet.registry.update("w1", certificate_not_after=place.fleet.now + 5 * DAY)
+    place.fleet.agents.update("w1", certificate_not_after=place.fleet.now + 5 * DAY)
     right = place.fleet.now
     request, _ = connection.create_certificate_request()
     monkeypatch.setattr(connection, "create_certificate_request", lambda: (request, right))

@@ -161,7 +161,7 @@ class TestAtAnotherFlux:
     def first(self, planes: list[Plane]) -> tuple[FakeConnection, Future[str], Asked]:
         here, there = planes
         agent = here.agent()
-        join(there.registry, "a1", agent)
+        join(there.fleet, "a1", agent)
         first = soon(here)
         return agent, first, agent.wait_asked()
 

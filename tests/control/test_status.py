@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.status import StatusService
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop
@@ -14,7 +14,7 @@ from tests.support.memory_store import MemoryControlStore
 
 
 def service(store: MemoryControlStore, *, tls: bool = True) -> StatusService:
-    return StatusService(store, Registry(), tls=tls, stopping=lambda: False, leads=lambda: True)
+    return StatusService(store, Fleet(), tls=tls, stopping=lambda: False, leads=lambda: True)
 
 
 def test_a_store_that_is_away_is_said_and_asked_once_a_second_only(monkeypatch: pytest.MonkeyPatch) -> None:

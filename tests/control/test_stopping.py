@@ -143,7 +143,7 @@ class TestCallsInProgress:
             waiting.result(10)
         assert caught.value.execution_id == asked.request.execution_id
         new = Plane(store, "new")
-        join(new.registry, "a1", agent)
+        join(new.fleet, "a1", agent)
         new.service.start()
         agent.wait_cancelled(2)
         agent.records[asked.request.execution_id] = asked.record.ended(
@@ -173,7 +173,7 @@ class TestWhatWasRefused:
 
     def refused(self, plane: Plane) -> tuple[str, Any]:
         agent = plane.agent()
-        plane.store.save_agent(plane.registry.get("a1").record)  # type: ignore[union-attr]
+        plane.store.save_agent(plane.fleet.get("a1").record)  # type: ignore[union-attr]
         plane.functions.add("one", max_concurrency=1, **WAIT)
         first = plane.soon("one")
         agent.wait_asked(1)

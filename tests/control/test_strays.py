@@ -76,7 +76,7 @@ def test_an_emptied_store_ends_nothing() -> None:
     fleet = made(end_strays=True)
     fleet.nodes.initialize()
     fleet.pass_time(5000)
-    # Somebody flushed Redis: the registry reads well, and is empty.
+    # Somebody flushed Redis: the agents reads well, and is empty.
     fleet.close()
     after = CloudFleet(*fleet.clouds, store=MemoryControlStore(), clock=fleet.time, end_strays=True)
     try:

@@ -158,7 +158,7 @@ def test_nothing_is_remembered_of_deleted_functions_and_removed_agents(plane: Pl
     assert placement.place_waiting("g", "") is None
     plane.submit("f")
     agent.end(agent.asked[1])
-    state = plane.registry.remove("a1")
+    state = plane.fleet.remove("a1")
     assert state is not None
     assert state not in placement._last_used.values()
 

@@ -105,7 +105,7 @@ class CloudFleet(Fleet):
         self.terminator = NodeTerminator(
             clouds,
             self.membership,
-            self.registry,
+            self.agents,
             self.jobs,
             self.leadership,
             forget=self.forgotten.append,
@@ -113,7 +113,7 @@ class CloudFleet(Fleet):
         )
         self.provisioner = NodeProvisioner(
             self.membership,
-            self.registry,
+            self.agents,
             self.setup,
             self.terminator,
             self.jobs,
@@ -128,7 +128,7 @@ class CloudFleet(Fleet):
         self.autoscaler = Autoscaler(
             clouds,
             self.store,
-            self.registry,
+            self.agents,
             self.provisioner,
             self.terminator,
             self.demand,
@@ -139,7 +139,7 @@ class CloudFleet(Fleet):
         )
         self.nodes = NodeService(
             clouds,
-            self.registry,
+            self.agents,
             self.provisioner,
             self.terminator,
             self.autoscaler,
@@ -165,7 +165,7 @@ class CloudFleet(Fleet):
         return found
 
     def node_ids(self) -> list[str]:
-        return [state.agent_id for state in self.registry.agents() if state.record.provider]
+        return [state.agent_id for state in self.agents.agents() if state.record.provider]
 
     def notes(self, agent_id: str) -> NodeNotes:
         return notes_of(self.state(agent_id).record)
@@ -182,7 +182,7 @@ class CloudFleet(Fleet):
             state = self.state(agent_id)
             if state.record.status.present:
                 figures = NodeFigures(cpu, memory, 4096, 1024, active_tasks=0, max_tasks=8)
-                self.registry.report(agent_id, figures, at=self.now, instance_id=state.instance_id)
+                self.agents.report(agent_id, figures, at=self.now, instance_id=state.instance_id)
 
     def pass_time(self, seconds: float) -> None:
         """In steps that keep the leader's lease: jobs under way look at it at any moment."""

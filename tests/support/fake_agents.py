@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from fluxlib.control.agents.connection import OnAnswer, refusal
-from fluxlib.control.agents.registry import AgentState, Registry
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.errors import FluxError, NotFound
 from fluxlib.model import (
     AgentRecord,
@@ -219,17 +219,17 @@ class FakeFunctions:
 
 
 def join(
-    registry: Registry,
+    fleet: Fleet,
     agent_id: str,
     connection: FakeConnection | None = None,
     *,
     figures: NodeFigures | None = None,
     **record: object,
-) -> AgentState:
+) -> Agent:
     """An agent that takes work."""
     values: dict[str, object] = {"status": AgentStatus.ONLINE, "platform": Platform("linux", "amd64"), **record}
-    state = AgentState(AgentRecord(agent_id, f"{agent_id}:50052", **values), connection or FakeConnection(agent_id))  # type: ignore[arg-type]
+    state = Agent(AgentRecord(agent_id, f"{agent_id}:50052", **values), connection or FakeConnection(agent_id))  # type: ignore[arg-type]
     state.in_step = True
     state.figures = figures or NodeFigures(10.0, 20.0, 4096, 1024, 0, 256)
-    registry.add(state)
+    fleet.add(state)
     return state

@@ -18,12 +18,13 @@ from fluxlib.control.agents.connection import (
     OnReport,
     Taken,
 )
+from fluxlib.control.agents.fleet import Agent
+from fluxlib.control.agents.fleet import Fleet as AgentFleet
 from fluxlib.control.agents.health import HealthPoller
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
 from fluxlib.control.agents.pushes import Pusher
 from fluxlib.control.agents.reconciler import Joiner
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.agents.replication import Sharing
 from fluxlib.control.agents.roster import Roster
 from fluxlib.control.functions.deploy import FunctionService
@@ -288,22 +289,22 @@ class Fleet:
         self.store = store if store is not None else MemoryControlStore()
         self.wire: Any = wire if wire is not None else Wire(self.clock)
         self.executions = Executions()
-        self.registry = Registry()
+        self.agents = AgentFleet()
         self.leadership = Leadership(self.store, session, shared=shared, clock=self.clock)
         self.leadership.tick(self.now)
-        self.pusher = Pusher(self.registry, self.store.archive, at_a_time=4)
+        self.pusher = Pusher(self.agents, self.store.archive, at_a_time=4)
         self.functions = FunctionService(
             self.store,
-            self.registry,
+            self.agents,
             self.pusher,
             max_archive_bytes=max_archive_bytes,
             clock=self.clock,
         )
         self.functions.refresh()
-        self.roster = Roster(self.store, self.registry, self.leadership)
+        self.roster = Roster(self.store, self.agents, self.leadership)
         self.joiner = Joiner(
             self.store,
-            self.registry,
+            self.agents,
             self.roster,
             self.wire,
             self.executions,
@@ -315,11 +316,11 @@ class Fleet:
             clock=self.clock,
         )
         self.membership = Membership(
-            self.registry, self.roster, self.joiner, self.wire, self.executions, self.pusher, clock=self.clock
+            self.agents, self.roster, self.joiner, self.wire, self.executions, self.pusher, clock=self.clock
         )
-        self.sharing = Sharing(self.store, self.registry, self.roster, self.joiner, self.membership, self.leadership)
+        self.sharing = Sharing(self.store, self.agents, self.roster, self.joiner, self.membership, self.leadership)
         self.health = HealthPoller(
-            self.registry,
+            self.agents,
             self.roster,
             self.joiner,
             self.executions,
@@ -360,8 +361,8 @@ class Fleet:
     def view(self, agent_id: str) -> AgentView:
         return next(view for view in self.membership.views() if view.record.agent_id == agent_id)
 
-    def state(self, agent_id: str) -> AgentState:
-        state = self.registry.get(agent_id)
+    def state(self, agent_id: str) -> Agent:
+        state = self.agents.get(agent_id)
         assert state is not None
         return state
 

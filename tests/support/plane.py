@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.executions.service import ExecutionService
 from fluxlib.control.services import Call
 from fluxlib.lifecycle import Deadline, Timers
@@ -36,12 +36,12 @@ class Plane:
 
     def __init__(self, store: ControlStore, session: str = "s1", **settings: object) -> None:
         self.store = store
-        self.registry = Registry()
+        self.fleet = Fleet()
         self.functions = FakeFunctions()
         self.timers = Timers("test-timers").start()
         self.service = ExecutionService(
             store,
-            self.registry,
+            self.fleet,
             self.functions,
             self.timers,
             session,
@@ -53,7 +53,7 @@ class Plane:
     def agent(self, agent_id: str = "a1", script: object = None, **more: object) -> FakeConnection:
         connection = FakeConnection(agent_id, script, bool(more.pop("original", False)))  # type: ignore[arg-type]
         connection.on_ended = self.service.events(agent_id).ended
-        join(self.registry, agent_id, connection, **more)  # type: ignore[arg-type]
+        join(self.fleet, agent_id, connection, **more)  # type: ignore[arg-type]
         return connection
 
     def execute(self, name: str = "f", *args: str, client: Client | None = None, **call: object) -> ExecutionRecord:

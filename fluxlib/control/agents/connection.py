@@ -1,7 +1,7 @@
 """What the control plane may ask of one agent, whichever way the agent is reached.
 
 :class:`fluxlib.control.agents.client.client.AgentClient` is the one that talks gRPC; the
-registry hands it out as an :class:`AgentConnection`, so that placement, tests
+fleet hands it out as an :class:`AgentConnection`, so that placement, tests
 and simulations need no wire.
 """
 

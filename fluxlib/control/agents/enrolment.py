@@ -7,7 +7,7 @@ import time
 import zipfile
 from collections.abc import Callable
 
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.errors import Conflict
 from fluxlib.pki import Authority
 from fluxlib.pki.authority import enrolment_files
@@ -18,17 +18,17 @@ class EnrolmentService:
     """services.Enrolment."""
 
     def __init__(
-        self, authority: Authority, registry: Registry, agent_port: int, clock: Callable[[], float] = time.time
+        self, authority: Authority, fleet: Fleet, agent_port: int, clock: Callable[[], float] = time.time
     ) -> None:
         self._authority = authority
-        self._registry = registry
+        self._fleet = fleet
         self._agent_port = agent_port
         self._clock = clock
 
     def bundle(self, agent_id: str) -> bytes:
         """agent.yaml and three PEM files, private to whoever unpacks them. Raises InvalidInput, Conflict."""
         check_agent_id(agent_id)
-        if self._registry.get(agent_id) is not None:
+        if self._fleet.get(agent_id) is not None:
             # A second key for the ID of a living agent would let its holder play that agent.
             raise Conflict(f"agent {agent_id} is registered: deregister it first to give its ID to another machine")
         files = enrolment_files(self._authority.issue_agent(agent_id), agent_id, self._agent_port)

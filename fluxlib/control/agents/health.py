@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fluxlib.clock import steady_time
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.member import STEP_IN, Member, Wanted
 from fluxlib.control.agents.pushes import Pusher
 from fluxlib.control.agents.reconciler import ExecutionsPart, Joiner
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.agents.replication import Sharing
 from fluxlib.control.agents.roster import Roster
 from fluxlib.control.functions.deploy import FunctionService
@@ -42,7 +42,7 @@ class HealthPoller:
 
     def __init__(
         self,
-        registry: Registry,
+        fleet: Fleet,
         roster: Roster,
         joiner: Joiner,
         executions: ExecutionsPart,
@@ -55,7 +55,7 @@ class HealthPoller:
         lost_after: float,
         clock: Callable[[], float] = steady_time,
     ) -> None:
-        self._registry = registry
+        self._fleet = fleet
         self._roster = roster
         self._joiner = joiner
         self._executions = executions
@@ -136,7 +136,7 @@ class HealthPoller:
                 log.warning("the agents' figures cannot be shared: %s", error)
 
     def _visit(self, member: Member, revision: int, functions: Sequence[Function], now: float, leads: bool) -> None:
-        state = self._registry.get(member.agent_id)
+        state = self._fleet.get(member.agent_id)
         if state is None or state.record.status is AgentStatus.PROVISIONING:
             return
         if state.in_step and state.record.status.present and member.checked_revision != revision:
@@ -149,7 +149,7 @@ class HealthPoller:
             self._ask(member, state, now)
             self._look(member, state, now)
 
-    def _ask(self, member: Member, state: AgentState, now: float) -> None:
+    def _ask(self, member: Member, state: Agent, now: float) -> None:
         connection = state.connection
         if connection is None:
             # Nobody has been reached there in this life: the worker's failures are the misses.
@@ -168,7 +168,7 @@ class HealthPoller:
         self._answers.append(answer)
         self.loop.wake()
 
-    def _look(self, member: Member, state: AgentState, now: float) -> None:
+    def _look(self, member: Member, state: Agent, now: float) -> None:
         """What only time brings about."""
         self._roster.catch_up(member)
         record = state.record
@@ -208,7 +208,7 @@ class HealthPoller:
     # -- answers -------------------------------------------------------------------
 
     def _judge(self, agent_id: str, question: int, answer: NodeReport | FluxError, now: float) -> None:
-        member, state = self._roster.get(agent_id), self._registry.get(agent_id)
+        member, state = self._roster.get(agent_id), self._fleet.get(agent_id)
         if member is None or state is None:
             return
         asked_at = member.polled.answered(question)
@@ -221,11 +221,11 @@ class HealthPoller:
         else:
             self._met(member, state, answer, asked_at, now)
 
-    def _miss(self, member: Member, state: AgentState, reason: str, now: float) -> None:
+    def _miss(self, member: Member, state: Agent, reason: str, now: float) -> None:
         member.polled.misses += 1
         if member.polled.misses < MISSES or not state.record.status.present:
             if not state.record.status.present:
-                self._registry.update(member.agent_id, problem=f"is offline: {reason}")
+                self._fleet.update(member.agent_id, problem=f"is offline: {reason}")
             return
         log.warning("agent %s is offline: %s", member.agent_id, reason)
         self._roster.observe(
@@ -240,7 +240,7 @@ class HealthPoller:
             # A vanished host closes nothing, and an original agent must not be pinged: no call may wait for it.
             state.connection.fail_in_flight(f"agent {member.agent_id} is offline: {reason}")
 
-    def _met(self, member: Member, state: AgentState, report: NodeReport, asked_at: float, now: float) -> None:
+    def _met(self, member: Member, state: Agent, report: NodeReport, asked_at: float, now: float) -> None:
         member.polled.misses = 0
         ours = bool(report.instance_id)
         before = state.figures
@@ -254,7 +254,7 @@ class HealthPoller:
             if before is not None:
                 member.polled.counts |= report.figures.uptime_seconds != before.uptime_seconds
                 restarted = member.polled.counts and began > state.last_heartbeat - before.uptime_seconds
-        self._registry.report(member.agent_id, report.figures, at=now, instance_id=report.instance_id)
+        self._fleet.report(member.agent_id, report.figures, at=now, instance_id=report.instance_id)
         if restarted and not ours:
             try:
                 self._executions.agent_restarted(member.agent_id, began)
@@ -265,7 +265,7 @@ class HealthPoller:
         elif not state.record.status.present:
             self._joiner.want(member, STEP_IN)
         elif restarted:
-            self._registry.update(member.agent_id, in_step=False, problem="restarted: is being brought in step")
+            self._fleet.update(member.agent_id, in_step=False, problem="restarted: is being brought in step")
             self._joiner.want(member, STEP_IN)
         elif ours and report.inventory_revision != state.revision:
             self._joiner.want(member, Wanted.STEP)

@@ -1,4 +1,4 @@
-"""What this process remembers of one agent beside its record and the registry: for its worker, and for who polls it."""
+"""What this process remembers of one agent beside its record and the fleet: for its worker, and for who polls it."""
 
 from __future__ import annotations
 

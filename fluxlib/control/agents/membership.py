@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from fluxlib.clock import steady_time
 from fluxlib.control.agents.connection import AgentConnection, Connector
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.member import STEP_IN, Member, Wanted
 from fluxlib.control.agents.pushes import Pusher
 from fluxlib.control.agents.reconciler import ExecutionsPart, Joiner
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.agents.roster import DRAINING, Change, Roster, present_status
 from fluxlib.control.services import AgentView
 from fluxlib.errors import Conflict, FluxError, NotFound, StoreUnavailable
@@ -39,7 +39,7 @@ class Membership:
 
     def __init__(
         self,
-        registry: Registry,
+        fleet: Fleet,
         roster: Roster,
         joiner: Joiner,
         connector: Connector,
@@ -48,7 +48,7 @@ class Membership:
         *,
         clock: Callable[[], float] = steady_time,
     ) -> None:
-        self._registry = registry
+        self._fleet = fleet
         self._roster = roster
         self._joiner = joiner
         self._connector = connector
@@ -67,7 +67,7 @@ class Membership:
         """Close every connection; calls in flight are waited for until the deadline."""
         # Workers and calls in flight end at the same agents: those that do not answer take half of the time each.
         self._joiner.stop(Deadline(deadline.remaining() / 2))
-        connections = [state.connection for state in self._registry.agents() if state.connection is not None]
+        connections = [state.connection for state in self._fleet.agents() if state.connection is not None]
         with ThreadPoolExecutor(_CLOSE_AT_A_TIME, thread_name_prefix="close") as pool:
             for connection in connections:
                 pool.submit(connection.close, deadline)
@@ -75,7 +75,7 @@ class Membership:
     # -- services.Agents ---------------------------------------------------------------
 
     def views(self) -> Sequence[AgentView]:
-        return [_view(state) for state in self._registry.agents()]
+        return [_view(state) for state in self._fleet.agents()]
 
     def register(self, address: str, *, legacy: bool) -> AgentView:
         """Also raises AgentRefused (an ID that is none), StoreUnavailable (nothing was changed then)."""
@@ -84,7 +84,7 @@ class Membership:
         legacy = introduction.legacy_certificate and self._joiner.tls
         with self._lock:
             member = self._roster.get(agent_id)
-            known = self._registry.get(agent_id)
+            known = self._fleet.get(agent_id)
             if known is not None and known.record.address not in ("", introduction.address):
                 raise Conflict(
                     f"agent {agent_id} is registered at {known.record.address}: deregister it first"
@@ -181,7 +181,7 @@ class Membership:
 
     # -- shared with the health poller -------------------------------------------------------
 
-    def let_go(self, agent_id: str, state: AgentState | None, *, kill: bool) -> None:
+    def let_go(self, agent_id: str, state: Agent | None, *, kill: bool) -> None:
         """End the connection of an agent that left. ``kill``: what runs there is nobody's any more."""
         self._pusher.forget(agent_id)
         connection = state.connection if state is not None else None
@@ -202,8 +202,8 @@ class Membership:
             raise NotFound(f"there is no agent {agent_id[:80]}")
         return member
 
-    def _state(self, agent_id: str) -> AgentState:
-        state = self._registry.get(agent_id)
+    def _state(self, agent_id: str) -> Agent:
+        state = self._fleet.get(agent_id)
         if state is None:
             raise NotFound(f"there is no agent {agent_id[:80]}")
         return state
@@ -236,7 +236,7 @@ def _kill_everything(connection: AgentConnection) -> None:
         log.warning("agent %s may still run something: %s", connection.agent_id, error)
 
 
-def _view(state: AgentState) -> AgentView:
+def _view(state: Agent) -> AgentView:
     problem = state.problem
     if not problem and state.record.status.present and not state.reachable:
         problem = "its connection for executions is not up"

@@ -1,6 +1,6 @@
 """Functions on their way to agents: what differs by digest, to many agents at a time, one at a time to each.
 
-What an agent holds and what it cannot be given is written to the registry here
+What an agent holds and what it cannot be given is written to the fleet here
 and nowhere else.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxlib.control.agents.connection import AgentConnection, Taken
-from fluxlib.control.agents.registry import AgentState, Registry
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.services import AgentResult
 from fluxlib.errors import AgentLost, AgentUnreachable, FluxError
 from fluxlib.lifecycle import Deadline
@@ -71,8 +71,8 @@ class Pushed:
 class Pusher:
     """Brings agents what they should hold. Every method may be called from any thread."""
 
-    def __init__(self, registry: Registry, archive: Callable[[str], bytes | None], *, at_a_time: int = 16) -> None:
-        self._registry = registry
+    def __init__(self, fleet: Fleet, archive: Callable[[str], bytes | None], *, at_a_time: int = 16) -> None:
+        self._fleet = fleet
         self._archives = Archives(archive)
         self._pool = Pool("push", at_a_time)
         self._lock = threading.Lock()
@@ -80,7 +80,7 @@ class Pusher:
         self._cannot_start: set[tuple[str, str]] = set()  # (agent ID, function name) it took and will not start
         self._missed: set[str] = set()  # agents that did not answer a push: what they lack is worth a retry
 
-    def differs(self, agent: AgentState, functions: Iterable[Function]) -> bool:
+    def differs(self, agent: Agent, functions: Iterable[Function]) -> bool:
         """Whether the agent, as far as is known, holds something else than it should and can be given."""
         if agent.agent_id in self._missed:
             return True
@@ -93,15 +93,15 @@ class Pusher:
             _state(one) != agent.holds.get(name) for name, one in wanted.items() if name not in agent.lacking
         )
 
-    def push_all(self, agents: Sequence[AgentState], function: Function) -> list[Pushed]:
+    def push_all(self, agents: Sequence[Agent], function: Function) -> list[Pushed]:
         """The function to each of the agents, in parallel; answers in the order of the agents."""
         return self._side_by_side(agents, lambda agent: self.push(agent, function))
 
-    def remove_all(self, agents: Sequence[AgentState], name: str) -> list[Pushed]:
+    def remove_all(self, agents: Sequence[Agent], name: str) -> list[Pushed]:
         """Away with a function, in parallel."""
         return self._side_by_side(agents, lambda agent: self.remove(agent, name))
 
-    def push(self, agent: AgentState, function: Function) -> Pushed:
+    def push(self, agent: Agent, function: Function) -> Pushed:
         """What differs of one function to one agent. Never raises a FluxError."""
         name = function.spec.name
         if not fits(agent, function):
@@ -140,7 +140,7 @@ class Pusher:
             result = AgentResult(agent.agent_id, SUCCESS, "; ".join(taken.warnings))
             return Pushed(result, taken.warnings, unfit=taken.cannot_start)
 
-    def remove(self, agent: AgentState, name: str) -> Pushed:
+    def remove(self, agent: Agent, name: str) -> Pushed:
         """Never raises a FluxError."""
         connection = agent.connection
         if connection is None or not agent.record.status.present:
@@ -164,9 +164,7 @@ class Pusher:
             AgentResult(agent.agent_id, SKIPPED, "an original agent: it keeps the code, but is not asked to run it")
         )
 
-    def bring_in_step(
-        self, agent: AgentState, functions: Iterable[Function], held: Iterable[FunctionState] | None
-    ) -> int:
+    def bring_in_step(self, agent: Agent, functions: Iterable[Function], held: Iterable[FunctionState] | None) -> int:
         """Push and remove until the agent holds what it should; how many changes are worth a retry.
 
         ``held`` is what its inventory says; None = unknown, it gets everything. Raises AgentUnreachable
@@ -177,7 +175,7 @@ class Pusher:
             holds = {} if held is None else {state.name: state for state in held}
             # What failed before stays lacking until it is tried again below: the agent or its host may have changed.
             lacking = {name: reason for name, reason in agent.lacking.items() if name in wanted}
-            self._registry.update(agent.agent_id, holds=holds, lacking=lacking)
+            self._fleet.update(agent.agent_id, holds=holds, lacking=lacking)
             self._missed.discard(agent.agent_id)
         failed = in_a_row = 0
         for pushed in self._steps(agent, sorted(holds.keys() - wanted.keys()), wanted.values()):
@@ -197,7 +195,7 @@ class Pusher:
         """What is queued is dropped: agents get it when they are next brought in step."""
         self._pool.stop(deadline)
 
-    def _side_by_side(self, agents: Sequence[AgentState], act: Callable[[AgentState], Pushed]) -> list[Pushed]:
+    def _side_by_side(self, agents: Sequence[Agent], act: Callable[[Agent], Pushed]) -> list[Pushed]:
         done = self._pool.map(lambda agent: _guarded(agent, lambda: act(agent)), agents)
         left = "Flux is stopping: it is brought in step later"
         return [
@@ -205,13 +203,13 @@ class Pusher:
             for agent, pushed in zip(agents, done, strict=True)
         ]
 
-    def _steps(self, agent: AgentState, superfluous: Iterable[str], functions: Iterable[Function]) -> Iterator[Pushed]:
+    def _steps(self, agent: Agent, superfluous: Iterable[str], functions: Iterable[Function]) -> Iterator[Pushed]:
         for name in superfluous:
             yield self.remove(agent, name)
         for function in functions:
             yield self.push(agent, function)
 
-    def _send(self, agent: AgentState, connection: AgentConnection, function: Function) -> Taken:
+    def _send(self, agent: Agent, connection: AgentConnection, function: Function) -> Taken:
         held = agent.holds.get(function.spec.name)
         same_code = held is not None and held.code_digest == function.code_digest
         if not function.code_digest or same_code:
@@ -222,7 +220,7 @@ class Pusher:
             raise AgentUnreachable(f"the code of {function.spec.name} was replaced meanwhile")
         return connection.deploy(function.spec, function.spec_digest, function.code_digest, archive)
 
-    def _failed(self, agent: AgentState, error: FluxError) -> Pushed:
+    def _failed(self, agent: Agent, error: FluxError) -> Pushed:
         # An original has one place for each function, and cannot replace a program there that runs.
         busy = agent.record.original and "text file busy" in error.message.lower()
         again = busy or isinstance(error, AgentUnreachable | AgentLost)
@@ -232,27 +230,27 @@ class Pusher:
             AgentResult(agent.agent_id, FAILED, error.message), again=again, unfit="" if again else error.message
         )
 
-    def _note(self, agent: AgentState, name: str, held: FunctionState | None, problem: str) -> None:
-        """Under the agent's lock: new mappings, because the registry's readers take no lock."""
+    def _note(self, agent: Agent, name: str, held: FunctionState | None, problem: str) -> None:
+        """Under the agent's lock: new mappings, because the fleet's readers take no lock."""
         holds = {one: state for one, state in agent.holds.items() if one != name}
         lacking = {one: reason for one, reason in agent.lacking.items() if one != name}
         if held is not None:
             holds[name] = held
         if problem:
             lacking[name] = problem
-        self._registry.update(agent.agent_id, holds=holds, lacking=lacking)
+        self._fleet.update(agent.agent_id, holds=holds, lacking=lacking)
 
     def _lock_of(self, agent_id: str) -> threading.Lock:
         with self._lock:
             return self._locks.setdefault(agent_id, threading.Lock())
 
 
-def fits(agent: AgentState, function: Function) -> bool:
+def fits(agent: Agent, function: Function) -> bool:
     """Whether the agent's platform can run it; an unknown one can run everything."""
     return not function.platforms or any(agent.platform.matches(wanted) for wanted in function.platforms)
 
 
-def _guarded(agent: AgentState, act: Callable[[], Pushed]) -> Pushed:
+def _guarded(agent: Agent, act: Callable[[], Pushed]) -> Pushed:
     """A fault of ours at one agent must not hide what became of it at the others."""
     try:
         return act()

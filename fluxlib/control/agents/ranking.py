@@ -1,6 +1,6 @@
 """The agents of one platform that take work, in order of headroom, and how many of them are full.
 
-Written only by :class:`fluxlib.control.agents.registry.Registry`, under its lock.
+Written only by :class:`fluxlib.control.agents.fleet.Fleet`, under its lock.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from typing import Protocol
 
 from fluxlib.clock import steady_time
 from fluxlib.control.agents.connection import AgentConnection, ConnectionEvents, Connector, Introduction
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.member import STEP_IN, Member, Wanted
 from fluxlib.control.agents.pushes import Pusher
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.agents.roster import Roster, present_status
 from fluxlib.control.functions.deploy import FunctionService
 from fluxlib.errors import AgentRefused, AgentUnreachable, Conflict, FluxError
@@ -56,7 +56,7 @@ class Joiner:
     def __init__(
         self,
         store: ControlStore,
-        registry: Registry,
+        fleet: Fleet,
         roster: Roster,
         connector: Connector,
         executions: ExecutionsPart,
@@ -69,7 +69,7 @@ class Joiner:
         clock: Callable[[], float] = steady_time,
     ) -> None:
         self._store = store
-        self._registry = registry
+        self._fleet = fleet
         self._roster = roster
         self._connector = connector
         self._executions = executions
@@ -96,7 +96,7 @@ class Joiner:
         """Until nothing is wanted of the agent any more, and executions can be sent; False when that takes longer."""
 
         def done() -> bool:
-            state = self._registry.get(member.agent_id)
+            state = self._fleet.get(member.agent_id)
             attaching = state is not None and state.in_step and not state.reachable and state.record.status.takes_work
             return not member.working and not attaching
 
@@ -164,15 +164,15 @@ class Joiner:
             if Wanted.RECONCILE in wanted:
                 member.reconciled = False
             member.retry.failed(self._clock())
-        state = self._registry.get(member.agent_id)
+        state = self._fleet.get(member.agent_id)
         if state is not None and state.problem != problem:
             # Once for each reason: a dead agent is tried again and again.
             log.warning("agent %s could not be brought in: %s", member.agent_id, problem)
-            self._registry.update(member.agent_id, problem=problem)
+            self._fleet.update(member.agent_id, problem=problem)
 
     def _bring_in(self, member: Member, wanted: Wanted) -> bool:
         """Whether something could not be brought to it. Raises FluxError when it cannot take work at all."""
-        state = self._registry.get(member.agent_id)
+        state = self._fleet.get(member.agent_id)
         if state is None:
             return False
         connection = None if Wanted.RECONNECT in wanted else state.connection
@@ -188,7 +188,7 @@ class Joiner:
             self._roster.observe(member, lambda record: record)
         else:
             # Not in step before it is present, or it would take work for a moment.
-            self._registry.update(member.agent_id, in_step=False, problem="is being brought in step")
+            self._fleet.update(member.agent_id, in_step=False, problem="is being brought in step")
             self._roster.observe(member, self._present)
         if fresh:
             # Before it gets work: what is sent to it from now on is nobody's to wonder about.
@@ -196,7 +196,7 @@ class Joiner:
             with member.condition:
                 member.reconciled, member.given_up = True, False
         behind = self._step(member, state, self._held(state, inventory, fresh))
-        self._registry.update(member.agent_id, in_step=True, problem="")
+        self._fleet.update(member.agent_id, in_step=True, problem="")
         if fresh:
             log.info("agent %s (%s, %s) is in step", member.agent_id, state.record.address, state.platform)
         return behind
@@ -204,7 +204,7 @@ class Joiner:
     def _present(self, record: AgentRecord) -> AgentRecord:
         return replace(record, status=present_status(record), offline_since=0.0, last_heartbeat=self._clock())
 
-    def _step(self, member: Member, state: AgentState, held: Collection[FunctionState] | None) -> bool:
+    def _step(self, member: Member, state: Agent, held: Collection[FunctionState] | None) -> bool:
         # What it holds was read before: another Flux saved that before it pushed it, so it is in the store by now.
         self._functions.refresh()
         # The agent is present by now: what is saved after this read is pushed to it by whoever saves it.
@@ -214,7 +214,7 @@ class Joiner:
             member.checked_revision = revision
         return failed > 0
 
-    def _held(self, state: AgentState, inventory: Inventory | None, fresh: bool) -> Collection[FunctionState] | None:
+    def _held(self, state: Agent, inventory: Inventory | None, fresh: bool) -> Collection[FunctionState] | None:
         """What it holds, as far as is known. None = unknown: it gets everything."""
         if inventory is not None:
             return inventory.functions
@@ -225,13 +225,13 @@ class Joiner:
 
     # -- connections -------------------------------------------------------------------
 
-    def _is_another(self, member: Member, state: AgentState, inventory: Inventory | None) -> bool:
+    def _is_another(self, member: Member, state: Agent, inventory: Inventory | None) -> bool:
         """Whether what answers now is not what the connection was made for: upgraded or replaced."""
         if inventory is None:
             return not state.record.original
         return state.record.original or inventory.features != member.features
 
-    def _connect(self, member: Member, state: AgentState) -> tuple[AgentConnection, Inventory | None]:
+    def _connect(self, member: Member, state: Agent) -> tuple[AgentConnection, Inventory | None]:
         record = state.record
         expected = "" if record.legacy_certificate else record.agent_id
         introduction = self._connector.introduce(record.address, legacy=record.legacy_certificate, expected_id=expected)
@@ -254,13 +254,13 @@ class Joiner:
             reachable=ATTACH not in member.features,
         )
         report = introduction.report
-        self._registry.report(member.agent_id, report.figures, at=self._clock(), instance_id=report.instance_id)
+        self._fleet.report(member.agent_id, report.figures, at=self._clock(), instance_id=report.instance_id)
         connection = self._connector.connect(introduction, self._events(member, life))
         with member.condition:
             if member.removed:
                 connection.close(Deadline(0))
                 raise AgentUnreachable(f"agent {member.agent_id} was removed meanwhile")
-            self._registry.update(member.agent_id, connection=connection)
+            self._fleet.update(member.agent_id, connection=connection)
         if former is not None:
             former.fail_in_flight(f"agent {member.agent_id} was replaced, upgraded or restarted")
             former.close(Deadline(_CLOSE_SECONDS))
@@ -270,28 +270,28 @@ class Joiner:
         events = self._executions.events(member.agent_id)
 
         def greeted(instance_id: str) -> None:
-            state = self._registry.get(member.agent_id)
+            state = self._fleet.get(member.agent_id)
             if member.life != life or state is None or state.instance_id == instance_id:
                 return
             if not state.record.status.present:
                 # Whether it is back is the leader's to say.
-                self._registry.update(member.agent_id, instance_id=instance_id)
+                self._fleet.update(member.agent_id, instance_id=instance_id)
                 return
             # Before it gets work again, which it would until the next round noticed.
             problem = "restarted: is being brought in step"
-            self._registry.update(member.agent_id, instance_id=instance_id, in_step=False, problem=problem)
+            self._fleet.update(member.agent_id, instance_id=instance_id, in_step=False, problem=problem)
             self.want(member, STEP_IN)
 
         def attached(yes: bool) -> None:
             if member.life == life:
-                self._registry.update(member.agent_id, reachable=yes)
+                self._fleet.update(member.agent_id, reachable=yes)
                 events.attached(yes)
                 with member.condition:
                     member.condition.notify_all()
 
         def stopping() -> None:
             if member.life == life:
-                self._registry.update(member.agent_id, reachable=False, problem="is shutting down")
+                self._fleet.update(member.agent_id, reachable=False, problem="is shutting down")
                 events.stopping()
 
         return replace(events, greeted=greeted, attached=attached, stopping=stopping)

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from fluxlib.control.agents.connection import AgentConnection
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.leadership import Leadership
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.errors import FluxError, Unavailable
 from fluxlib.pki import Authority, Identity
 from fluxlib.pki.identity import RENEW_BEFORE
@@ -50,13 +50,13 @@ class Renewal:
         self,
         authority: Authority,
         own: OwnIdentity,
-        registry: Registry,
+        fleet: Fleet,
         leadership: Leadership,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._authority = authority
         self._own = own
-        self._registry = registry
+        self._fleet = fleet
         self._leadership = leadership
         self._clock = clock
         self._failed: dict[str, tuple[float, str]] = {}  # agent → when, why
@@ -65,12 +65,12 @@ class Renewal:
         """Renew what ends within 30 days of ``now``."""
         if self._own.reload():
             log.info("Flux has a new certificate of its own: connections are reopened under it")
-            for state in self._registry.agents():
+            for state in self._fleet.agents():
                 if state.connection is not None:
                     state.connection.reopen()
         if not self._leadership.leads:
             return
-        for state in self._registry.agents():
+        for state in self._fleet.agents():
             connection = state.connection
             if connection is None or not _renewable(state) or state.certificate_not_after - now > RENEW_BEFORE:
                 continue
@@ -89,7 +89,7 @@ class Renewal:
             ending += [(one.name, one.not_after, "") for one in self._authority.expiries()]
         except FluxError as error:
             found.append(error.message)
-        for state in self._registry.agents():
+        for state in self._fleet.agents():
             if state.certificate_not_after:
                 ending.append(
                     (f"the certificate of agent {state.agent_id}", state.certificate_not_after, state.agent_id)
@@ -101,7 +101,7 @@ class Renewal:
                 found.append(f"{name} ends on {day}" + (f" and was not renewed: {reason}" if reason else ""))
         return found
 
-    def _renew(self, state: AgentState, connection: AgentConnection, now: float) -> None:
+    def _renew(self, state: Agent, connection: AgentConnection, now: float) -> None:
         try:
             request, agent_now = connection.create_certificate_request()
             if agent_now and abs(agent_now - now) > _CLOCKS_APART:
@@ -117,7 +117,7 @@ class Renewal:
             self._failed[state.agent_id] = (now, error.message)
             return
         self._failed.pop(state.agent_id, None)
-        self._registry.update(state.agent_id, certificate_not_after=not_after)
+        self._fleet.update(state.agent_id, certificate_not_after=not_after)
         log.info(
             "agent %s has a new certificate, good until %s",
             state.agent_id,
@@ -125,6 +125,6 @@ class Renewal:
         )
 
 
-def _renewable(state: AgentState) -> bool:
+def _renewable(state: Agent) -> bool:
     """Agents of ours that are there and use TLS."""
     return state.record.status.present and not state.record.original and state.certificate_not_after > 0

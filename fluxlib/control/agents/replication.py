@@ -10,11 +10,11 @@ import json
 import logging
 from dataclasses import asdict, replace
 
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.member import STEP_IN, Member, Wanted
 from fluxlib.control.agents.membership import Membership
 from fluxlib.control.agents.reconciler import Joiner
-from fluxlib.control.agents.registry import Registry
 from fluxlib.control.agents.roster import CHANGED, Roster, present_status
 from fluxlib.errors import LeaseLost
 from fluxlib.model import AgentRecord, AgentStatus, NodeFigures
@@ -31,14 +31,14 @@ class Sharing:
     def __init__(
         self,
         store: ControlStore,
-        registry: Registry,
+        fleet: Fleet,
         roster: Roster,
         joiner: Joiner,
         membership: Membership,
         leadership: Leadership,
     ) -> None:
         self._store = store
-        self._registry = registry
+        self._fleet = fleet
         self._roster = roster
         self._joiner = joiner
         self._membership = membership
@@ -53,7 +53,7 @@ class Sharing:
                 "figures": asdict(state.figures),
                 "heartbeat": state.last_heartbeat,
             }
-            for state in self._registry.agents()
+            for state in self._fleet.agents()
             if state.figures is not None
         }
         lease = self._leadership.lease
@@ -72,7 +72,7 @@ class Sharing:
         self._read_last = text
         for agent_id, shared in json.loads(text).items():
             # Restarts are told by our own stream, and the leader brings everything to an original that has no stream.
-            self._registry.report(agent_id, NodeFigures.from_fields(shared["figures"]), at=shared["heartbeat"])
+            self._fleet.report(agent_id, NodeFigures.from_fields(shared["figures"]), at=shared["heartbeat"])
 
     def has_news(self) -> bool:
         """Whether the records have changed through another process, or this one. Raises StoreUnavailable."""
@@ -101,7 +101,7 @@ class Sharing:
 
     def _join(self, member: Member, now: float) -> None:
         """Connect where the leader says there is an agent; failures are tried again with growing pauses."""
-        state = self._registry.get(member.agent_id)
+        state = self._fleet.get(member.agent_id)
         waiting = member.retry.behind and member.retry.at > now
         if state is not None and member.stored.status.present and not state.record.status.present and not waiting:
             self._joiner.want(member, STEP_IN)
@@ -111,7 +111,7 @@ class Sharing:
 
     def _follow(self, member: Member, record: AgentRecord, known: AgentRecord) -> None:
         """A follower's: the record as it is, except that nobody is present before this process has joined it."""
-        state = self._registry.get(member.agent_id)
+        state = self._fleet.get(member.agent_id)
         with member.condition:
             if member.stored is not known:
                 return
@@ -148,7 +148,7 @@ class Sharing:
             if member.stored is not known:
                 return
             member.stored = record
-            state = self._registry.get(member.agent_id)
+            state = self._fleet.get(member.agent_id)
             moved = state is not None and state.record.address != record.address
             self._roster.note(member, change)
         if moved:

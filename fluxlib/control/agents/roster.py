@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.member import Member
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
 from fluxlib.model import AgentRecord, AgentStatus
 from fluxlib.store.base import ControlStore, Lease
@@ -36,11 +36,11 @@ def present_status(record: AgentRecord) -> AgentStatus:
 
 
 class Roster:
-    """The agents' records in the store, in memory and in the registry."""
+    """The agents' records in the store, in memory and in the fleet."""
 
-    def __init__(self, store: ControlStore, registry: Registry, leadership: Leadership) -> None:
+    def __init__(self, store: ControlStore, fleet: Fleet, leadership: Leadership) -> None:
         self._store = store
-        self._registry = registry
+        self._fleet = fleet
         self._leadership = leadership
         self._lock = threading.Lock()
         self._members: dict[str, Member] = {}
@@ -68,9 +68,9 @@ class Roster:
         if record.status is not AgentStatus.PROVISIONING:
             # Whoever wrote it may have had a clock that was ahead.
             record = replace(record, status=AgentStatus.OFFLINE, offline_since=min(record.offline_since or now, now))
-        state = AgentState(record)
+        state = Agent(record)
         state.problem = "was not asked yet since Flux started" if state.record.address else ""
-        self._registry.add(state)
+        self._fleet.add(state)
         return member
 
     # -- writing -------------------------------------------------------------------
@@ -103,7 +103,7 @@ class Roster:
                 self._update(change(kept))
                 # Another object, equal: a reading under way is older than this change, the next one is followed whole.
                 member.stored = replace(member.stored)
-            self._registry.update(member.agent_id, record=record)
+            self._fleet.update(member.agent_id, record=record)
 
     def observe(self, member: Member, change: Change, **state: Any) -> None:
         """What this process saw of an agent: in memory at once, in the store when this process leads.
@@ -114,14 +114,14 @@ class Roster:
             if member.removed:
                 return
             record = change(self._record(member))
-            self._registry.update(member.agent_id, record=record, **state)
+            self._fleet.update(member.agent_id, record=record, **state)
             self._write(member, record)
 
     def note(self, member: Member, change: Change, **state: Any) -> None:
         """As :meth:`observe`, in memory only: the next observation writes it."""
         with member.condition:
             if not member.removed:
-                self._registry.update(member.agent_id, record=change(self._record(member)), **state)
+                self._fleet.update(member.agent_id, record=change(self._record(member)), **state)
 
     def catch_up(self, member: Member) -> None:
         """Write what a store that was away has missed."""
@@ -129,13 +129,13 @@ class Roster:
             if member.unsaved and not member.removed:
                 self._write(member, self._record(member))
 
-    def delete(self, member: Member) -> AgentState | None:
+    def delete(self, member: Member) -> Agent | None:
         """Because somebody asked for it: out of the store, then out of memory. Raises StoreUnavailable."""
         with member.condition:
             self._durably(lambda lease: self._store.delete_agent(member.agent_id, lease))
             return self.forget(member)
 
-    def forget(self, member: Member) -> AgentState | None:
+    def forget(self, member: Member) -> Agent | None:
         """Out of memory: another process deleted it. Its last state, with the connection still open."""
         with member.condition:
             member.removed = True
@@ -143,10 +143,10 @@ class Roster:
         with self._lock:
             if self._members.get(member.agent_id) is member:
                 del self._members[member.agent_id]
-        return self._registry.remove(member.agent_id)
+        return self._fleet.remove(member.agent_id)
 
     def _record(self, member: Member) -> AgentRecord:
-        state = self._registry.get(member.agent_id)
+        state = self._fleet.get(member.agent_id)
         if state is None or member.removed:
             raise _unknown(member)
         return state.record

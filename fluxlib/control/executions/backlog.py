@@ -2,7 +2,7 @@
 
 The backlog looks for slots at the moment it is told of one, on the thread that frees it: nothing polls. A lost wake-up
 is impossible: an execution is added before it looks for a slot for the last time, under the lock that every
-announcement takes. Order of locks: the backlog's, then the registry's. Whoever got a slot is told without either.
+announcement takes. Order of locks: the backlog's, then the fleet's. Whoever got a slot is told without either.
 
 Reading ``_queues`` and ``_count`` without the lock is only a first look: a dict's ``in`` and an int are read whole.
 """
@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
-from fluxlib.control.agents.registry import Reservation
+from fluxlib.control.agents.fleet import Reservation
 from fluxlib.control.executions.execution import Execution
 from fluxlib.errors import AtCapacity
 
@@ -110,7 +110,7 @@ class Backlog:
             return removed
 
     def capacity(self, agent_id: str, function_name: str | None) -> None:
-        """A slot may have freed (Registry.on_capacity). Costs nothing while nobody waits."""
+        """A slot may have freed (Fleet.on_capacity). Costs nothing while nobody waits."""
         if not self._queues:
             return
         with self._lock:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from fluxlib.control.agents.registry import Registry, Reservation
+from fluxlib.control.agents.fleet import Fleet, Reservation
 from fluxlib.control.executions.backlog import Backlog
 from fluxlib.control.executions.execution import (
     AlreadyKnown,
@@ -63,20 +63,20 @@ class Dispatcher:
 
     def __init__(
         self,
-        registry: Registry,
+        fleet: Fleet,
         functions: Functions,
         tracker: ExecutionTracker,
         timers: Timers,
         max_waiting: int,
     ) -> None:
-        self._registry = registry
+        self._fleet = fleet
         self._tracker = tracker
         self._timers = timers
         self._stopping = False
         self._pool = Pool("dispatch", _THREADS)
-        self.placement = Placement(registry, functions, timers, self._on_capacity)
+        self.placement = Placement(fleet, functions, timers, self._on_capacity)
         self.backlog = Backlog(self._place_waiting, self.placement.is_full, self._placed, max_waiting)
-        registry.on_capacity(self._on_capacity)
+        fleet.on_capacity(self._on_capacity)
 
     # -- capacity ------------------------------------------------------------------------
 
@@ -496,7 +496,7 @@ class Dispatcher:
             self._cancel_at_agent(execution, on_cancelled)
 
     def _cancel_at_agent(self, execution: Execution, on_cancelled: OnCancelled = lambda answer: None) -> None:
-        connection = self._registry.connection(execution.agent_id)
+        connection = self._fleet.connection(execution.agent_id)
         if connection is None:
             on_cancelled(AgentUnreachable("try again later"))
             return

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 
-from fluxlib.control.agents.registry import Reservation
+from fluxlib.control.agents.fleet import Reservation
 from fluxlib.errors import AgentUnreachable, FluxError
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase, kind_of
 from fluxlib.store.base import Commit

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fluxlib.control.agents.connection import AgentConnection
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.executions.dispatcher import Dispatcher
 from fluxlib.control.executions.execution import State, merge_report
 from fluxlib.control.executions.tracker import ExecutionTracker
@@ -23,9 +23,9 @@ _ARRIVAL = 0.05
 class Outputs:
     """Reads from the agents. Every method may be called from any thread."""
 
-    def __init__(self, tracker: ExecutionTracker, registry: Registry, dispatcher: Dispatcher) -> None:
+    def __init__(self, tracker: ExecutionTracker, fleet: Fleet, dispatcher: Dispatcher) -> None:
         self._tracker = tracker
-        self._registry = registry
+        self._fleet = fleet
         self._dispatcher = dispatcher
         self.stopping = False
 
@@ -47,7 +47,7 @@ class Outputs:
         record = self.entry(execution_id).record
         if not record.agent_id or (record.status.ended and not record.output_bytes):
             return replace(record, output=b"")
-        if record.status.ended and self._registry.get(record.agent_id) is None:
+        if record.status.ended and self._fleet.get(record.agent_id) is None:
             # The end is certain and stays; only what was printed went with the agent.
             warning = f"its output is lost: agent {record.agent_id} is gone"
             return replace(record, output=b"", warnings=(*record.warnings, warning))
@@ -117,16 +117,16 @@ class Outputs:
 
     def need_connection(self, record: ExecutionRecord) -> AgentConnection:
         """Raises AgentAway."""
-        connection = self._registry.connection(record.agent_id)
+        connection = self._fleet.connection(record.agent_id)
         if connection is None:
             raise self.away(record)
         return connection
 
     def away(self, record: ExecutionRecord, reason: str = "") -> AgentAway:
-        """The agent that runs it cannot be asked; ``gone``: it is in no registry any more."""
+        """The agent that runs it cannot be asked; ``gone``: it is in no fleet any more."""
         agent_id = record.agent_id
         why = reason or "try again later"
-        if self._registry.get(agent_id) is None:
+        if self._fleet.get(agent_id) is None:
             if self._has_left(agent_id):
                 return AgentAway(f"agent {agent_id}, which runs this execution, is gone", record, gone=True)
             why = "this Flux has not heard of it yet, try again in a moment"

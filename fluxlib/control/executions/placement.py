@@ -1,6 +1,6 @@
 """Which agent gets an execution, and why none does.
 
-The decisions are pure: no clock, no thread, no I/O. The registry shows its agents in falling order of headroom, so
+The decisions are pure: no clock, no thread, no I/O. The fleet shows its agents in falling order of headroom, so
 choosing is to take the first that fits; the reasons are worked out only when none did. :class:`Placement` applies them
 to the fleet, and remembers which agents are excluded for a while.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
-from fluxlib.control.agents.registry import AgentState, Choose, Registry, Reservation
+from fluxlib.control.agents.fleet import Agent, Choose, Fleet, Reservation
 from fluxlib.errors import (
     AgentError,
     AtCapacity,
@@ -121,9 +121,9 @@ def need_of(function: Function) -> Need:
 
 
 def chooser(need: Need, excluded: Excluded) -> Choose:
-    """A rule for :meth:`Registry.place`. ``excluded``: see Excluded."""
+    """A rule for :meth:`Fleet.place`. ``excluded``: see Excluded."""
 
-    def choose(candidates: Iterator[AgentState]) -> AgentState | None:
+    def choose(candidates: Iterator[Agent]) -> Agent | None:
         for agent in candidates:
             if fits(need, agent) and not (excluded and _exclusion(excluded, agent.agent_id, need.function_name)):
                 return agent
@@ -136,12 +136,12 @@ def _exclusion(excluded: Excluded, agent_id: str, function_name: str) -> FluxErr
     return excluded.get((agent_id, function_name)) or excluded.get((agent_id, ""))
 
 
-def fits(need: Need, agent: AgentState) -> bool:
+def fits(need: Need, agent: Agent) -> bool:
     """Whether this agent has what is needed now. Slots are not looked at."""
     return _can_ever(need, agent) is None and _short_of(need, agent) is None
 
 
-def reject_reason(need: Need, agent: AgentState, excluded: Excluded) -> RejectReason | None:
+def reject_reason(need: Need, agent: Agent, excluded: Excluded) -> RejectReason | None:
     """The first reason against this agent, the lasting ones first; None when it could take one now."""
     never = _can_ever(need, agent)
     if never is not None:
@@ -158,7 +158,7 @@ def reject_reason(need: Need, agent: AgentState, excluded: Excluded) -> RejectRe
     return RejectReason.FULL if agent.full and ("" in agent.full or need.function_name in agent.full) else None
 
 
-def _can_ever(need: Need, agent: AgentState) -> RejectReason | None:
+def _can_ever(need: Need, agent: Agent) -> RejectReason | None:
     record = agent.record
     if need.platforms and not any(record.platform.matches(wanted) for wanted in need.platforms):
         return RejectReason.PLATFORM
@@ -168,7 +168,7 @@ def _can_ever(need: Need, agent: AgentState) -> RejectReason | None:
     return None
 
 
-def _short_of(need: Need, agent: AgentState) -> RejectReason | None:
+def _short_of(need: Need, agent: Agent) -> RejectReason | None:
     if need.memory_mb and 0 <= agent.expected_memory_free_mb < need.memory_mb:
         return RejectReason.MEMORY
     if need.cpu_millicores and agent.figures is not None and agent.figures.cpu_percent >= BUSY_CPU_PERCENT:
@@ -176,9 +176,9 @@ def _short_of(need: Need, agent: AgentState) -> RejectReason | None:
     return None
 
 
-def refusal(need: Need, agents: Iterable[AgentState], excluded: Excluded) -> Refusal:
+def refusal(need: Need, agents: Iterable[Agent], excluded: Excluded) -> Refusal:
     """Why none of these took it: at capacity as soon as one is merely full, else what they lack."""
-    found: dict[RejectReason, list[AgentState]] = {}
+    found: dict[RejectReason, list[Agent]] = {}
     for agent in agents:
         reason = reject_reason(need, agent, excluded)
         if reason is None or reason is RejectReason.FULL:
@@ -203,11 +203,11 @@ def refusal(need: Need, agents: Iterable[AgentState], excluded: Excluded) -> Ref
     return Refusal(NoAgentFits(error_text, retry_after=_RETRY_FIGURES), wait and not lasting, for_resources=True)
 
 
-def _explanation(need: Need, found: Mapping[RejectReason, list[AgentState]], excluded: Excluded) -> str:
+def _explanation(need: Need, found: Mapping[RejectReason, list[Agent]], excluded: Excluded) -> str:
     name = need.function_name
     if not found:
         return f"no agent can take function {name}: none is registered"
-    describe: dict[RejectReason, Callable[[list[AgentState]], str]] = {
+    describe: dict[RejectReason, Callable[[list[Agent]], str]] = {
         RejectReason.MEMORY: lambda agents: (
             f"it needs {need.memory_mb} MB of memory, and the freest agent has"
             f" {max(agent.expected_memory_free_mb for agent in agents)} MB free"
@@ -236,14 +236,14 @@ def _explanation(need: Need, found: Mapping[RejectReason, list[AgentState]], exc
     return f"no agent can take function {name} now: {reasons}"
 
 
-def _some(agents: list[AgentState]) -> str:
+def _some(agents: list[Agent]) -> str:
     names = [agent.agent_id for agent in agents[:3]]
     more = len(agents) - len(names)
     return f"{'agent' if len(agents) == 1 else 'agents'} {', '.join(names)}{f' and {more} more' if more else ''}"
 
 
-def _states(agents: list[AgentState]) -> str:
-    def state(agent: AgentState) -> str:
+def _states(agents: list[Agent]) -> str:
+    def state(agent: Agent) -> str:
         status = agent.record.status
         if status in (AgentStatus.ONLINE, AgentStatus.BUSY):
             return "synchronizing functions" if not agent.in_step else "not reachable"
@@ -275,12 +275,12 @@ class Placement:
 
     def __init__(
         self,
-        registry: Registry,
+        fleet: Fleet,
         functions: Functions,
         timers: Timers,
         readmitted: Callable[[str, str | None], None],
     ) -> None:
-        self._registry = registry
+        self._fleet = fleet
         self._functions = functions
         self._timers = timers
         self._readmitted = readmitted
@@ -327,7 +327,7 @@ class Placement:
             with suppress(NotFound, StoreUnavailable):
                 self.need(name)
         for agent_id in list(self._faults):
-            if self._registry.get(agent_id) is None:
+            if self._fleet.get(agent_id) is None:
                 self._faults.pop(agent_id, None)
 
     # -- slots ---------------------------------------------------------------------------
@@ -355,12 +355,12 @@ class Placement:
 
     def is_full(self, agent_id: str) -> bool:
         """Whether this agent can take nothing now, of whichever function."""
-        agent = self._registry.get(agent_id)
+        agent = self._fleet.get(agent_id)
         return agent is None or not agent.takes_work or "" in agent.full
 
     def _reserve(self, need: Need, only: str) -> Reservation | None:
         name = need.function_name
-        reservation = self._registry.place(
+        reservation = self._fleet.place(
             name,
             chooser(need, self._excluded),
             slots=need.slots,
@@ -388,19 +388,19 @@ class Placement:
         # An error of its own: the one kept is raised by many threads.
         return replace(known, error=type(error)(error.message, retry_after=error.retry_after))
 
-    def _agents(self, function_name: str) -> Iterator[AgentState]:
+    def _agents(self, function_name: str) -> Iterator[Agent]:
         """Every agent; first the one used last, which most often explains a refusal at once."""
-        last = self._registry.get(self._last_used.get(function_name, ""))
+        last = self._fleet.get(self._last_used.get(function_name, ""))
         if last is not None:
             yield last
-        for agent in self._registry.agents():
+        for agent in self._fleet.agents():
             if last is None or agent.agent_id != last.agent_id:
                 yield agent
 
     def _still_connecting(self) -> bool:
         """Whether an agent that was online before this process has not been connected for the first time."""
         if not self._connected:
-            agents = self._registry.agents()
+            agents = self._fleet.agents()
             late = time.monotonic() > self._connected_by
             self._connected = late or not any(_is_awaited(agent) for agent in agents)
         return not self._connected
@@ -408,19 +408,19 @@ class Placement:
     # -- giving back ---------------------------------------------------------------------
 
     def release(self, reservation: Reservation) -> None:
-        self._registry.release(reservation)
+        self._fleet.release(reservation)
 
     def succeeded(self, agent_id: str) -> None:
         """The agent has started something: its machine is well."""
         if self._faults and self._faults.pop(agent_id, None) is not None:
-            self._registry.update(agent_id, problem="")
+            self._fleet.set_problem(agent_id, "")
 
     def rejected(self, reservation: Reservation, answer: ExecutionRecord) -> None:
         """The agent started nothing: give the slot back, and try others for a while."""
         kind = answer.error_kind
         if kind is ErrorKind.INVALID:
             # This call's arguments; the next call may well bring others.
-            self._registry.release(reservation)
+            self._fleet.release(reservation)
         elif kind is ErrorKind.MACHINE_FAULT:
             self._machine_fault(reservation, answer.error)
         elif kind is ErrorKind.AT_CAPACITY:
@@ -432,19 +432,19 @@ class Placement:
     def unusable(self, reservation: Reservation, error: FluxError) -> None:
         """The agent cannot be reached, or will not take this function: give the slot back, try again later."""
         self._exclude((reservation.agent_id, reservation.function_name), error, EXCLUDE_SECONDS)
-        self._registry.release(reservation)
+        self._fleet.release(reservation)
 
     def _full(self, reservation: Reservation, error: str) -> None:
         # Giving the slot back announces it, and the next in the queue would be sent into the same refusal.
         key = (reservation.agent_id, reservation.function_name)
         self._excluded[key] = AtCapacity(error)
-        self._registry.release(reservation)
-        self._registry.mark_full(reservation.agent_id, reservation.function_name)
+        self._fleet.release(reservation)
+        self._fleet.mark_full(reservation.agent_id, reservation.function_name)
         self._excluded.pop(key, None)
         connection = reservation.agent.connection
         if connection is not None and connection.original:
             # It will not say when it has a slot again, and a report of its tasks comes late.
-            self._timers.after(EXCLUDE_SECONDS, lambda: self._registry.freed(*key))
+            self._timers.after(EXCLUDE_SECONDS, lambda: self._fleet.freed(*key))
 
     def _machine_fault(self, reservation: Reservation, error: str) -> None:
         """No directory, no space, no descriptors: whatever it is sent fails at once, so it would always look idle."""
@@ -456,8 +456,8 @@ class Placement:
             self._faults[agent_id] = faults + 1
             seconds = min(_LONGEST_FAULT_SECONDS, _FAULT_SECONDS * 2**faults)
             self._exclude((agent_id, ""), Internal(f"agent {agent_id} {problem}"), seconds)
-            self._registry.update(agent_id, problem=problem)
-        self._registry.release(reservation)
+            self._fleet.set_problem(agent_id, problem)
+        self._fleet.release(reservation)
 
     def _exclude(self, key: tuple[str, str], error: FluxError, seconds: float) -> None:
         if key not in self._excluded:
@@ -470,5 +470,5 @@ class Placement:
         self._readmitted(agent_id, function_name or None)
 
 
-def _is_awaited(agent: AgentState) -> bool:
+def _is_awaited(agent: Agent) -> bool:
     return agent.record.status.takes_work and agent.connection is None and not agent.problem

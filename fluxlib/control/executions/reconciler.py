@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 
 from fluxlib.control.agents.connection import AgentConnection
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.executions.dispatcher import Dispatcher
 from fluxlib.control.executions.execution import Execution, State, Watch, merge_report, split_attempt_id
 from fluxlib.control.executions.tracker import ExecutionTracker
@@ -53,9 +53,9 @@ class _Poll:
 class Reconciler:
     """Every method may be called from any thread. Only ``start``, ``adopt``, ``reconcile`` and ``agent_lost`` wait."""
 
-    def __init__(self, tracker: ExecutionTracker, registry: Registry, dispatcher: Dispatcher, *, shared: bool) -> None:
+    def __init__(self, tracker: ExecutionTracker, fleet: Fleet, dispatcher: Dispatcher, *, shared: bool) -> None:
         self._tracker = tracker
-        self._registry = registry
+        self._fleet = fleet
         self._dispatcher = dispatcher
         self._shared = shared
         self._pool = Pool("reconcile", _THREADS)
@@ -192,7 +192,7 @@ class Reconciler:
         elif entry.record.status is ExecutionStatus.CANCELLED or entry.record.error_kind is ErrorKind.AGENT_LOST:
             # Others with an end have come to it by themselves, after the agent had listed them.
             log.warning("agent %s still ran %s, which was given up: cancelling it", agent_id, attempt_id)
-            connection = self._registry.connection(agent_id)
+            connection = self._fleet.connection(agent_id)
             if connection is not None:
                 connection.request_cancel(attempt_id, reason=_GIVEN_UP, on_answer=lambda answer: None)
 
@@ -309,7 +309,7 @@ class Reconciler:
     def _ask(self, agent_id: str, poll: _Poll, counts: bool) -> None:
         try:
             executions = [one for one in self._at(agent_id) if one.watch is not None and one.state is State.RUNNING]
-            connection = self._registry.connection(agent_id)
+            connection = self._fleet.connection(agent_id)
             if connection is None or not executions:
                 return
             inventory = connection.inventory()
@@ -373,18 +373,18 @@ class Reconciler:
 
     def _idle_since(self, agent_id: str, moment: float) -> bool:
         """Whether the agent has reported after ``moment`` (epoch seconds) that it runs nothing."""
-        agent = self._registry.get(agent_id)
+        agent = self._fleet.get(agent_id)
         figures = agent.figures if agent is not None else None
         return figures is not None and figures.collected_at > moment and figures.active_tasks == 0
 
     def _give_up_departed(self) -> None:
         """What is at an agent that has left ends, even when whoever took it out of the fleet died at that.
 
-        An agent has left when it is neither in the registry, which may not have been read yet or know of one too late,
+        An agent has left when it is neither in the fleet, which may not have been read yet or know of one too late,
         nor in the store: an agent comes into the store first and goes from there first.
         """
         agents = {one.agent_id for one in self._tracker.all() if one.state is State.RUNNING}
-        departed = {agent_id for agent_id in agents if self._registry.get(agent_id) is None}
+        departed = {agent_id for agent_id in agents if self._fleet.get(agent_id) is None}
         if departed:
             departed.difference_update(record.agent_id for record in self._tracker.store.agents())
         for agent_id in departed:
@@ -419,7 +419,7 @@ class Reconciler:
             if self._dispatcher.backlog.remove(execution):
                 self._dispatcher.ended_elsewhere(execution)
         elif self._tracker.let_go(execution) and not taken_over:
-            connection = self._registry.connection(execution.agent_id)
+            connection = self._fleet.connection(execution.agent_id)
             if connection is not None:
                 connection.request_cancel(
                     execution.attempt_id, reason="ended by another Flux", on_answer=lambda answer: None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from fluxlib.control.agents.connection import ConnectionEvents
-from fluxlib.control.agents.registry import Registry
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.executions.dispatcher import CancelAnswer, Dispatcher
 from fluxlib.control.executions.execution import (
     AlreadyKnown,
@@ -50,7 +50,7 @@ class ExecutionService:
     def __init__(
         self,
         store: ControlStore,
-        registry: Registry,
+        fleet: Fleet,
         functions: Functions,
         timers: Timers,
         session: str,
@@ -64,15 +64,15 @@ class ExecutionService:
     ) -> None:
         self._store = store
         self._max_records = max_records
-        self._registry = registry
+        self._fleet = fleet
         self._functions = functions
         self._shared = shared
         self._lease = lease
         self._cancel_timeout = kill_grace + _KILL_MARGIN
-        self._tracker = ExecutionTracker(store, session, keep_for, registry.release)
-        self._dispatcher = Dispatcher(registry, functions, self._tracker, timers, max_waiting)
-        self._reconciler = Reconciler(self._tracker, registry, self._dispatcher, shared=shared)
-        self._outputs = Outputs(self._tracker, registry, self._dispatcher)
+        self._tracker = ExecutionTracker(store, session, keep_for, fleet.release)
+        self._dispatcher = Dispatcher(fleet, functions, self._tracker, timers, max_waiting)
+        self._reconciler = Reconciler(self._tracker, fleet, self._dispatcher, shared=shared)
+        self._outputs = Outputs(self._tracker, fleet, self._dispatcher)
         self._stopping = False
 
     # -- starting one ------------------------------------------------------------------
@@ -166,7 +166,7 @@ class ExecutionService:
         if entry.owner == self._tracker.session or entry.record.status.ended or entry.record.phase is Phase.QUEUED:
             return True
         # Another Flux has sent it to this agent, which knows what it has accepted. The store is not told of that.
-        connection = self._registry.connection(entry.record.agent_id)
+        connection = self._fleet.connection(entry.record.agent_id)
         try:
             found = connection.record(execution_id, with_output=False) if connection is not None else None
         except AgentError:
@@ -312,18 +312,13 @@ class ExecutionService:
 
     def events(self, agent_id: str) -> ConnectionEvents:
         """What this agent's connection is to call."""
-        registry = self._registry
+        fleet = self._fleet
         return ConnectionEvents(
             ended=lambda report: self._reconciler.ended(agent_id, report),
-            full=lambda function_name: registry.mark_full(agent_id, function_name),
-            freed=lambda function_name: registry.freed(agent_id, function_name),
+            full=lambda function_name: fleet.mark_full(agent_id, function_name),
+            freed=lambda function_name: fleet.freed(agent_id, function_name),
             missing=lambda attempt_id: self._reconciler.missing(agent_id, attempt_id),
-            attached=lambda yes: self._reachable(agent_id, yes),
-            stopping=lambda: self._reachable(agent_id, False),
         )
-
-    def _reachable(self, agent_id: str, yes: bool) -> None:
-        self._registry.update(agent_id, reachable=yes)
 
     def start(self) -> None:
         """Take over what an earlier process left. The agents are asked as they join (``reconcile``)."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from fluxlib.control.agents.registry import Reservation
+from fluxlib.control.agents.fleet import Reservation
 from fluxlib.control.executions.execution import Execution, Reply, State, state_after
 from fluxlib.errors import FluxError, StoreUnavailable
 from fluxlib.lifecycle import Deadline

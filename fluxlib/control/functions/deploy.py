@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fluxlib import archive as archives
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.pushes import Pushed, Pusher
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.services import PushResult
 from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
 from fluxlib.model import AgentStatus, Function, FunctionSpec
@@ -35,7 +35,7 @@ class FunctionService:
     def __init__(
         self,
         store: ControlStore,
-        registry: Registry,
+        fleet: Fleet,
         pusher: Pusher,
         *,
         max_archive_bytes: int,
@@ -43,7 +43,7 @@ class FunctionService:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
-        self._registry = registry
+        self._fleet = fleet
         self._pusher = pusher
         self._max_archive_bytes = max_archive_bytes
         self._count_open = count_open if count_open is not None else store.count_open
@@ -158,7 +158,7 @@ class FunctionService:
                 with self._lock:
                     self._take(function)
                 break
-        self._registry.function_changed(name)
+        self._fleet.function_changed(name)
         return function
 
     def delete(self, name: str, *, force: bool) -> PushResult:
@@ -180,8 +180,8 @@ class FunctionService:
         warnings = (f"original agents keep the code, which Flux asks them to run no more: {shown}",) if keeping else ()
         return PushResult(known, results, len(results), warnings)
 
-    def _agents(self) -> Sequence[AgentState]:
-        return [agent for agent in self._registry.agents() if agent.record.status is not AgentStatus.PROVISIONING]
+    def _agents(self) -> Sequence[Agent]:
+        return [agent for agent in self._fleet.agents() if agent.record.status is not AgentStatus.PROVISIONING]
 
     def _push(self, function: Function) -> PushResult:
         pushed = self._pusher.push_all(self._agents(), function)

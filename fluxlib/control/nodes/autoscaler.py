@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from fluxlib.clock import steady_time
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.leadership import Leadership
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.nodes.demand import Demand
 from fluxlib.control.nodes.notes import NodePhase, notes_of
 from fluxlib.control.nodes.provisioner import NodeCreation, NodeProvisioner
@@ -62,7 +62,7 @@ class Autoscaler:
         self,
         clouds: Sequence[Cloud],
         store: ControlStore,
-        registry: Registry,
+        agents: Fleet,
         provisioner: NodeProvisioner,
         terminator: NodeTerminator,
         demand: Demand,
@@ -73,7 +73,7 @@ class Autoscaler:
         clock: Callable[[], float] = steady_time,
     ) -> None:
         self._store = store
-        self._registry = registry
+        self._agents = agents
         self._provisioner = provisioner
         self._terminator = terminator
         self._demand = demand
@@ -114,9 +114,7 @@ class Autoscaler:
         if lease is None or lease.token == self._caught_up:
             return
         kept = {one.agent_id: one.extra for one in self._store.agents() if one.provider in self._fleets}
-        here = {
-            one.agent_id: one.record.extra for one in self._registry.agents() if one.record.provider in self._fleets
-        }
+        here = {one.agent_id: one.record.extra for one in self._agents.agents() if one.record.provider in self._fleets}
         if kept != here:
             # Without its newest ones the fleet would look too small; one that works would be set up once more.
             raise Unavailable("this Flux has just taken over, and is still reading the nodes", retry_after=2)
@@ -181,7 +179,7 @@ class Autoscaler:
         window = fleet.cloud.scaling.evaluation_window_sec
         online = {
             agent.agent_id: agent
-            for agent in self._agents(fleet)
+            for agent in self._agents_of(fleet)
             if self._condition(agent, now) is NodeCondition.ONLINE and agent.figures is not None
         }
         samples = fleet.state.samples
@@ -194,8 +192,8 @@ class Autoscaler:
                     agent_id, Sample(now, agent.figures.cpu_percent, agent.figures.memory_percent), window
                 )
 
-    def _agents(self, fleet: _Fleet) -> list[AgentState]:
-        return [agent for agent in self._registry.agents() if agent.record.provider == fleet.cloud.name]
+    def _agents_of(self, fleet: _Fleet) -> list[Agent]:
+        return [agent for agent in self._agents.agents() if agent.record.provider == fleet.cloud.name]
 
     def _nodes(self, fleet: _Fleet, state: ScalerState, now: float) -> tuple[NodeView, ...]:
         return tuple(
@@ -207,10 +205,10 @@ class Autoscaler:
                 tuple(state.samples.get(agent.agent_id, ())),
                 notes_of(agent.record).replaces,
             )
-            for agent in self._agents(fleet)
+            for agent in self._agents_of(fleet)
         )
 
-    def _condition(self, agent: AgentState, now: float) -> NodeCondition:
+    def _condition(self, agent: Agent, now: float) -> NodeCondition:
         record = agent.record
         phase = notes_of(record).phase
         if phase is NodePhase.ENDING or record.status is AgentStatus.DRAINING:
@@ -259,7 +257,7 @@ class Autoscaler:
         for other in self._fleets.values():
             if other is fleet:
                 return False
-            room = len(self._agents(other)) < other.cloud.scaling.max_nodes
+            room = len(self._agents_of(other)) < other.cloud.scaling.max_nodes
             willing = other.cloud.scaling.enabled and other.state.desired is not DesiredFleet.REMOVED
             if willing and room and now >= other.state.paused_until:
                 return True

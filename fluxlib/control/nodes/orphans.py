@@ -2,7 +2,7 @@
 
 A machine that Flux does not know costs money and does nothing: it is reported, and
 ended only when the operator has said so. Three things keep that from ending the
-wrong ones: only machines with this installation's ID are looked at; the registry must
+wrong ones: only machines with this installation's ID are looked at; the fleet must
 have been read from the store, this time, without error; and the store must be older
 than the machine, so that an emptied store ends nothing.
 """
@@ -81,13 +81,13 @@ class OrphanedNodes:
                 self._terminator.note_stopped(cloud.name, nodes)
             except ProviderError as error:
                 self._unreadable[cloud.name] = error.message
-                log.warning("the machines at %s cannot be compared with the registry: %s", cloud.name, error.message)
+                log.warning("the machines at %s cannot be compared with the fleet: %s", cloud.name, error.message)
                 continue
             try:
                 records = {one.agent_id: one for one in self._store.agents() if one.provider == cloud.name}
                 since = self._since(now)
             except StoreUnavailable as error:
-                log.warning("the registry cannot be compared with the machines at %s: %s", cloud.name, error.message)
+                log.warning("the fleet cannot be compared with the machines at %s: %s", cloud.name, error.message)
                 return
             self._found[cloud.name] = [self._end(cloud, orphan, now) for orphan in self._orphans(nodes, records, since)]
             self._forget_gone(cloud, nodes, records, now)

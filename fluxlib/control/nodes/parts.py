@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fluxlib.clock import steady_time
 from fluxlib.config.control import ControlConfig
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
 from fluxlib.control.agents.reconciler import shown_id_fact
-from fluxlib.control.agents.registry import Registry
 from fluxlib.control.executions.service import ExecutionService
 from fluxlib.control.functions.deploy import FunctionService
 from fluxlib.control.nodes.autoscaler import Autoscaler
@@ -50,7 +50,7 @@ def build_nodes(
     config: ControlConfig,
     authority: Authority,
     store: ControlStore,
-    registry: Registry,
+    fleet: Fleet,
     functions: FunctionService,
     executions: ExecutionService,
     membership: Membership,
@@ -67,7 +67,7 @@ def build_nodes(
     terminator = NodeTerminator(
         clouds,
         membership,
-        registry,
+        fleet,
         jobs,
         leadership,
         # Another Flux learns in its next round that a node drains.
@@ -76,7 +76,7 @@ def build_nodes(
     )
     provisioner = NodeProvisioner(
         membership,
-        registry,
+        fleet,
         setup,
         terminator,
         jobs,
@@ -89,7 +89,7 @@ def build_nodes(
     autoscaler = Autoscaler(
         clouds,
         store,
-        registry,
+        fleet,
         provisioner,
         terminator,
         demand,
@@ -99,7 +99,7 @@ def build_nodes(
     )
     service = NodeService(
         clouds,
-        registry,
+        fleet,
         provisioner,
         terminator,
         autoscaler,

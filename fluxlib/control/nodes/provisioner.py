@@ -17,9 +17,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from fluxlib.clock import steady_time
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
-from fluxlib.control.agents.registry import Registry
 from fluxlib.control.nodes.notes import NodeNotes, NodePhase, noted, notes_of, with_notes
 from fluxlib.control.nodes.setup import Progress
 from fluxlib.control.nodes.terminator import NodeTerminator
@@ -87,7 +87,7 @@ class NodeProvisioner:
     def __init__(
         self,
         membership: Membership,
-        registry: Registry,
+        fleet: Fleet,
         setup: Setup,
         terminator: NodeTerminator,
         jobs: KeyedPool,
@@ -101,7 +101,7 @@ class NodeProvisioner:
         clock: Callable[[], float] = steady_time,
     ) -> None:
         self._membership = membership
-        self._registry = registry
+        self._fleet = fleet
         self._setup = setup
         self._terminator = terminator
         self._jobs = jobs
@@ -233,19 +233,19 @@ class NodeProvisioner:
         # It has shown who it is; a slow machine may still be brought in step, and is tried again by the poller.
         while not self._takes_work(creation):
             if time.monotonic() > deadline:
-                state = self._registry.get(creation.agent_id)
+                state = self._fleet.get(creation.agent_id)
                 raise AgentUnreachable(f"it is not online: {state.problem if state is not None else 'it is gone'}")
             self._jobs.stopping.wait(_JOIN_EVERY)
 
     def _takes_work(self, creation: NodeCreation) -> bool:
         self._record(creation)
-        state = self._registry.get(creation.agent_id)
+        state = self._fleet.get(creation.agent_id)
         return state is not None and (state.takes_work or state.record.status is AgentStatus.DRAINING)
 
     def _roll_back(self, creation: NodeCreation, error: FluxError) -> None:
         agent_id = creation.agent_id
         log.warning("node %s: provisioning failed at '%s', terminating it: %s", agent_id, creation.step, error.message)
-        if self._registry.get(agent_id) is None:
+        if self._fleet.get(agent_id) is None:
             return
         try:
             self._note(agent_id, phase=NodePhase.ENDING, ending_at=self._clock(), reason=error.message)
@@ -271,7 +271,7 @@ class NodeProvisioner:
         """As it is now. Raises what ends the job: this process's end, a removal that somebody ordered."""
         if self._jobs.stopping.is_set() or not self._leadership.leads:
             raise _Interrupted
-        state = self._registry.get(creation.agent_id)
+        state = self._fleet.get(creation.agent_id)
         if state is None:
             raise NotFound(f"{creation.agent_id} is not registered")
         notes = notes_of(state.record)
@@ -282,7 +282,7 @@ class NodeProvisioner:
     def _step(self, creation: NodeCreation, step: str) -> None:
         creation.step = step
         self._record(creation)
-        self._registry.update(creation.agent_id, problem=f"is being made: {step}")
+        self._fleet.set_problem(creation.agent_id, f"is being made: {step}")
         log.info("node %s: %s", creation.agent_id, step)
 
     def _done(self, agent_id: str, step: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fluxlib.clock import steady_time
+from fluxlib.control.agents.fleet import Agent, Fleet
 from fluxlib.control.agents.leadership import Leadership
-from fluxlib.control.agents.registry import AgentState, Registry
 from fluxlib.control.nodes.autoscaler import Autoscaler
 from fluxlib.control.nodes.notes import NodePhase, notes_of
 from fluxlib.control.nodes.provisioner import NodeCreation, NodeProvisioner
@@ -32,7 +32,7 @@ class NodeService:
     def __init__(
         self,
         clouds: Sequence[Cloud],
-        registry: Registry,
+        fleet: Fleet,
         provisioner: NodeProvisioner,
         terminator: NodeTerminator,
         autoscaler: Autoscaler,
@@ -44,7 +44,7 @@ class NodeService:
         clock: Callable[[], float] = steady_time,
     ) -> None:
         self._clouds = {cloud.name: cloud for cloud in clouds}
-        self._registry = registry
+        self._fleet = fleet
         self._provisioner = provisioner
         self._terminator = terminator
         self._autoscaler = autoscaler
@@ -107,11 +107,11 @@ class NodeService:
         with self._autoscaler.paused:
             for name in self._clouds:
                 self._autoscaler.set_desired(name, DesiredFleet.REMOVED)
-            nodes = [state.agent_id for state in self._registry.agents() if state.record.provider]
+            nodes = [state.agent_id for state in self._fleet.agents() if state.record.provider]
             for agent_id in nodes:
                 self._end(agent_id, "DELETE /nodes", self._drain_seconds)
         self._jobs.wait(nodes)
-        left = [state for state in self._registry.agents() if state.agent_id in nodes]
+        left = [state for state in self._fleet.agents() if state.agent_id in nodes]
         return {
             "status": "removed" if not left else "incomplete",
             "removed": len(nodes) - len(left),
@@ -121,14 +121,14 @@ class NodeService:
     def terminate(self, agent_id: str) -> None:
         """One node, at once; what it runs fails. Also raises NotFound, Conflict, ProviderError, StoreUnavailable."""
         self._check_leads()
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         if state is None:
             raise NotFound(f"there is no agent {agent_id[:80]}")
         if not state.record.provider:
             raise Conflict(f"agent {agent_id} was registered by hand: Flux has no machine of it to end")
         self._end(agent_id, "it was asked for", 0)
         self._jobs.wait([agent_id])
-        left = self._registry.get(agent_id)
+        left = self._fleet.get(agent_id)
         if left is not None:
             raise ProviderError(left.problem or f"node {agent_id} has not ended yet: it is tried again")
 
@@ -146,11 +146,11 @@ class NodeService:
         except Unavailable as error:
             log.warning("node reconciliation skipped: %s", error.message)
             return
-        for agent_id in [state.agent_id for state in self._registry.agents() if state.record.provider]:
+        for agent_id in [state.agent_id for state in self._fleet.agents() if state.record.provider]:
             if self._jobs.busy(agent_id):
                 continue
             # Read after that look: what was under way a moment ago may have ended it.
-            state = self._registry.get(agent_id)
+            state = self._fleet.get(agent_id)
             try:
                 if state is not None:
                     self._step(state, now)
@@ -172,7 +172,7 @@ class NodeService:
             return  # it went by itself meanwhile
         self._provisioner.cancel(agent_id)
 
-    def _step(self, state: AgentState, now: float) -> None:
+    def _step(self, state: Agent, now: float) -> None:
         """The next step of one node, by its phase: see NodePhase."""
         phase = notes_of(state.record).phase
         if phase is NodePhase.ENDING:
@@ -183,13 +183,13 @@ class NodeService:
                 self._provisioner.resume(cloud, state.agent_id)
             elif not state.problem:
                 text = f"{state.record.provider} is not configured any more: put it back into flux.yaml"
-                self._registry.update(state.agent_id, problem=text)
+                self._fleet.set_problem(state.agent_id, text)
 
-    def _nodes(self, provider: str) -> list[AgentState]:
+    def _nodes(self, provider: str) -> list[Agent]:
         """Of one provider, whether joined or on their way."""
         return [
             state
-            for state in self._registry.agents()
+            for state in self._fleet.agents()
             if state.record.provider == provider and notes_of(state.record).phase is not NodePhase.ENDING
         ]
 

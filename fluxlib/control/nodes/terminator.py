@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from fluxlib.clock import steady_time
+from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
-from fluxlib.control.agents.registry import Registry
 from fluxlib.control.agents.roster import DRAINING
 from fluxlib.control.nodes.notes import NodePhase, noted, notes_of
 from fluxlib.errors import FluxError, LeaseLost, NotFound, ProviderError, StoreUnavailable
@@ -44,7 +44,7 @@ class NodeTerminator:
         self,
         clouds: Sequence[Cloud],
         membership: Membership,
-        registry: Registry,
+        fleet: Fleet,
         jobs: KeyedPool,
         leadership: Leadership,
         *,
@@ -54,7 +54,7 @@ class NodeTerminator:
     ) -> None:
         self._clouds = {cloud.name: cloud for cloud in clouds}
         self._membership = membership
-        self._registry = registry
+        self._fleet = fleet
         self._jobs = jobs
         self._leadership = leadership
         self._settle = settle
@@ -65,8 +65,8 @@ class NodeTerminator:
         self._retry_at: dict[str, float] = {}
         self.ended: dict[str, float] = {}  # provider ID → when: a cloud's list lags behind
         self._stopped: dict[str, frozenset[str]] = {}  # provider → IDs of machines that somebody has stopped
-        registry.on_capacity(self._changed)
-        registry.on_change(lambda agent_id: self._changed(agent_id, None))
+        fleet.on_capacity(self._changed)
+        fleet.on_change(lambda agent_id: self._changed(agent_id, None))
 
     def begin(self, agent_id: str, reason: str, drain_seconds: float) -> None:
         """Drain and terminate it in the background; recorded first. Raises NotFound, StoreUnavailable, LeaseLost."""
@@ -102,7 +102,7 @@ class NodeTerminator:
 
     def resume(self, agent_id: str, now: float) -> None:
         """Continue with one that is recorded as ending, not too often."""
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         if state is None or now < self._retry_at.get(agent_id, 0.0):
             return
         record = state.record
@@ -114,7 +114,7 @@ class NodeTerminator:
 
     def finish(self, agent_id: str) -> None:
         """End the machine now, then forget the node. Raises ProviderError; the record stays then, to be tried again."""
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         if state is None:
             return
         record = state.record
@@ -125,7 +125,7 @@ class NodeTerminator:
                 self.ended[provider_id] = self._clock()
         except ProviderError as error:
             self._retry_at[agent_id] = self._clock() + _RETRY_EVERY
-            self._registry.update(agent_id, problem=f"termination failed, retrying: {error.message}")
+            self._fleet.set_problem(agent_id, f"termination failed, retrying: {error.message}")
             log.warning("node %s: termination failed, retrying: %s", agent_id, error.message)
             raise
         self._membership.deregister(agent_id)
@@ -144,7 +144,7 @@ class NodeTerminator:
     # -- inside ------------------------------------------------------------------------
 
     def _terminate_lost(self, agent_id: str, reason: str) -> None:
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         if state is None or state.record.status.present:
             return
         record = state.record
@@ -174,7 +174,7 @@ class NodeTerminator:
 
     def _drain(self, agent_id: str) -> bool:
         """Whether it may be terminated now: idle, offline, or its time is over. False: another process continues."""
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         if state is None:
             return False
         if state.record.status.present:
@@ -197,7 +197,7 @@ class NodeTerminator:
         return True
 
     def _busy(self, agent_id: str, settled: float) -> bool:
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         if state is None or not state.record.status.present:
             return False
         if self._clock() >= notes_of(state.record).drain_until:
@@ -205,7 +205,7 @@ class NodeTerminator:
         return state.expected_active > 0 or state.last_heartbeat < settled
 
     def _say_how_it_ended(self, agent_id: str) -> None:
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         if state is None or not state.record.extra.get(DRAINING):
             return
         if not state.record.status.present:
@@ -227,7 +227,7 @@ class NodeTerminator:
 
     def _find(self, provider: str, agent_id: str) -> str:
         """The machine of a launch whose answer was lost; empty when there is none. Raises ProviderError."""
-        state = self._registry.get(agent_id)
+        state = self._fleet.get(agent_id)
         nodes = self._cloud(provider).provider.nodes()
         found = next((node for node in nodes if node.agent_id == agent_id and node.state is not NodeState.ENDED), None)
         if found is not None:

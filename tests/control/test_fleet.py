@@ -1,4 +1,4 @@
-"""The registry: its order and its counts hold after any sequence of what can happen to it."""
+"""The fleet: its order and its counts hold after any sequence of what can happen to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from fluxlib.control.agents.registry import AgentState, Registry, Reservation, free_share
+from fluxlib.control.agents.fleet import Agent, Fleet, Reservation, free_share
 from fluxlib.model import AgentRecord, AgentStatus, NodeFigures, Platform
 
 AGENTS = [f"w{number}" for number in range(5)]
@@ -28,12 +28,12 @@ PLATFORMS = [LINUX, WINDOWS, UNKNOWN]
 WANTED: list[tuple[Platform, ...]] = [(), (LINUX,), (WINDOWS,), (LINUX, WINDOWS), (Platform("unix"),)]
 
 
-def on(agent: AgentState, wanted: tuple[Platform, ...]) -> bool:
+def on(agent: Agent, wanted: tuple[Platform, ...]) -> bool:
     return not wanted or any(agent.platform.matches(one) for one in wanted)
 
 
-def state(agent_id: str, max_tasks: int = 0, platform: Platform = LINUX) -> AgentState:
-    made = AgentState(
+def state(agent_id: str, max_tasks: int = 0, platform: Platform = LINUX) -> Agent:
+    made = Agent(
         AgentRecord(agent_id, f"{agent_id}:1", status=AgentStatus.ONLINE, max_tasks=max_tasks, platform=platform),
         SimpleNamespace(agent_id=agent_id),  # type: ignore[arg-type]
     )
@@ -41,40 +41,40 @@ def state(agent_id: str, max_tasks: int = 0, platform: Platform = LINUX) -> Agen
     return made
 
 
-def first(candidates: Iterator[AgentState]) -> AgentState | None:
+def first(candidates: Iterator[Agent]) -> Agent | None:
     return next(candidates, None)
 
 
-class RegistryMachine(RuleBasedStateMachine):
+class FleetMachine(RuleBasedStateMachine):
     """Anything in any order; afterwards the order and the counts are what a fresh look would say."""
 
     taken: Bundle[Reservation] = Bundle("taken")
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry = Registry()
+        self.fleet = Fleet()
 
     @rule(agent_id=agents, max_tasks=st.sampled_from([0, 1, 4]), platform=st.sampled_from(PLATFORMS))
     def add(self, agent_id: str, max_tasks: int, platform: Platform) -> None:
-        self.registry.add(state(agent_id, max_tasks, platform))
+        self.fleet.add(state(agent_id, max_tasks, platform))
 
     @rule(agent_id=agents, platform=st.sampled_from(PLATFORMS))
     def reinstall(self, agent_id: str, platform: Platform) -> None:
-        known = self.registry.get(agent_id)
+        known = self.fleet.get(agent_id)
         if known is not None:
-            self.registry.update(agent_id, record=replace(known.record, platform=platform))
+            self.fleet.update(agent_id, record=replace(known.record, platform=platform))
 
     @rule(agent_id=agents)
     def remove(self, agent_id: str) -> None:
-        self.registry.remove(agent_id)
+        self.fleet.remove(agent_id)
 
     @rule(agent_id=agents, in_step=st.booleans(), reachable=st.booleans())
     def change(self, agent_id: str, in_step: bool, reachable: bool) -> None:
-        self.registry.update(agent_id, in_step=in_step, reachable=reachable)
+        self.fleet.update(agent_id, in_step=in_step, reachable=reachable)
 
     @rule(agent_id=agents, names=st.sets(functions))
     def lack(self, agent_id: str, names: set[str]) -> None:
-        self.registry.update(agent_id, lacking=dict.fromkeys(names, "refused"))
+        self.fleet.update(agent_id, lacking=dict.fromkeys(names, "refused"))
 
     @rule(
         agent_id=agents,
@@ -84,10 +84,10 @@ class RegistryMachine(RuleBasedStateMachine):
     )
     def report(self, agent_id: str, cpu: float, active: int, max_tasks: int) -> None:
         figures = NodeFigures(cpu_percent=cpu, active_tasks=active, max_tasks=max_tasks)
-        self.registry.report(agent_id, figures, at=1.0)
+        self.fleet.report(agent_id, figures, at=1.0)
 
-    def able(self) -> list[AgentState]:
-        return [one for one in self.registry.agents() if one.takes_work]
+    def able(self) -> list[Agent]:
+        return [one for one in self.fleet.agents() if one.takes_work]
 
     @rule(target=taken, name=functions, wanted=st.sampled_from(WANTED), only=st.one_of(st.just(""), agents))
     def place(self, name: str, wanted: tuple[Platform, ...], only: str) -> Any:
@@ -97,7 +97,7 @@ class RegistryMachine(RuleBasedStateMachine):
         ]
         roomy = [one for one in able if not {name, ""} & one.full]
         best = max(roomy, key=lambda one: one._key, default=None)
-        reservation = self.registry.place(name, first, slots=slots, platforms=wanted, only=only)
+        reservation = self.fleet.place(name, first, slots=slots, platforms=wanted, only=only)
         if reservation is None:
             # Nobody is passed over who has room by our own count, was not marked full and lacks nothing.
             assert best is None
@@ -109,39 +109,39 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(target=taken, agent_id=agents, name=functions)
     def reserve(self, agent_id: str, name: str) -> Any:
-        reservation = self.registry.reserve(agent_id, name, slots=SLOTS[name])
+        reservation = self.fleet.reserve(agent_id, name, slots=SLOTS[name])
         return multiple() if reservation is None else reservation
 
     @rule(reservation=consumes(taken), twice=st.booleans())
     def release(self, reservation: Reservation, twice: bool) -> None:
-        self.registry.release(reservation)
+        self.fleet.release(reservation)
         if twice:
-            self.registry.release(reservation)
+            self.fleet.release(reservation)
 
     @rule(agent_id=agents, name=functions)
     def refuse(self, agent_id: str, name: str) -> None:
-        self.registry.mark_full(agent_id, name)
+        self.fleet.mark_full(agent_id, name)
 
     @rule(agent_id=agents, name=st.one_of(functions, st.just("")))
     def free(self, agent_id: str, name: str) -> None:
-        self.registry.freed(agent_id, name)
+        self.fleet.freed(agent_id, name)
 
     @rule(name=functions)
     def changed(self, name: str) -> None:
-        self.registry.function_changed(name)
+        self.fleet.function_changed(name)
 
     @invariant()
     def order_is_sorted_and_complete(self) -> None:
-        for platform, ranking in self.registry._rankings.items():
+        for platform, ranking in self.fleet._rankings.items():
             assert ranking.order == sorted(ranking.order)
             ranked = [agent_id for _, _, agent_id in ranking.order]
             assert sorted(ranked) == [one.agent_id for one in self.able() if one.platform == platform]
-        assert self.registry.placeable() == len(self.able())
-        assert [one.agent_id for one in self.registry.agents()] == sorted(self.registry._agents)
+        assert self.fleet.placeable() == len(self.able())
+        assert [one.agent_id for one in self.fleet.agents()] == sorted(self.fleet._agents)
 
     @invariant()
     def full_counts_are_what_a_count_says(self) -> None:
-        for platform, ranking in self.registry._rankings.items():
+        for platform, ranking in self.fleet._rankings.items():
             counts: dict[str, int] = {}
             for one in self.able():
                 if one.platform == platform:
@@ -152,52 +152,52 @@ class RegistryMachine(RuleBasedStateMachine):
             for wanted in WANTED:
                 able = [one for one in self.able() if on(one, wanted)]
                 expected = bool(able) and all({name, ""} & one.full for one in able)
-                assert self.registry.full_everywhere(name, wanted) == expected
+                assert self.fleet.full_everywhere(name, wanted) == expected
 
     @invariant()
     def nothing_is_counted_below_zero(self) -> None:
-        for one in self.registry.agents():
+        for one in self.fleet.agents():
             assert one.total == sum(one.in_flight.values())
             assert one.total >= 0
             assert all(count > 0 for count in one.in_flight.values())
 
 
-TestRegistry = RegistryMachine.TestCase
-TestRegistry.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestFleet = FleetMachine.TestCase
+TestFleet.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_a_burst_spreads_over_equal_agents() -> None:
-    registry = Registry()
+    fleet = Fleet()
     for agent_id in AGENTS:
-        registry.add(state(agent_id))
-    chosen = [registry.place("h", first) for _ in range(50)]
+        fleet.add(state(agent_id))
+    chosen = [fleet.place("h", first) for _ in range(50)]
     per_agent = [sum(1 for one in chosen if one is not None and one.agent_id == agent_id) for agent_id in AGENTS]
     assert per_agent == [10] * 5
 
 
 def test_a_report_does_not_reopen_slots_this_flux_knows_are_taken() -> None:
-    registry = Registry()
-    registry.add(state("w1"))
-    assert registry.place("f", first, slots=1) is not None
-    registry.report("w1", NodeFigures(active_tasks=1), at=1.0)
-    assert registry.place("f", first, slots=1) is None
-    registry.mark_full("w1", "g")
-    assert registry.place("g", first) is None
-    registry.report("w1", NodeFigures(active_tasks=1), at=2.0)
-    assert registry.place("g", first) is not None  # the agent's refusal may be over
+    fleet = Fleet()
+    fleet.add(state("w1"))
+    assert fleet.place("f", first, slots=1) is not None
+    fleet.report("w1", NodeFigures(active_tasks=1), at=1.0)
+    assert fleet.place("f", first, slots=1) is None
+    fleet.mark_full("w1", "g")
+    assert fleet.place("g", first) is None
+    fleet.report("w1", NodeFigures(active_tasks=1), at=2.0)
+    assert fleet.place("g", first) is not None  # the agent's refusal may be over
 
 
 def test_listeners_hear_of_room_where_there_was_none() -> None:
-    registry = Registry()
-    registry.add(state("w1"))
+    fleet = Fleet()
+    fleet.add(state("w1"))
     heard: list[tuple[str, str | None]] = []
-    registry.on_capacity(lambda agent_id, name: heard.append((agent_id, name)))
-    reservation = registry.place("f", first, slots=1)
+    fleet.on_capacity(lambda agent_id, name: heard.append((agent_id, name)))
+    reservation = fleet.place("f", first, slots=1)
     assert reservation is not None
-    registry.release(reservation)
-    registry.freed("w1", "g")
-    registry.freed("w1", "")
-    registry.function_changed("f")
+    fleet.release(reservation)
+    fleet.freed("w1", "g")
+    fleet.freed("w1", "")
+    fleet.function_changed("f")
     assert heard == [("w1", "f"), ("w1", "g"), ("w1", None), ("", "f")]
 
 
@@ -205,18 +205,18 @@ def test_choosing_among_ten_thousand_agents_looks_at_few() -> None:
     """By the work done, not by a clock: a busy machine must not fail this."""
     ranked = 0
 
-    def headroom(agent: AgentState) -> float:
+    def headroom(agent: Agent) -> float:
         nonlocal ranked
         ranked += 1
         return free_share(agent)
 
-    registry = Registry(headroom)
+    fleet = Fleet(headroom)
     for number in range(10_000):
-        registry.add(state(f"w{number:05}", 8))
+        fleet.add(state(f"w{number:05}", 8))
     ranked = 0
     looked = 0
 
-    def choose(candidates: Iterator[AgentState]) -> AgentState | None:
+    def choose(candidates: Iterator[Agent]) -> Agent | None:
         nonlocal looked
         for agent in candidates:
             looked += 1
@@ -224,24 +224,24 @@ def test_choosing_among_ten_thousand_agents_looks_at_few() -> None:
         return None
 
     begun = time.perf_counter()
-    reservations = [registry.place("f", choose, slots=4) for _ in range(2000)]
+    reservations = [fleet.place("f", choose, slots=4) for _ in range(2000)]
     for reservation in reservations:
         assert reservation is not None
-        registry.release(reservation)
+        fleet.release(reservation)
     each = (time.perf_counter() - begun) / 4000
     assert (looked, ranked) == (2000, 4000)
     assert each < 0.005, f"{each * 1e6:.0f} µs for one step"
 
 
 def test_idle_agents_of_another_platform_are_not_walked_over() -> None:
-    registry = Registry()
+    fleet = Fleet()
     for number in range(500):
-        registry.add(state(f"windows-{number:03}", platform=WINDOWS))
-        registry.add(state(f"linux-{number:03}"))
-        registry.report(f"linux-{number:03}", NodeFigures(cpu_percent=60), at=1.0)
+        fleet.add(state(f"windows-{number:03}", platform=WINDOWS))
+        fleet.add(state(f"linux-{number:03}"))
+        fleet.report(f"linux-{number:03}", NodeFigures(cpu_percent=60), at=1.0)
     looked = 0
 
-    def choose(candidates: Iterator[AgentState]) -> AgentState | None:
+    def choose(candidates: Iterator[Agent]) -> Agent | None:
         nonlocal looked
         for agent in candidates:
             looked += 1
@@ -249,21 +249,21 @@ def test_idle_agents_of_another_platform_are_not_walked_over() -> None:
                 return agent
         return None
 
-    assert registry.place("f", choose, platforms=(LINUX,)) is not None
+    assert fleet.place("f", choose, platforms=(LINUX,)) is not None
     assert looked == 1
 
 
 def test_a_figure_that_is_no_number_spoils_nobodys_place() -> None:
-    registry = Registry()
+    fleet = Fleet()
     for agent_id in AGENTS:
-        registry.add(state(agent_id))
+        fleet.add(state(agent_id))
     for agent_id in AGENTS[:4]:
-        registry.report(agent_id, NodeFigures(cpu_percent=float("nan")), at=1.0)
+        fleet.report(agent_id, NodeFigures(cpu_percent=float("nan")), at=1.0)
     for cpu in (90, 10, 50):
-        registry.report(AGENTS[4], NodeFigures(cpu_percent=cpu), at=1.0)
-        reservation = registry.place("f", first)
+        fleet.report(AGENTS[4], NodeFigures(cpu_percent=cpu), at=1.0)
+        reservation = fleet.place("f", first)
         assert reservation is not None
         assert reservation.agent_id == AGENTS[4]
     for agent_id in AGENTS:
-        registry.remove(agent_id)
-    assert registry.placeable() == 0
+        fleet.remove(agent_id)
+    assert fleet.placeable() == 0

@@ -12,8 +12,8 @@ from fluxlib.model.agents import AgentStatus
 _CPU_PER_TASK = 0.1
 
 
-class AgentState:
-    """One agent. Written only by :class:`Registry` (under its lock); reading attributes needs no lock."""
+class Agent:
+    """One agent. Written only by :class:`Fleet` (under its lock); reading attributes needs no lock."""
 
     __slots__ = (
         "_key",
@@ -122,7 +122,7 @@ class AgentState:
         return status
 
 
-def free_share(agent: AgentState) -> float:
+def free_share(agent: Agent) -> float:
     """Headroom when nobody says otherwise: the mean free share of CPU, memory and slots."""
     figures = agent.figures
     if figures is None:

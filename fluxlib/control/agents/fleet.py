@@ -2,7 +2,7 @@
 
 Choosing does not look at every agent: the agents that can take work are kept in
 falling order of headroom, moved by one insertion when a reservation, a release
-or a report changes them. :meth:`Registry.place` walks that order until the
+or a report changes them. :meth:`Fleet.place` walks that order until the
 caller's rule is content, and reserves in the same step, so that two threads
 cannot both take the last slot.
 """
@@ -17,19 +17,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fluxlib.control.agents.agent_state import AgentState, free_share
+from fluxlib.control.agents.agent import Agent, free_share
 from fluxlib.control.agents.connection import AgentConnection
 from fluxlib.control.agents.ranking import Key, Ranking
 from fluxlib.model import AgentStatus, NodeFigures, Platform
 
-__all__ = ["AgentState", "Choose", "Headroom", "Registry", "Reservation", "free_share"]
+__all__ = ["Agent", "Choose", "Fleet", "Headroom", "Reservation", "free_share"]
 
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """A slot taken at an agent until :meth:`Registry.release`."""
+    """A slot taken at an agent until :meth:`Fleet.release`."""
 
-    agent: AgentState
+    agent: Agent
     function_name: str
     memory_mb: int = 0
     released: bool = False
@@ -39,13 +39,13 @@ class Reservation:
         return self.agent.agent_id
 
 
-Headroom = Callable[[AgentState], float]
-Choose = Callable[[Iterator[AgentState]], AgentState | None]
+Headroom = Callable[[Agent], float]
+Choose = Callable[[Iterator[Agent]], Agent | None]
 OnCapacity = Callable[[str, str | None], None]
 OnChange = Callable[[str], None]
 
 
-class Registry:
+class Fleet:
     """All agents. Every method may be called from any thread; none of them blocks on I/O.
 
     ``headroom`` ranks agents (greater = freer); it is called under the lock at every
@@ -55,8 +55,8 @@ class Registry:
     def __init__(self, headroom: Headroom = free_share) -> None:
         self._headroom = headroom
         self._lock = threading.Lock()
-        self._agents: dict[str, AgentState] = {}
-        self._by_id: tuple[AgentState, ...] | None = ()  # None = to be sorted anew
+        self._agents: dict[str, Agent] = {}
+        self._by_id: tuple[Agent, ...] | None = ()  # None = to be sorted anew
         self._rankings: dict[Platform, Ranking] = {}  # only agents that take work
         self._turn = itertools.count()
         self._on_capacity: list[OnCapacity] = []
@@ -64,7 +64,7 @@ class Registry:
 
     # -- reading -------------------------------------------------------------------
 
-    def get(self, agent_id: str) -> AgentState | None:
+    def get(self, agent_id: str) -> Agent | None:
         return self._agents.get(agent_id)
 
     def connection(self, agent_id: str) -> AgentConnection | None:
@@ -72,7 +72,7 @@ class Registry:
         agent = self._agents.get(agent_id)
         return None if agent is None or agent.record.status is AgentStatus.OFFLINE else agent.connection
 
-    def agents(self) -> Sequence[AgentState]:
+    def agents(self) -> Sequence[Agent]:
         """Every agent, by ID."""
         with self._lock:
             if self._by_id is None:
@@ -177,7 +177,7 @@ class Registry:
 
     # -- what membership says ------------------------------------------------------------
 
-    def add(self, state: AgentState) -> None:
+    def add(self, state: Agent) -> None:
         """A new agent, or a new life of one under the same ID."""
         with self._lock:
             former = self._agents.get(state.agent_id)
@@ -189,7 +189,7 @@ class Registry:
             self._rank(state)
         self._tell_change(state)
 
-    def remove(self, agent_id: str) -> AgentState | None:
+    def remove(self, agent_id: str) -> Agent | None:
         with self._lock:
             state = self._agents.get(agent_id)
             if state is None:
@@ -202,7 +202,7 @@ class Registry:
             listener(agent_id)
         return state
 
-    def update(self, agent_id: str, **changes: Any) -> AgentState | None:
+    def update(self, agent_id: str, **changes: Any) -> Agent | None:
         """Set attributes of an agent's state in one step. Tells the listeners."""
         with self._lock:
             state = self._agents.get(agent_id)
@@ -213,6 +213,10 @@ class Registry:
             self._rank(state)
         self._tell_change(state)
         return state
+
+    def set_problem(self, agent_id: str, problem: str) -> None:
+        """Why it takes no work, for people."""
+        self.update(agent_id, problem=problem)
 
     def report(self, agent_id: str, figures: NodeFigures, *, at: float, instance_id: str | None = None) -> None:
         """Fresh figures. What was marked full by a refusal gets a new chance.
@@ -252,7 +256,7 @@ class Registry:
         for listener in self._on_capacity:
             listener(agent_id, function_name)
 
-    def _tell_change(self, state: AgentState) -> None:
+    def _tell_change(self, state: Agent) -> None:
         for listener in self._on_change:
             listener(state.agent_id)
         if state.takes_work:
@@ -267,7 +271,7 @@ class Registry:
             if len(ranking) and (not platforms or any(platform.matches(wanted) for wanted in platforms))
         ]
 
-    def _candidates(self, function_name: str, rankings: list[Ranking], only: str) -> Iterator[AgentState]:
+    def _candidates(self, function_name: str, rankings: list[Ranking], only: str) -> Iterator[Agent]:
         if only:
             found = self._agents.get(only)
             keys: Iterable[Key] = (found._key,) if found is not None and found._ranking in rankings else ()
@@ -279,7 +283,7 @@ class Registry:
             if function_name not in agent.full and "" not in agent.full and function_name not in agent.lacking:
                 yield agent
 
-    def _reserve(self, agent: AgentState, function_name: str, slots: int, memory_mb: int) -> Reservation:
+    def _reserve(self, agent: Agent, function_name: str, slots: int, memory_mb: int) -> Reservation:
         running = agent.in_flight.get(function_name, 0) + 1
         agent.in_flight[function_name] = running
         agent.total += 1
@@ -294,13 +298,13 @@ class Registry:
         self._rank(agent)
         return Reservation(agent, function_name, memory_mb)
 
-    def _set_full(self, agent: AgentState, full: set[str]) -> None:
+    def _set_full(self, agent: Agent, full: set[str]) -> None:
         if agent._ranking is not None:
             agent._ranking.count(agent.full, -1)
             agent._ranking.count(full, 1)
         agent.full = full
 
-    def _rank(self, agent: AgentState) -> None:
+    def _rank(self, agent: Agent) -> None:
         self._unrank(agent)
         if not agent.takes_work:
             return
@@ -313,7 +317,7 @@ class Registry:
         agent._ranking = self._rankings.setdefault(agent.platform, Ranking())
         agent._ranking.insert(agent._key, agent.full)
 
-    def _unrank(self, agent: AgentState) -> None:
+    def _unrank(self, agent: Agent) -> None:
         if agent._ranking is not None:
             agent._ranking.remove(agent._key, agent.full)
             agent._ranking = None
