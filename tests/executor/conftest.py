@@ -13,6 +13,13 @@ import pytest
 from tests.support.need import lacking, need_root
 
 
+def need_own_root() -> None:
+    """For a mount namespace with another root, which a chroot into a plain directory does not allow."""
+    with open("/proc/self/mountinfo") as file:
+        if not any(line.split()[4] == "/" for line in file):
+            pytest.skip("needs a root that is a mount, and that of this chroot is a plain directory")
+
+
 @pytest.fixture(scope="module")
 def cgroups() -> Iterator[Path]:
     """A directory of cgroup v2 in which groups can be made."""

@@ -27,6 +27,7 @@ from fluxlib.agent.executor.cgroup import RunGroup
 from fluxlib.agent.executor.link import SpawnerLink
 from fluxlib.spawner import sandbox
 from fluxlib.spawner.sandbox import DEFAULT, MINIMAL, OFF, STRICT
+from tests.executor.conftest import need_own_root
 from tests.support.need import need_root
 from tests.support.programs import wait_until
 
@@ -64,17 +65,12 @@ def shared(programs: Path) -> Iterator[Path]:
     place.rmdir()
 
 
-def _root_is_a_mount() -> bool:
-    with open("/proc/self/mountinfo") as file:
-        return any(line.split()[4] == "/" for line in file)
-
-
 class Launched:
     """A spawner under one profile, asked one thing at a time."""
 
     def __init__(self, profile: str, programs: Path, cgroups: Path) -> None:
-        if profile != MINIMAL and not _root_is_a_mount():
-            pytest.skip("the root of this chroot is no mount: it has no mount namespace of its own to make")
+        if profile != MINIMAL:
+            need_own_root()
         self.profile = profile
         self._programs = programs
         self._cgroups = cgroups

@@ -26,6 +26,7 @@ from fluxlib.agent.executor.reactor import OutputPipe, Reactor
 from fluxlib.agent.executor.unix import UnixExecutor, UnixSandbox
 from fluxlib.config.agent import read_agent
 from fluxlib.errors import CannotStart
+from tests.executor.conftest import need_own_root
 from tests.support.programs import wait_until
 
 SECONDS = 10
@@ -210,6 +211,8 @@ class Groups:
 @pytest.fixture(params=["off", "default"])
 def whole(request: pytest.FixtureRequest, cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UnixExecutor]:
     profile = str(request.param)
+    if profile != "off":
+        need_own_root()
     state = Path(tempfile.mkdtemp(prefix="flux-unix-", dir="/var/lib"))
     state.chmod(0o755)
     monkeypatch.setattr(unix.Hierarchy, "find", classmethod(lambda cls, agent_id: Groups(cgroups)))
@@ -271,6 +274,7 @@ def _run(executor: UnixExecutor, script: str, **changes: Any) -> Invoked:
 def test_code_may_lie_where_only_root_may_walk(
     cgroups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    need_own_root()
     state = tmp_path_factory.mktemp("closed")
     state.parent.chmod(0o700)
     config = read_agent(f"agent_id: a\nuid_range: 1900000600+256\nstate_dir: {state}\n", state / "agent.yaml")
@@ -311,6 +315,17 @@ def test_input_that_nobody_reads_holds_nobody_up(whole: UnixExecutor) -> None:
     invoked = _run(whole, "cat </dev/stdin", stdin=b"again")
     assert invoked.end().exit_code == 0
     assert invoked.output == b"again"
+
+
+def test_what_one_does_to_its_input_no_other_finds(whole: UnixExecutor) -> None:
+    """Also without input: one /dev/null for all would carry flags from a function to the next."""
+    flags = "import fcntl; print(fcntl.fcntl(0, fcntl.F_GETFL)); fcntl.fcntl(0, fcntl.F_SETFL, 0o4000 | 0o2000)"
+    outputs = []
+    for _ in range(2):
+        invoked = _run(whole, f"exec python3 -c '{flags}'")
+        assert invoked.end().exit_code == 0
+        outputs.append(invoked.output)
+    assert outputs == [b"0\n", b"0\n"]
 
 
 def test_both_outputs_apart_or_in_their_order(whole: UnixExecutor) -> None:
