@@ -8,6 +8,7 @@ The view is an empty file system with an allow-list bound into it (``VIEW``), so
 machine has or mounts later:
 
     /usr /bin /sbin /lib* /opt /etc /sys     the machine's, read-only; in /etc, accounts for the functions' users
+    /var/lib/gems                            where there is one
     /proc                                    its own processes only
     /dev                                     a few devices, and per run its own terminals
     the resolver's files                     copies, where /etc/resolv.conf points to
@@ -99,6 +100,7 @@ _CGROUPS = b"/sys/fs/cgroup"
 # The allow-list. Landlock allows the same, but of /sys only what programs read about the machine's size.
 _READABLE = (
     *(b"/usr", b"/bin", b"/sbin", b"/lib", b"/lib32", b"/lib64", b"/libx32", b"/opt", b"/etc"),
+    b"/var/lib/gems",  # where Debian's Ruby keeps what `gem install` brings
     *(b"/sys/devices/system", _CGROUPS, b"/sys/kernel/mm/transparent_hugepage"),
 )
 VIEW = (*(path for path in _READABLE if not path.startswith(b"/sys/")), b"/sys", _CGROUPS)
