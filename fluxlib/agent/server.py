@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -32,7 +33,7 @@ from fluxlib.rpc.tls import MESSAGE_LIMIT
 
 log = logging.getLogger(__name__)
 
-FEATURES = ("attach", "deploy_stream", "read_output", "renew")
+FEATURES = ("attach", "deploy_stream", "get_executions", "read_output", "renew")
 # An original Flux waits 5 s for a cancel; what takes longer is dying all the same.
 _CANCEL_ANSWER = 4.0
 _SPOOL = 8 * 1024 * 1024
@@ -197,6 +198,16 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
         if record is None:
             return pb.GetExecutionResponse(found=False)
         return pb.GetExecutionResponse(found=True, data=_json_that_fits(record, with_output))
+
+    def GetExecutions(
+        self, request: pb.GetExecutionsRequest, context: grpc.ServicerContext
+    ) -> pb.GetExecutionsResponse:
+        answer = pb.GetExecutionsResponse()
+        for execution_id in request.execution_ids:
+            record = self._answer(context, partial(self._records.get, execution_id, with_output=False))
+            if record is not None:
+                codec.fill_record(answer.executions.add(), record)
+        return answer
 
     def ReadOutput(self, request: pb.ReadOutputRequest, context: grpc.ServicerContext) -> Iterator[pb.OutputChunk]:
         reader = self._answer(context, lambda: self._records.reader(request.execution_id))

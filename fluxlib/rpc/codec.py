@@ -196,7 +196,7 @@ def response_from_record(record: ExecutionRecord, *, with_output: bool = True) -
         error=original_text(record), duration_ms=record.duration_ms, error_kind=cast("Any", int(record.error_kind))
     )
     if record.status.ended and not record.error_kind.nothing_started:
-        _fill_ended(response.ended_record, record)
+        fill_record(response.ended_record, record)
         response.record = _ENCODER.encode(positional.to_list(record)).encode()
     if with_output and record.output:
         response.output = record.output
@@ -211,7 +211,7 @@ def record_from_response(
     A refusal has an ``error_kind`` with ``nothing_started``. Raises ValueError for a broken answer of ours.
     """
     if message.HasField("ended_record"):
-        return _machine_fault(_ended_from_message(message.ended_record, message.output, agent_id))
+        return _machine_fault(record_from_message(message.ended_record, message.output, agent_id))
     if message.record:
         # Of an agent that is not upgraded yet.
         record = _machine_fault(record_from_json(message.record, message.output))
@@ -249,7 +249,8 @@ def record_from_response(
     )
 
 
-def _fill_ended(message: pb.ExecutionRecord, record: ExecutionRecord) -> None:
+def fill_record(message: pb.ExecutionRecord, record: ExecutionRecord) -> None:
+    """Everything but its output."""
     # In place, and only what is set: half of what a message made and copied costs.
     message.execution_id = record.execution_id
     message.function_name = record.function_name
@@ -279,7 +280,7 @@ def _fill_ended(message: pb.ExecutionRecord, record: ExecutionRecord) -> None:
     message.attempt = record.attempt
 
 
-def _ended_from_message(message: pb.ExecutionRecord, output: bytes, agent_id: str) -> ExecutionRecord:
+def record_from_message(message: pb.ExecutionRecord, output: bytes | None, agent_id: str) -> ExecutionRecord:
     return ExecutionRecord(
         message.execution_id,
         message.function_name,

@@ -24,8 +24,16 @@ class Room:
     def __init__(self, slots: int = 1, agents: int = 1, max_waiting: int = 10_000, max_tasks: int = 0) -> None:
         self.fleet = Fleet()
         self.slots = slots
+        self.accepted = 0.0
         self.started: list[tuple[Execution, Reservation]] = []
-        self.room = Backlog(self.place, self.is_full, lambda one, slot: self.started.append((one, slot)), max_waiting)
+        self.room = Backlog(
+            self.place,
+            self.is_full,
+            lambda one, slot: self.started.append((one, slot)),
+            lambda name: 500,
+            max_waiting,
+            2**40,
+        )
         self.fleet.on_capacity(self.room.capacity)
         for number in range(agents):
             join(self.fleet, f"a{number}", figures=NodeFigures(0, 0, 1000, 0, 0, max_tasks))
@@ -38,9 +46,10 @@ class Room:
         return agent is None or "" in agent.full
 
     def wait(self, name: str = "f", *, resources: bool = False) -> Execution:
-        execution = Execution(name, None, new_execution_id(), 0.0)
-        self.room.admit(name)
-        self.room.add(execution, waits_for_resources=resources)
+        self.accepted += 1.0
+        execution = Execution(name, None, new_execution_id(), self.accepted, lambda reply: None)
+        self.room.admit(execution)
+        self.room.add([execution], waits_for_resources=resources)
         return execution
 
     @property
@@ -61,7 +70,7 @@ def test_a_free_slot_is_taken_at_once() -> None:
 def test_the_order_is_that_of_arrival() -> None:
     room = Room()
     waiting = [room.wait() for _ in range(5)]
-    assert room.room.counts() == {"f": 4}
+    assert room.room.counts(unclaimed=False) == {"f": 4}
     for index in range(4):
         room.end(index)
     assert room.order == waiting
@@ -75,7 +84,7 @@ def test_one_that_leaves_is_passed_over_and_leaves_only_once() -> None:
     assert not room.room.remove(first)
     room.end(0)
     assert room.order == [first, third]
-    assert room.room.counts() == {}
+    assert room.room.counts(unclaimed=False) == {}
 
 
 def test_one_turned_down_comes_back_to_where_it_was() -> None:
@@ -85,8 +94,8 @@ def test_one_turned_down_comes_back_to_where_it_was() -> None:
     assert room.order == waiting[:2]
     # Its agent refused it: the slot is full for others' sake, then frees.
     room.fleet.mark_full("a0", "f")
-    room.room.admit("f", already_accepted=True)
-    room.room.add(waiting[1], waits_for_resources=False)
+    room.room.admit(waiting[1])
+    room.room.add([waiting[1]], waits_for_resources=False)
     room.fleet.freed("a0", "f")
     room.end(1)
     assert room.order[2] is waiting[1]
@@ -115,9 +124,9 @@ def test_too_many_are_turned_away_but_not_those_accepted_before() -> None:
     with pytest.raises(AtCapacity, match="2 executions wait"):
         room.wait("a")
     accepted = Execution("a", None, "known", 0.0)
-    room.room.admit("a", already_accepted=True)
-    room.room.add(accepted, waits_for_resources=False)
-    assert room.room.counts() == {"a": 2, "b": 1}
+    room.room.admit(accepted)
+    room.room.add([accepted], waits_for_resources=False)
+    assert room.room.counts(unclaimed=False) == {"a": 2, "b": 1}
     assert len(room.room.remove_all("a")) == 2
     assert len(room.room.remove_all()) == 1
     room.wait("a")
@@ -245,7 +254,7 @@ def test_whatever_happens_each_queue_is_in_order_and_no_slot_idles(steps: list[t
             room.end(running.pop(int(value) % len(running)))  # type: ignore[call-overload]
         ended = {index for index, (_, slot) in enumerate(room.started) if slot.released}
         running = [index for index in range(len(room.started)) if index not in ended]
-        waiting = room.room.counts()
+        waiting = room.room.counts(unclaimed=False)
         assert sum(waiting.values()) == len(everyone) - len(left) - len(room.started)
         by_function = Counter(room.started[index][0].function_name for index in running)
         for name in waiting:

@@ -57,16 +57,16 @@ class TrickyStore(MemoryControlStore):
         answer = self._write("create", lambda: super(TrickyStore, self).create_execution(entry, durable=durable))
         return (entry.execution_id, answer) if isinstance(answer, Failing) else answer
 
-    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Any:
-        return self._write("assign", lambda: super(TrickyStore, self).assign_execution(execution_id, agent_id, owner))
+    def assign_attempt(self, *arguments: Any) -> Any:
+        return self._write("assign", lambda: super(TrickyStore, self).assign_attempt(*arguments))
 
-    def requeue_execution(self, execution_id: str, owner: str) -> Any:
-        return self._write("requeue", lambda: super(TrickyStore, self).requeue_execution(execution_id, owner))
+    def return_execution(self, *arguments: Any, **how: Any) -> Any:
+        return self._write("requeue", lambda: super(TrickyStore, self).return_execution(*arguments, **how))
 
-    def end_execution(self, record: Any, keep_until: float) -> Any:
-        return self._write("end", lambda: super(TrickyStore, self).end_execution(record, keep_until))
+    def end_attempt(self, *arguments: Any, **how: Any) -> Any:
+        return self._write("end", lambda: super(TrickyStore, self).end_attempt(*arguments, **how))
 
-    def open_ids(self) -> list[str]:
+    def all_open(self) -> list[str]:
         where = ExecutionFilter(status=ExecutionStatus.RUNNING)
         return [entry.execution_id for entry in self.executions(where, "", 10_000).entries]
 
@@ -113,7 +113,7 @@ class TestStore:
         assert not agent.asked
         assert idle(plane)
         plane.service.tick(0.0)
-        assert not store.open_ids()
+        assert not store.all_open()
 
     def test_an_answer_is_given_though_its_end_is_written_later(
         self, plane: Plane, store: TrickyStore, after: bool
@@ -134,7 +134,7 @@ class TestStore:
         assert not second.asked
         assert idle(plane)
         plane.service.tick(0.0)
-        assert not store.open_ids()
+        assert not store.all_open()
 
     @pytest.mark.parametrize("write", ["assign", "requeue"])
     def test_a_queued_one_goes_on_and_runs_once(
@@ -229,7 +229,7 @@ class TestStops:
         else:
             waiting = plane.soon("w")
             plane.queued(1, "w")
-            (execution_id,) = store.open_ids()
+            (execution_id,) = store.all_open()
         cancelled: list[Any] = []
 
         def cancel() -> None:
@@ -250,7 +250,7 @@ class TestStops:
     def test_one_ended_by_another_flux_is_not_sent(self, plane: Plane, store: TrickyStore) -> None:
         waiting = plane.soon("w")
         plane.queued(1, "w")
-        (execution_id,) = store.open_ids()
+        (execution_id,) = store.all_open()
         entry = store.execution(execution_id)
         assert entry is not None
         store.end_execution(entry.record.ended(ExecutionStatus.FAILED, at=1.0, error="by another"), 1e12)
@@ -411,7 +411,7 @@ def test_a_storm_leaves_nothing_open_and_runs_nothing_twice(
     for agent in agents:
         plane.service.agent_lost(agent.agent_id, "the test is over")
     plane.service.tick(0.0)
-    assert not store.open_ids()
+    assert not store.all_open()
     assert not plane.service._tracker.all()
     assert all(count == 1 for count in started.values())
     plane.close()

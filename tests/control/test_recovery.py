@@ -28,15 +28,15 @@ class Store(MemoryControlStore):
         self.gate.set()
         self.asked = threading.Event()
 
-    def executions_of(self, owner: str) -> list[ExecutionEntry]:
+    def executions_of(self, owner: str, after: int = 0, limit: int = 0) -> list[ExecutionEntry]:
         if owner == "old":  # adopting reads it too
-            return super().executions_of(owner)
+            return super().executions_of(owner, after, limit)
         self.asked.set()
         assert self.gate.wait(10)
         if self.away:
             self.away -= 1
             raise StoreUnavailable("the store is away")
-        return super().executions_of(owner)
+        return super().executions_of(owner, after, limit)
 
 
 @pytest.fixture
@@ -152,37 +152,40 @@ class TestTakingOver:
         former = plane(planes, store, "old", shared=True)
         former.submit("w")
         leader = plane(planes, store, "new", shared=True)
-        adopt = store.adopt_executions
+        adopt = store.adopt_session
 
         def lost(*arguments: Any) -> int:
             adopt(*arguments)
             raise StoreUnavailable("no answer")
 
-        monkeypatch.setattr(store, "adopt_executions", lost)
+        monkeypatch.setattr(store, "adopt_session", lost)
         with pytest.raises(StoreUnavailable):
             leader.service.adopt("old", None)
         leader.service.tick(0.0)
-        assert leader.service.waiting() == {"w": 1}
+        until(lambda: leader.service.waiting() == {"w": 1})
 
     def test_a_store_that_goes_away_in_between(self, planes: list[Plane], store: Store, monkeypatch: Any) -> None:
         former = plane(planes, store, "old")
         former.submit("w", "1")
         former.submit("w", "2")
         new = plane(planes, store, "new")
-        lookup, fails = new.functions.lookup, [True]
+        claim, fails = store.claim_executions, [True]
 
-        def away_once(name: str) -> Any:
+        def away_once(*arguments: Any) -> Any:
+            entries = claim(*arguments)
             if fails:
                 fails.pop()
-                raise StoreUnavailable("away")
-            return lookup(name)
+                raise StoreUnavailable("the answer was lost")
+            return entries
 
-        monkeypatch.setattr(new.functions, "lookup", away_once)
-        with pytest.raises(StoreUnavailable):
-            new.service.start()
-        assert not new.service._tracker.all(), "in hand and in no queue, nobody would look for them again"
-        new.service.tick(0.0)
-        assert new.service.waiting() == {"w": 2}
+        monkeypatch.setattr(store, "claim_executions", away_once)
+        new.service.start()
+        until(lambda: not fails)
+        assert not new.service._tracker.all(), "claimed, and unknown here"
+        agent = new.agent(script=accept)
+        new.service.tick(time.time() + 60)
+        agent.wait_asked(2)
+        assert {asked.request.args for asked in agent.asked} == {("1",), ("2",)}
 
     def test_does_not_hold_up_who_judges_the_agents(self, planes: list[Plane], store: Store) -> None:
         former = plane(planes, store, "old", shared=True)
@@ -244,7 +247,7 @@ class TestFrozen:
     ) -> None:
         waiting = frozen.soon("w")
         frozen.queued(1, "w")
-        store.adopt_executions("old", "new")
+        store.adopt_session("old", "new")
         frozen.agent()
         with pytest.raises(AgentLost, match="another one has taken the call over") as caught:
             waiting.result(10)

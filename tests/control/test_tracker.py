@@ -38,8 +38,8 @@ class Store(MemoryControlStore):
 
         return Failed()
 
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Any:
-        return self._fails() or super().end_execution(record, keep_until)
+    def end_attempt(self, *arguments: Any, **how: Any) -> Any:
+        return self._fails() or super().end_attempt(*arguments, **how)
 
     def forget_execution(self, execution_id: str, owner: str) -> Any:
         return self._fails() or super().forget_execution(execution_id, owner)
@@ -181,7 +181,7 @@ class TestTimes:
         accepted = 1000.0
         monkeypatch.setattr("fluxlib.control.executions.execution.time.time", lambda: accepted + 1.0)
         record = self.record(run_started_at=accepted + began, queue_ms=5, duration_ms=100, cpu_seconds=0.1 + 0.2)
-        execution = Execution("f", None, "e1", accepted)
+        execution = Execution.stored(ExecutionEntry(ExecutionRecord("e1", "f", "a1", started_at=accepted)))
         execution.waited_ms = 40
         final = execution.merged(record)
         assert (final.queue_ms, final.cpu_seconds) == (queue_ms, 0.3)

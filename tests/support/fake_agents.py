@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from fluxlib.control.agents.connection import OnAnswer, refusal
@@ -146,6 +146,10 @@ class FakeConnection:
         if self.down is not None:
             raise self.down
         return self.records.get(execution_id)
+
+    def known_records(self, execution_ids: Sequence[str]) -> dict[str, ExecutionRecord]:
+        found = ((one, self.record(one, with_output=False)) for one in execution_ids)
+        return {execution_id: record for execution_id, record in found if record is not None}
 
     def inventory(self) -> Inventory | None:
         if self.down is not None:

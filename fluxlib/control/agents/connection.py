@@ -7,7 +7,7 @@ and simulations need no wire.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +90,9 @@ class AgentConnection(Protocol):
 
         Output larger than WHOLE_OUTPUT is left out: ``output`` reads it. An original agent's comes with the record.
         """
+
+    def known_records(self, execution_ids: Sequence[str]) -> dict[str, ExecutionRecord]:
+        """The agent's records of those it knows, without output."""
 
     def output(self, execution_id: str, offset: int, *, follow: bool) -> OutputStream:
         """Raises NotFound at once when the agent knows no such execution."""

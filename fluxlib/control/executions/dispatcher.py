@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -68,6 +68,7 @@ class Dispatcher:
         tracker: ExecutionTracker,
         timers: Timers,
         max_waiting: int,
+        max_backlog_bytes: int,
     ) -> None:
         self._fleet = fleet
         self._tracker = tracker
@@ -75,7 +76,17 @@ class Dispatcher:
         self._stopping = False
         self._pool = Pool("dispatch", _THREADS)
         self.placement = Placement(fleet, functions, timers, self._on_capacity)
-        self.backlog = Backlog(self._place_waiting, self.placement.is_full, self._placed, max_waiting)
+        self._claiming: set[str] = set()  # functions whose backlog is being claimed from
+        # Whether no agent knows them: asked before what was queued before this process is sent anywhere.
+        self.confirm: Callable[[Sequence[Execution]], list[Execution]] = list
+        self.backlog = Backlog(
+            self._place_waiting,
+            self.placement.is_full,
+            self._assign,
+            self.placement.window,
+            max_waiting,
+            max_backlog_bytes,
+        )
         fleet.on_capacity(self._on_capacity)
 
     # -- capacity ------------------------------------------------------------------------
@@ -86,8 +97,7 @@ class Dispatcher:
         for execution in self._tracker.all():
             if execution.state in (State.QUEUED, State.ASSIGNED) and 0 < execution.deadline < now:
                 self._overdue(execution)
-        for name in self.backlog.counts():
-            self._refresh(name)
+        self.fill_windows()
         self.placement.tidy()
 
     def _refresh(self, name: str) -> None:
@@ -95,12 +105,14 @@ class Dispatcher:
             self.placement.need(name)
         except NotFound:
             for execution in self.backlog.remove_all(name):
-                self._fail(execution, NotFound(f"function {name} was deleted while this waited for it"))
+                self._fail(execution, _deleted(name))
         except StoreUnavailable as error:
             log.debug("the backlog of %s is served by what is known of it: %s", name, error.message)
 
     def _on_capacity(self, agent_id: str, function_name: str | None) -> None:
         self.backlog.capacity(agent_id, function_name)
+        for name in self.backlog.unclaimed() if function_name is None else (function_name,):
+            self._claim_soon(name)
 
     def _place_waiting(self, function_name: str, agent_id: str) -> Reservation | None:
         return None if self._stopping else self.placement.place_waiting(function_name, agent_id)
@@ -134,17 +146,71 @@ class Dispatcher:
 
     def queue_again(self, execution: Execution) -> None:
         """One that waited in an earlier process, and no agent has had. Raises StoreUnavailable."""
-        name = execution.function_name
-        execution.state = State.QUEUED
+        self._take_claimed(execution.function_name, [execution])
+
+    # -- claims: the dispatcher's threads ------------------------------------------------------
+
+    def fill_windows(self) -> None:
+        """Look what waits in the store, and claim what there is a place for. Raises StoreUnavailable."""
+        self.backlog.refresh(self._tracker.store.queued())
+        for name in self.backlog.functions():
+            self._refresh(name)
+            self._claim_soon(name)
+
+    def _claim_soon(self, name: str) -> None:
+        """Fill the window from the store's backlog, if there is something to claim."""
+        if self.backlog.wanted(name) and not self._stopping and name not in self._claiming:
+            self._claiming.add(name)
+            if not self._pool.submit(self._claim, name):
+                self._claiming.discard(name)
+
+    def _claim(self, name: str) -> None:
+        store, session = self._tracker.store, self._tracker.session
+        again = False
         try:
-            # Before it is in flight: a store that is away leaves it to the next try.
+            while (asked := self.backlog.wanted(name)) and not self._stopping:
+                # Agents that are not connected yet cannot say whether they know them.
+                if self.placement.still_connecting():
+                    return
+                entries = store.claim_executions(session, name, asked)
+                self.backlog.claimed(name, len(entries), asked)
+                self._take_claimed(name, [Execution.stored(entry) for entry in entries])
+            again = True
+        except StoreUnavailable as error:
+            log.warning("the backlog of %s is claimed from later: %s", name, error.message)
+        except Exception:
+            log.exception("the backlog of %s cannot be claimed from", name)
+        finally:
+            self._claiming.discard(name)
+        if again:
+            # What was taken out of the window meanwhile found a claim on its way.
+            self._claim_soon(name)
+
+    def _take_claimed(self, name: str, executions: Sequence[Execution]) -> None:
+        """Queue what is ours now. Raises StoreUnavailable."""
+        fresh = []
+        for execution in executions:
+            known = self._tracker.get(execution.execution_id)
+            if known is None or (known.state is State.QUEUED and known not in self.backlog):
+                fresh.append(execution)
+            elif known.state.at_agent:
+                # The store has forgotten that: it was restored from a copy, or its replica lagged behind.
+                self._tracker.store.assign_attempt(
+                    known.execution_id, known.attempt, known.agent_id, self._tracker.session
+                )
+        try:
+            # Before they are in flight: a store that is away leaves them to the next try.
             self.placement.need(name)
         except NotFound:
-            self._tracker.end(execution, execution.failed(NotFound(f"function {name} was deleted")))
+            for execution in fresh:
+                self._tracker.end(execution, execution.failed(_deleted(name)))
             return
-        self._tracker.add(execution)
-        self.backlog.admit(name, already_accepted=True)
-        self.backlog.add(execution, waits_for_resources=True)
+        waiting = self.confirm(fresh)
+        for execution in waiting:
+            self._tracker.add(execution)
+            if execution.request is not None and not worth_keeping(execution.request):
+                execution.request = None
+        self.backlog.add(waiting, waits_for_resources=True)
 
     def _place(self, execution: Execution, need: Need, reservation: Reservation | None) -> None:
         """``reservation`` was just made for it, or there is none. Raises why it is neither assigned nor queued."""
@@ -177,12 +243,13 @@ class Dispatcher:
         if former is State.NEW:
             assert need is not None
             may_wait = Behavior.WAIT in (need.when_full, need.when_resources_exhausted)
-            self._create(execution, Phase.STARTING, execution.asynchronous and may_wait, committed)
+            keep_request = execution.asynchronous and may_wait
+            self._create(execution, Phase.STARTING, self._tracker.session, keep_request, committed)
             return
         self._tracker.changed(execution.execution_id)
         try:
-            commit = self._tracker.store.assign_execution(
-                execution.execution_id, reservation.agent_id, self._tracker.session
+            commit = self._tracker.store.assign_attempt(
+                execution.execution_id, execution.attempt, reservation.agent_id, self._tracker.session
             )
         except StoreUnavailable as error:
             self._soon(self._go_on, execution, reservation, error)
@@ -200,11 +267,12 @@ class Dispatcher:
         # One with a key may be known already, to a submission at the same moment: it is counted once it is written.
         counted_later = bool(execution.idempotency_key) and execution.state is State.NEW
         if counted_later:
-            self.backlog.refuse_if_full(execution.function_name)
+            self.backlog.refuse_if_full(execution)
         else:
-            self.backlog.admit(execution.function_name, already_accepted=execution.accepted)
+            self.backlog.admit(execution)
         for_resources = refusal.for_resources or bool(need.memory_mb or need.cpu_millicores)
-        queued = partial(self._queue_committed, execution, for_resources)
+        claimed = not execution.asynchronous or execution.accepted or self.backlog.takes(execution.function_name)
+        queued = partial(self._queue_committed, execution, for_resources if claimed else None)
         with execution.lock:
             former = execution.state
             if former is not State.ENDED:
@@ -212,23 +280,29 @@ class Dispatcher:
                 execution.deadline = time.monotonic() + COMMIT_SECONDS
         try:
             if former is State.ENDED:
-                self.backlog.give_up_place()
+                self.backlog.give_up_place(execution)
             elif former is State.NEW:
-                self._create(execution, Phase.QUEUED, execution.asynchronous, queued)
+                owner = self._tracker.session if claimed else ""
+                self._create(execution, Phase.QUEUED, owner, execution.asynchronous, queued)
                 if counted_later:
-                    self.backlog.admit(execution.function_name, already_accepted=True)
+                    self.backlog.count(execution)
             elif execution.agent_id:
                 store, session = self._tracker.store, self._tracker.session
-                store.requeue_execution(execution.execution_id, session).then(queued)
+                store.return_execution(execution.execution_id, execution.attempt, session, claimed=True).then(queued)
             else:
                 queued(None)
         except BaseException:
             if not counted_later:
-                self.backlog.give_up_place()
+                self.backlog.give_up_place(execution)
             raise
 
     def _create(
-        self, execution: Execution, phase: Phase, keep_request: bool, committed: Callable[[Exception | None], None]
+        self,
+        execution: Execution,
+        phase: Phase,
+        owner: str,
+        keep_request: bool,
+        committed: Callable[[Exception | None], None],
     ) -> None:
         """Write a new execution; nothing may be done about it before that holds. Raises AlreadyKnown."""
         execution_id = execution.execution_id
@@ -236,7 +310,7 @@ class Dispatcher:
         entry = ExecutionEntry(
             execution.record(phase),
             execution.request if keep_request else None,
-            self._tracker.session,
+            owner,
             idempotency_key=execution.idempotency_key,
         )
         try:
@@ -259,14 +333,15 @@ class Dispatcher:
         else:
             self._soon(self._go_on, execution, reservation, error)
 
-    def _queue_committed(self, execution: Execution, for_resources: bool, error: Exception | None) -> None:
+    def _queue_committed(self, execution: Execution, for_resources: bool | None, error: Exception | None) -> None:
         self._soon(self._queued, execution, for_resources, error)
 
     # -- what follows a commit, and may wait: the dispatcher's threads -----------------------
 
-    def _queued(self, execution: Execution, for_resources: bool, error: Exception | None) -> None:
+    def _queued(self, execution: Execution, for_resources: bool | None, error: Exception | None) -> None:
+        """``for_resources`` None: it is in the store's backlog, and nobody's."""
         if error is not None:
-            self.backlog.give_up_place()
+            self.backlog.give_up_place(execution)
             self._write_failed(execution, error)
             return
         with execution.lock:
@@ -279,12 +354,17 @@ class Dispatcher:
                     execution.request = None
                 reply, execution.on_reply = execution.on_reply, None
         if ended:
-            self.backlog.give_up_place()
+            self.backlog.give_up_place(execution)
             return
         if reply is not None:
             reply(execution.record(Phase.QUEUED))
         self._tracker.changed(execution.execution_id)
-        self.backlog.add(execution, waits_for_resources=for_resources)
+        if for_resources is None:
+            self.backlog.stored(execution.function_name)
+            self._tracker.let_go(execution)
+            self._claim_soon(execution.function_name)
+            return
+        self.backlog.add([execution], waits_for_resources=for_resources)
         if execution.cancel_reason and self.backlog.remove(execution):
             # Cancelled before it was in the backlog: whoever cancelled it could not take it out.
             self._fail(execution, Cancelled(execution.cancel_reason))
@@ -527,17 +607,14 @@ class Dispatcher:
                 self._return(execution)
 
     def _return(self, execution: Execution) -> None:
-        """No agent has it and none will be sent it by this process: the next must not look for it at an agent."""
-        if not execution.agent_id or not execution.accepted:
+        """No agent has it and none will be sent it by this process: any other may claim it."""
+        if not execution.accepted:
             return
+        store, session = self._tracker.store, self._tracker.session
         try:
-            self._tracker.store.requeue_execution(execution.execution_id, self._tracker.session)
+            store.return_execution(execution.execution_id, execution.attempt, session)
         except StoreUnavailable as error:
             log.warning("execution %s cannot be returned to the backlog: %s", execution.execution_id, error.message)
-
-    def _placed(self, execution: Execution, reservation: Reservation) -> None:
-        """The backlog found it a slot."""
-        self._assign(execution, reservation)
 
     def _soon(self, event: Callable[..., None], execution: Execution, *arguments: object) -> bool:
         """Do it on a dispatch thread. False: it will not be done, Flux stops."""
@@ -568,6 +645,10 @@ def _lost(execution: Execution, reason: str) -> AgentLost:
     error = AgentLost(reason)
     error.execution_id = execution.execution_id
     return error
+
+
+def _deleted(function_name: str) -> NotFound:
+    return NotFound(f"function {function_name} was deleted while this waited for it")
 
 
 def _stopping() -> Stopping:

@@ -13,7 +13,7 @@ from enum import Enum
 from fluxlib.control.agents.fleet import Reservation
 from fluxlib.errors import AgentUnreachable, FluxError
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest, ExecutionStatus, Phase, kind_of
-from fluxlib.store.base import Commit
+from fluxlib.store.base import Commit, ExecutionEntry
 
 # A queued execution's request is kept in memory when it is no larger than this, else read back from the store.
 _SMALL_REQUEST = 16 * 1024
@@ -84,8 +84,8 @@ class Execution:
         "lock",
         "on_reply",
         "request",
+        "request_bytes",
         "reservation",
-        "sequence",
         "started",
         "state",
         "waited_ms",
@@ -103,18 +103,20 @@ class Execution:
         self.execution_id = execution_id
         self.function_name = function_name
         self.request = request
+        self.request_bytes = 0  # what it takes in the store's backlog
+        if request is not None and request.asynchronous:
+            self.request_bytes = len(request.stdin) + sum(map(len, request.args))
         self.asynchronous = request is None or request.asynchronous
         self.idempotency_key = ""
         self.accepted_at = accepted_at  # epoch seconds
         # Durations are counted by a clock that nobody sets.
-        self.started = time.monotonic() - (0.0 if request is not None else max(0.0, time.time() - accepted_at))
+        self.started = time.monotonic()
         self.lock = threading.Lock()
         self.state = State.NEW
         self.attempt = 1
         self.on_reply = on_reply
         self.agent_id = ""  # the agent it was assigned to last
         self.reservation: Reservation | None = None
-        self.sequence = 0  # its place in the queue
         self.cancel_reason = ""
         self.deadline = 0.0  # monotonic; by then the store has committed what moves it on
         self.waited_ms = 0  # from acceptance until an agent was sent it
@@ -122,6 +124,19 @@ class Execution:
         self.watch: Watch | None = None
         self.final: ExecutionRecord | None = None
         self.commit: Commit | None = None  # of its end
+
+    @classmethod
+    def stored(cls, entry: ExecutionEntry) -> Execution:
+        """One that the store knows, and this process does not."""
+        record = entry.record
+        execution = cls(record.function_name, entry.request, record.execution_id, record.started_at)
+        execution.asynchronous = record.asynchronous
+        execution.request_bytes = entry.request_bytes
+        execution.started -= max(0.0, time.time() - record.started_at)
+        execution.attempt = record.attempt
+        execution.agent_id = record.agent_id
+        execution.state = State.RUNNING if record.agent_id else State.QUEUED
+        return execution
 
     @property
     def accepted(self) -> bool:
@@ -145,6 +160,7 @@ class Execution:
             phase=phase,
             asynchronous=self.asynchronous,
             started_at=self.accepted_at,
+            attempt=self.attempt,
         )
 
     def failed(self, error: FluxError) -> ExecutionRecord:
@@ -169,17 +185,16 @@ class Execution:
             started_at=self.accepted_at,
             queue_ms=_queue_ms(self.accepted_at, report, self.waited_ms, self.age_ms()),
             cpu_seconds=_microseconds(report.cpu_seconds),
+            attempt=self.attempt,
         )
 
 
 def merge_report(ours: ExecutionRecord, report: ExecutionRecord) -> ExecutionRecord:
     """The same for an execution that is not in flight here: ``ours`` is what the store knows of it."""
-    execution = Execution(ours.function_name, None, ours.execution_id, ours.started_at)
-    execution.agent_id = ours.agent_id
+    execution = Execution.stored(ExecutionEntry(ours))
     # The two clocks are all there is to tell how long it waited before it was sent.
     known = bool(report.run_started_at or not report.started_at)
     execution.waited_ms = 0 if known else max(0, round((report.started_at - ours.started_at) * 1000))
-    execution.asynchronous = ours.asynchronous
     return execution.merged(report)
 
 

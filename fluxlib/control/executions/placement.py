@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -53,6 +53,8 @@ _FAULT_SECONDS, _LONGEST_FAULT_SECONDS = 5.0, 60.0
 # A scan of every agent that took longer than this (seconds) is not repeated before so many times what it took.
 _SLOW_SCAN = 0.001
 _SCAN_BACKOFF = 2.0
+# Waiting executions of one function that are kept in memory; the store keeps the others.
+_LEAST_WAITING, _MOST_WAITING = 16, 500
 # Agents that were known before this process get so long (seconds) to be connected before a call is refused for them.
 _CONNECT_SECONDS = 10.0
 
@@ -290,8 +292,8 @@ class Placement:
         self._refusals: dict[str, tuple[float, Need, Refusal]] = {}
         self._excluded: dict[tuple[str, str], FluxError] = {}
         self._faults: dict[str, int] = {}  # by agent: how often in a row its machine could not start anything
-        self._connected_by = time.monotonic() + _CONNECT_SECONDS
-        self._connected = False
+        self._awaited: set[str] = set()  # agents that were online before this process, and are not connected yet
+        self._awaited_until = 0.0
 
     # -- what functions need -------------------------------------------------------------
 
@@ -353,6 +355,12 @@ class Placement:
         need = self.known_need(function_name)
         return self._reserve(need, agent_id) if need is not None else None
 
+    def window(self, function_name: str) -> int:
+        """How many waiting executions of a function to keep in memory: twice the slots there are for it."""
+        need = self.known_need(function_name)
+        slots = need.slots if need is not None else 0
+        return min(_MOST_WAITING, max(_LEAST_WAITING, 2 * slots * self._fleet.placeable() if slots else _MOST_WAITING))
+
     def is_full(self, agent_id: str) -> bool:
         """Whether this agent can take nothing now, of whichever function."""
         agent = self._fleet.get(agent_id)
@@ -382,7 +390,7 @@ class Placement:
             if took > _SLOW_SCAN:
                 self._refusals[need.function_name] = (began + took * (1 + _SCAN_BACKOFF), need, known)
         error: FluxError = known.error
-        if known.for_resources and self._still_connecting():
+        if known.for_resources and self.still_connecting():
             text = f"Flux has just started and is still connecting to its agents ({error.message})"
             error = Unavailable(text, retry_after=_RETRY_SLOT)
         # An error of its own: the one kept is raised by many threads.
@@ -397,13 +405,23 @@ class Placement:
             if last is None or agent.agent_id != last.agent_id:
                 yield agent
 
-    def _still_connecting(self) -> bool:
-        """Whether an agent that was online before this process has not been connected for the first time."""
-        if not self._connected:
-            agents = self._fleet.agents()
-            late = time.monotonic() > self._connected_by
-            self._connected = late or not any(_is_awaited(agent) for agent in agents)
-        return not self._connected
+    def await_agents(self, agent_ids: Collection[str]) -> None:
+        """These were online before this process started: they get some seconds to be connected."""
+        self._awaited_until = time.monotonic() + _CONNECT_SECONDS
+        self._awaited = set(agent_ids)
+
+    def still_connecting(self) -> bool:
+        """Whether one of them has neither been connected nor failed for the first time."""
+        if self._awaited:
+            if time.monotonic() >= self._awaited_until:
+                self._awaited = set()
+            self._awaited = {agent_id for agent_id in self._awaited if self._is_awaited(agent_id)}
+        return bool(self._awaited)
+
+    def _is_awaited(self, agent_id: str) -> bool:
+        agent = self._fleet.get(agent_id)
+        # Not in the fleet yet: membership starts after executions.
+        return agent is None or not (agent.takes_work or agent.problem or not agent.record.status.takes_work)
 
     # -- giving back ---------------------------------------------------------------------
 
@@ -468,7 +486,3 @@ class Placement:
         agent_id, function_name = key
         self._excluded.pop(key, None)
         self._readmitted(agent_id, function_name or None)
-
-
-def _is_awaited(agent: Agent) -> bool:
-    return agent.record.status.takes_work and agent.connection is None and not agent.problem

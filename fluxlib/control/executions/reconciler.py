@@ -12,7 +12,9 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 
 from fluxlib.control.agents.connection import AgentConnection
 from fluxlib.control.agents.fleet import Fleet
@@ -58,6 +60,8 @@ class Reconciler:
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._shared = shared
+        self._started_at = time.time()
+        dispatcher.confirm = self.confirm
         self._pool = Pool("reconcile", _THREADS)
         self._lock = threading.Lock()
         self._polls: dict[str, _Poll] = {}
@@ -99,7 +103,7 @@ class Reconciler:
 
     def _adopt(self, dead_session: str, lease: Lease | None) -> int:
         try:
-            count = self._tracker.store.adopt_executions(dead_session, self._tracker.session, lease)
+            count = self._tracker.store.adopt_session(dead_session, self._tracker.session, lease)
         finally:
             # Also when it failed: it may have been written all the same.
             with self._lock:
@@ -121,33 +125,73 @@ class Reconciler:
             adoptions = self._adoptions
             # Also before the store is read: what has ended since is neither open nor in flight.
             ours = {execution.execution_id for execution in self._tracker.all()}
-            for entry in self._tracker.store.executions_of(self._tracker.session):
-                if entry.execution_id in ours or self._tracker.get(entry.execution_id) is not None:
-                    continue
-                self._take(entry)
-                agents.add(entry.record.agent_id)
+            after = 0
+            while page := self._tracker.store.executions_of(self._tracker.session, after, _PAGE):
+                after = page[-1].sequence
+                for entry in page:
+                    if entry.execution_id not in ours and self._tracker.get(entry.execution_id) is None:
+                        self._take(entry)
+                        agents.add(entry.record.agent_id)
             self._taken_over = adoptions
+        self._dispatcher.fill_windows()
         for agent_id in agents - {""}:
             self._ask_soon(agent_id, counts=False)
 
     def _take(self, entry: ExecutionEntry) -> None:
         """One that is ours and was not in flight. Raises StoreUnavailable."""
-        record = entry.record
-        execution = Execution(record.function_name, None, record.execution_id, record.started_at)
-        execution.asynchronous = record.asynchronous
-        execution.agent_id = record.agent_id
-        if record.agent_id:
-            execution.state = State.RUNNING
+        execution = Execution.stored(entry)
+        if execution.state is State.RUNNING:
             execution.watch = Watch()
             self._tracker.add(execution)
-            return
-        if not record.asynchronous:
+        elif execution.asynchronous:
+            self._dispatcher.queue_again(execution)
+        else:
             text = "the Flux it waited in has ended"
             self._tracker.write_end(
-                record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.STOPPING)
+                entry.record.ended(ExecutionStatus.FAILED, at=time.time(), error=text, kind=ErrorKind.STOPPING)
             )
+
+    def confirm(self, executions: Sequence[Execution]) -> list[Execution]:
+        """Those of these queued executions that no reachable agent knows; the end of the others is taken or awaited.
+
+        The store says that nobody has had them, and may be older than what it says: restored from a backup, an
+        append-only file that lost its tail, a replica that lagged behind when it took over.
+        """
+        doubtful = {one.attempt_id: one for one in executions if self._shared or one.accepted_at < self._started_at}
+        if not doubtful:
+            return list(executions)
+        agents = [agent.agent_id for agent in self._fleet.agents()]
+        known: set[str] = set()
+        for agent_id, records in zip(agents, self._pool.map(partial(self._known_at, doubtful), agents), strict=True):
+            for attempt_id, record in (records or {}).items():
+                execution = doubtful.get(attempt_id)
+                # What it refused to start it does not run.
+                if execution is not None and attempt_id not in known and not record.error_kind.nothing_started:
+                    known.add(attempt_id)
+                    self._found_at(execution, agent_id, record)
+        return [one for one in executions if one.attempt_id not in known]
+
+    def _known_at(self, doubtful: Collection[str], agent_id: str) -> dict[str, ExecutionRecord]:
+        connection = self._fleet.connection(agent_id)
+        try:
+            return connection.known_records(list(doubtful)) if connection is not None else {}
+        except AgentError as error:
+            log.warning("agent %s cannot say which queued executions it knows: %s", agent_id, error.message)
+            return {}
+
+    def _found_at(self, execution: Execution, agent_id: str, record: ExecutionRecord) -> None:
+        """The store says that it is queued, and this agent has it."""
+        log.warning("execution %s is queued in the store, and agent %s has had it", execution.execution_id, agent_id)
+        execution.agent_id = agent_id
+        if record.status.ended:
+            self._dispatcher.ended(execution, record)
             return
-        self._dispatcher.queue_again(execution)
+        execution.state = State.RUNNING
+        execution.watch = Watch()
+        self._tracker.add(execution)
+        store, session = self._tracker.store, self._tracker.session
+        with suppress(StoreUnavailable):  # the audit finds it
+            store.assign_attempt(execution.execution_id, execution.attempt, agent_id, session)
 
     # -- what membership says of an agent --------------------------------------------------
 
@@ -162,7 +206,11 @@ class Reconciler:
                 self.watch(execution)
         for attempt_id in running or ():
             execution_id, _ = split_attempt_id(attempt_id)
-            if execution_id not in open_here and self._tracker.get(execution_id) is None:
+            known = self._tracker.get(execution_id)
+            if known is not None and self._dispatcher.backlog.remove(known):
+                # An older store said that it is queued, and this agent comes too late to be asked with the others.
+                self._found_at(known, agent_id, known.record(Phase.RUNNING))
+            elif known is None and execution_id not in open_here:
                 self._cancel_given_up(agent_id, attempt_id)
         self._ask_soon(agent_id, counts=False)
 
@@ -239,13 +287,13 @@ class Reconciler:
         execution = self._tracker.get(execution_id)
         if execution is None:
             # On a thread of its connection, which must not wait for the store.
-            self._pool.submit(self._ended_elsewhere, agent_id, execution_id, report)
+            self._pool.submit(self._ended_elsewhere, agent_id, execution_id, attempt, report)
         elif execution.agent_id == agent_id and execution.attempt == attempt:
             self._dispatcher.ended(execution, report)
         else:
             log.warning("stale end of %s from agent %s: ignored", report.execution_id, agent_id)
 
-    def _ended_elsewhere(self, agent_id: str, execution_id: str, report: ExecutionRecord) -> None:
+    def _ended_elsewhere(self, agent_id: str, execution_id: str, attempt: int, report: ExecutionRecord) -> None:
         try:
             entry = self._tracker.entry(execution_id)
         except StoreUnavailable as error:
@@ -256,7 +304,7 @@ class Reconciler:
         if entry.record.agent_id != agent_id:
             log.warning("stale end of %s from agent %s: ignored", execution_id, agent_id)
             return
-        self._tracker.write_end(merge_report(entry.record, report))
+        self._tracker.write_end(merge_report(entry.record, report), attempt)
 
     # -- periodic ---------------------------------------------------------------------------
 
@@ -267,7 +315,7 @@ class Reconciler:
             self._try_to_take_over()
         self._give_up_departed()
         # Apart, in whichever direction: ``now`` is the wall clock's, and may have been set back.
-        if self._shared and abs(now - self._audited_at) >= _AUDIT_SECONDS:
+        if abs(now - self._audited_at) >= _AUDIT_SECONDS:
             self._audited_at = now
             self._audit(now)
 
@@ -400,14 +448,16 @@ class Reconciler:
         """Compare what is in flight here with what the store says is ours, in both directions."""
         # Before the store is read: what comes into flight after it is not open there yet.
         known = {execution.execution_id: execution for execution in self._tracker.all()}
-        ours = {entry.execution_id: entry for entry in self._tracker.store.executions_of(self._tracker.session)}
+        ours = self._tracker.store.open_ids(self._tracker.session)
         for execution_id, execution in known.items():
             settled = execution.state is State.RUNNING or execution in self._dispatcher.backlog
             if settled and execution_id not in ours and abs(now - execution.accepted_at) > _AUDIT_SECONDS:
                 self._no_longer_ours(execution)
-        for execution_id, entry in ours.items():
-            stray = execution_id not in known and self._tracker.get(execution_id) is None
-            if stray and abs(now - entry.record.started_at) > _AUDIT_AGE:
+        for execution_id in ours - known.keys():
+            entry = self._tracker.entry(execution_id)
+            if entry is None or entry.record.status.ended or self._tracker.get(execution_id) is not None:
+                continue
+            if abs(now - entry.record.started_at) > _AUDIT_AGE:
                 log.warning("orphaned execution %s found in the store: taking it over", execution_id)
                 self._take(entry)
 

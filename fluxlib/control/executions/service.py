@@ -59,6 +59,7 @@ class ExecutionService:
         keep_for: float = 3600.0,
         max_records: int = 200_000,
         max_waiting: int = 10_000,
+        max_backlog_bytes: int = 1024**3,
         shared: bool = False,
         lease: Callable[[], Lease | None] = lambda: None,
     ) -> None:
@@ -70,7 +71,7 @@ class ExecutionService:
         self._lease = lease
         self._cancel_timeout = kill_grace + _KILL_MARGIN
         self._tracker = ExecutionTracker(store, session, keep_for, fleet.release)
-        self._dispatcher = Dispatcher(fleet, functions, self._tracker, timers, max_waiting)
+        self._dispatcher = Dispatcher(fleet, functions, self._tracker, timers, max_waiting, max_backlog_bytes)
         self._reconciler = Reconciler(self._tracker, fleet, self._dispatcher, shared=shared)
         self._outputs = Outputs(self._tracker, fleet, self._dispatcher)
         self._stopping = False
@@ -242,6 +243,9 @@ class ExecutionService:
                     self._check_cancelled(execution, answers.pop())
         finally:
             self._tracker.unwatch(execution_id, changed.set)
+        if execution.final is None:
+            # It is not this process's any more: in the store's backlog, or another Flux's.
+            return self._cancel_elsewhere(execution_id)
         if execution.commit is not None:
             execution.commit.wait(COMMIT_SECONDS)
         final = self._outputs.entry(execution_id).record
@@ -322,6 +326,8 @@ class ExecutionService:
 
     def start(self) -> None:
         """Take over what an earlier process left. The agents are asked as they join (``reconcile``)."""
+        agents = (agent.agent_id for agent in self._store.agents() if agent.status.takes_work)
+        self._dispatcher.placement.await_agents(list(agents))
         self._reconciler.start()
 
     def adopt(self, dead_session: str, lease: Lease | None) -> int:
@@ -343,8 +349,10 @@ class ExecutionService:
     def tick(self, now: float) -> None:
         """About every second; ``now`` is epoch seconds."""
         self._tracker.write_again()
-        self._dispatcher.tick()
-        self._reconciler.tick(now)
+        try:
+            self._dispatcher.tick()
+        finally:
+            self._reconciler.tick(now)
         if self._shared:
             # Followers of what another Flux owns: nothing tells us of its changes.
             for execution_id in self._tracker.watched():
@@ -355,8 +363,8 @@ class ExecutionService:
                 pass
 
     def waiting(self) -> Mapping[str, int]:
-        """Function → how many executions wait here."""
-        return self._dispatcher.backlog.counts()
+        """Function → how many executions wait here; at the leader also those that nobody has claimed."""
+        return self._dispatcher.backlog.counts(unclaimed=not self._shared or self._lease() is not None)
 
     def count_open(self, function_name: str) -> int:
         return self._store.count_open(function_name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -67,7 +66,8 @@ class ExecutionTracker:
         return len(self._in_flight)
 
     def add(self, execution: Execution) -> None:
-        self._in_flight[execution.execution_id] = execution
+        with self._lock:
+            self._in_flight[execution.execution_id] = execution
 
     def drain(self, deadline: Deadline) -> int:
         """Wait until no caller waits for anything in flight; how many still do at the deadline."""
@@ -129,18 +129,20 @@ class ExecutionTracker:
             execution.state = State.ENDED if final is None else state_after(final, execution.attempt)
             execution.final = final
             if final is not None and stored:
-                execution.commit = self.write_end(final)
+                execution.commit = self.write_end(final, execution.attempt)
             reservation, execution.reservation = execution.reservation, None
             reply, execution.on_reply = execution.on_reply, None
-        self._in_flight.pop(execution.execution_id, None)
+        with self._lock:
+            # One that went into the store's backlog may have been claimed again before its submission is through.
+            if self._in_flight.get(execution.execution_id) is execution:
+                del self._in_flight[execution.execution_id]
         return reservation, reply
 
-    def write_end(self, final: ExecutionRecord) -> Commit | None:
-        """Write an end, also of what is not in flight here. None: the store is away, it is written later."""
+    def write_end(self, final: ExecutionRecord, attempt: int = 0) -> Commit | None:
+        """Write an end, also of what is not in flight here; ``attempt`` 0 ends any. None: it is written later."""
         if final.output is not None and len(final.output) > _SMALL_OUTPUT:
             final = replace(final, output=None)  # it is kept here until the write holds
-        keep_until = time.time() + self._keep_for
-        return self._write(final.execution_id, partial(self.store.end_execution, final, keep_until))
+        return self._write(final.execution_id, partial(self.store.end_attempt, final, attempt, self._keep_for))
 
     def reject(self, execution: Execution, error: FluxError) -> None:
         """It was not accepted: its caller is told an error, and the store forgets it.

@@ -84,6 +84,11 @@ class AgentServiceStub:
                 request_serializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.RemoveFunctionRequest.SerializeToString,
                 response_deserializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.FunctionAck.FromString,
                 _registered_method=True)
+        self.GetExecutions = channel.unary_unary(
+                '/flux.AgentService/GetExecutions',
+                request_serializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.GetExecutionsRequest.SerializeToString,
+                response_deserializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.GetExecutionsResponse.FromString,
+                _registered_method=True)
         self.ReadOutput = channel.unary_stream(
                 '/flux.AgentService/ReadOutput',
                 request_serializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.ReadOutputRequest.SerializeToString,
@@ -173,6 +178,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetExecutions(self, request, context):
+        """The records of those of many executions that the agent knows, without output (feature "get_executions").
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadOutput(self, request, context):
         """Output bytes from an offset; with follow, until the execution has ended.
         """
@@ -252,6 +264,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.RemoveFunction,
                     request_deserializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.RemoveFunctionRequest.FromString,
                     response_serializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.FunctionAck.SerializeToString,
+            ),
+            'GetExecutions': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExecutions,
+                    request_deserializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.GetExecutionsRequest.FromString,
+                    response_serializer=fluxlib_dot_rpc_dot_gen_dot_flux__pb2.GetExecutionsResponse.SerializeToString,
             ),
             'ReadOutput': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadOutput,
@@ -544,6 +561,33 @@ class AgentService:
             '/flux.AgentService/RemoveFunction',
             fluxlib_dot_rpc_dot_gen_dot_flux__pb2.RemoveFunctionRequest.SerializeToString,
             fluxlib_dot_rpc_dot_gen_dot_flux__pb2.FunctionAck.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExecutions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flux.AgentService/GetExecutions',
+            fluxlib_dot_rpc_dot_gen_dot_flux__pb2.GetExecutionsRequest.SerializeToString,
+            fluxlib_dot_rpc_dot_gen_dot_flux__pb2.GetExecutionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

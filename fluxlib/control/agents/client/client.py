@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
@@ -154,6 +154,16 @@ class AgentClient:
             return record
         output = self._whole_output(execution_id) if record.output_bytes else b""
         return replace(record, output=output)
+
+    def known_records(self, execution_ids: Sequence[str]) -> dict[str, ExecutionRecord]:
+        if "get_executions" not in self._features:
+            found = ((one, self.record(one, with_output=False)) for one in execution_ids)
+            return {execution_id: record for execution_id, record in found if record is not None}
+        answer = self._ask("GetExecutions", pb.GetExecutionsRequest(execution_ids=execution_ids), _RECORD)
+        return {
+            message.execution_id: codec.record_from_message(message, None, self._agent_id)
+            for message in answer.executions
+        }
 
     def output(self, execution_id: str, offset: int, *, follow: bool) -> OutputStream:
         record = self.record(execution_id, with_output=self._original)
