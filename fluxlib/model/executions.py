@@ -236,8 +236,9 @@ class ExecutionRecord:
 
     @classmethod
     def from_fields(cls, data: Mapping[str, Any]) -> ExecutionRecord:
-        """The object that ``to_text`` of this or another version made: what is missing has its default, what is unknown
-        is ignored.
+        """The object that ``to_text`` of this or another version made.
+
+        What is missing has its default, what is unknown is ignored.
         """
         get = data.get
         return cls(

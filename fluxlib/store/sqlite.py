@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,15 @@ _ADVICE = (
 )
 _COLUMNS = (
     "sequence, id, function, agent, status, phase, asynchronous, started_at, owner, idempotency_key, keep_until,"
-    " rank, request_bytes, attempt, record"
+    " CASE rank WHEN 0 THEN sequence ELSE rank END, request_bytes, attempt, record"
+)
+# Its place in the backlog: the order of acceptance unless it was given another.
+_RANK = "CASE rank WHEN 0 THEN sequence ELSE rank END"
+_QUEUED = Phase.QUEUED.value
+# An execution that has not ended, if it is at this attempt (0 = at any).
+_OPEN = (
+    "SELECT sequence, function, phase, owner, request_bytes FROM executions"
+    " WHERE id = ? AND status = 'running' AND (attempt = ? OR ? = 0)"
 )
 _READY = "function = ? AND status = 'running' AND phase = 'queued' AND owner = ''"
 
@@ -76,8 +85,9 @@ CREATE INDEX executions_expiring ON executions (keep_until) WHERE keep_until IS 
 INSERT INTO counters VALUES ('functions', 0), ('lease-tokens', 0)
 """
 # Requests have a table of their own: an update of a row writes the whole of it, and to read what stands behind a large
-# value SQLite follows its pages. Triggers keep the counters of ``queued`` and ``expire_executions``, so that no write
-# can forget them. The column ``request`` of the first schema stays empty: old SQLites cannot drop it.
+# value SQLite follows its pages. The column ``request`` of the first schema stays empty: old SQLites cannot drop it.
+# ``queues`` counts what is queued; every step below changes it together with the execution (triggers took as long as
+# the step itself).
 _SCHEMA_2 = (
     "CREATE TABLE requests (sequence INTEGER PRIMARY KEY, data BLOB NOT NULL)",
     "ALTER TABLE executions ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1",
@@ -85,10 +95,10 @@ _SCHEMA_2 = (
     "ALTER TABLE executions ADD COLUMN request_bytes INTEGER NOT NULL DEFAULT 0",
     "INSERT INTO requests SELECT sequence, named_request(request) FROM executions WHERE request IS NOT NULL",
     "UPDATE executions SET record = named_record(record) WHERE record IS NOT NULL",
-    "UPDATE executions SET rank = sequence, request = NULL, request_bytes ="
+    "UPDATE executions SET request = NULL, request_bytes ="
     " coalesce((SELECT length(data) FROM requests WHERE requests.sequence = executions.sequence), 0)"
     " WHERE status = 'running'",
-    "CREATE INDEX executions_ready ON executions (function, rank, sequence)"
+    "CREATE INDEX executions_ready ON executions (function, CASE rank WHEN 0 THEN sequence ELSE rank END, sequence)"
     " WHERE status = 'running' AND phase = 'queued' AND owner = ''",
     "CREATE INDEX executions_ended ON executions (sequence) WHERE status <> 'running' AND status <> 'success'",
     "CREATE TABLE queues (function TEXT PRIMARY KEY, waiting INTEGER NOT NULL, ready INTEGER NOT NULL,"
@@ -106,36 +116,6 @@ _SCHEMA_2 = (
     "DROP TABLE facts",
     "UPDATE counters SET value = value + 1 WHERE name = 'functions'",
     "INSERT INTO counters VALUES ('agents', 1), ('notes', 1)",
-    "INSERT INTO counters SELECT 'ended', count(*) FROM executions WHERE status <> 'running'",
-    """CREATE TRIGGER queued_in AFTER INSERT ON executions WHEN NEW.phase = 'queued' BEGIN
-        INSERT OR IGNORE INTO queues VALUES (NEW.function, 0, 0, 0);
-        UPDATE queues SET waiting = waiting + 1, ready = ready + (NEW.owner = ''), bytes = bytes + NEW.request_bytes
-            WHERE function = NEW.function;
-    END""",
-    """CREATE TRIGGER queued_moved AFTER UPDATE OF phase, owner ON executions
-        WHEN NEW.phase = 'queued' OR OLD.phase = 'queued' BEGIN
-        INSERT OR IGNORE INTO queues VALUES (NEW.function, 0, 0, 0);
-        UPDATE queues SET
-            waiting = waiting + (NEW.phase = 'queued') - (OLD.phase = 'queued'),
-            ready = ready + (NEW.phase = 'queued' AND NEW.owner = '') - (OLD.phase = 'queued' AND OLD.owner = ''),
-            bytes = bytes + NEW.request_bytes * (NEW.phase = 'queued') - OLD.request_bytes * (OLD.phase = 'queued')
-            WHERE function = NEW.function;
-        DELETE FROM queues WHERE function = NEW.function AND waiting = 0;
-    END""",
-    """CREATE TRIGGER queued_out AFTER DELETE ON executions WHEN OLD.phase = 'queued' BEGIN
-        UPDATE queues SET waiting = waiting - 1, ready = ready - (OLD.owner = ''), bytes = bytes - OLD.request_bytes
-            WHERE function = OLD.function;
-        DELETE FROM queues WHERE function = OLD.function AND waiting = 0;
-    END""",
-    """CREATE TRIGGER ended_in AFTER UPDATE OF status ON executions WHEN NEW.status <> OLD.status BEGIN
-        UPDATE counters SET value = value + 1 WHERE name = 'ended';
-    END""",
-    """CREATE TRIGGER ended_out AFTER DELETE ON executions WHEN OLD.status <> 'running' BEGIN
-        UPDATE counters SET value = value - 1 WHERE name = 'ended';
-    END""",
-    """CREATE TRIGGER request_out AFTER DELETE ON executions WHEN OLD.request_bytes > 0 BEGIN
-        DELETE FROM requests WHERE sequence = OLD.sequence;
-    END""",
 )
 
 
@@ -267,10 +247,10 @@ class SqliteControlStore(TypedTables):
                 values,
             )
             if made.rowcount > 0:
-                if not entry.rank:
-                    db.execute("UPDATE executions SET rank = sequence WHERE sequence = ?", (made.lastrowid,))
                 if request:
                     db.execute("INSERT INTO requests VALUES (?, ?)", (made.lastrowid, request))
+                if record.phase is Phase.QUEUED:
+                    _count(db, record.function_name, 1, not entry.owner, len(request))
             return record.execution_id
 
         pending = self._file.write(write, durable=durable)
@@ -278,11 +258,13 @@ class SqliteControlStore(TypedTables):
 
     def claim_executions(self, owner: str, function_name: str, limit: int) -> list[ExecutionEntry]:
         def write(db: sqlite3.Connection) -> list[ExecutionEntry]:
-            sql = f"SELECT {_COLUMNS} FROM executions WHERE {_READY} ORDER BY rank, sequence LIMIT ?"
+            sql = f"SELECT {_COLUMNS} FROM executions WHERE {_READY} ORDER BY {_RANK}, sequence LIMIT ?"
             claimed = []
             for row in db.execute(sql, (function_name, limit)).fetchall():
                 db.execute("UPDATE executions SET owner = ? WHERE sequence = ?", (owner, row[0]))
                 claimed.append(_entry(row, owner, _small_request(db, row)))
+            if claimed:
+                _count(db, function_name, 0, -len(claimed), 0)
             return claimed
 
         found: list[ExecutionEntry] = self._file.write(write).value()
@@ -302,13 +284,16 @@ class SqliteControlStore(TypedTables):
 
     def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
         def write(db: sqlite3.Connection) -> None:
-            moved = db.execute(
-                "UPDATE executions SET agent = ?, phase = ?, owner = ?"
-                " WHERE id = ? AND status = 'running' AND owner = ? AND (attempt = ? OR ? = 0)",
-                (agent_id, phase.value, new_owner, execution_id, owner, attempt, attempt),
-            ).rowcount
-            if not moved:
+            found = db.execute(f"{_OPEN} AND owner = ?", (execution_id, attempt, attempt, owner)).fetchone()
+            if found is None:
                 raise rows.not_current(execution_id)
+            sequence, function, former, _, size = found
+            values = (agent_id, phase.value, new_owner, sequence)
+            db.execute("UPDATE executions SET agent = ?, phase = ?, owner = ? WHERE sequence = ?", values)
+            was, is_now = former == _QUEUED, phase is Phase.QUEUED
+            if was or is_now:
+                ready = (is_now and not new_owner) - (was and not owner)
+                _count(db, function, is_now - was, ready, size * (is_now - was))
 
         return self._file.write(write)
 
@@ -318,21 +303,19 @@ class SqliteControlStore(TypedTables):
         text = rows.record_to_text(record)
 
         def write(db: sqlite3.Connection) -> bool:
-            found = db.execute(
-                "SELECT sequence, request_bytes FROM executions"
-                " WHERE id = ? AND status = 'running' AND (attempt = ? OR ? = 0)",
-                (record.execution_id, attempt, attempt),
-            ).fetchone()
+            found = db.execute(_OPEN, (record.execution_id, attempt, attempt)).fetchone()
             if found is None:
                 return False
-            sequence, request_bytes = found
-            kept = request_bytes if keep_request else 0
+            sequence, function, phase, owner, size = found
+            kept = size if keep_request else 0
             db.execute(
-                "UPDATE executions SET status = ?, phase = 'ended', agent = ?, keep_until = ?, record = ?,"
+                "UPDATE executions SET phase = 'ended', keep_until = ?, status = ?, agent = ?, record = ?,"
                 " request_bytes = ? WHERE sequence = ?",
-                (record.status.value, record.agent_id, time.time() + keep_for, text, kept, sequence),
+                (time.time() + keep_for, record.status.value, record.agent_id, text, kept, sequence),
             )
-            if request_bytes and not kept:
+            if phase == _QUEUED:
+                _count(db, function, -1, -(not owner), -size)
+            if size and not kept:
                 db.execute("DELETE FROM requests WHERE sequence = ?", (sequence,))
             return True
 
@@ -342,8 +325,16 @@ class SqliteControlStore(TypedTables):
         return self.end_attempt(record, 0, keep_until - time.time())
 
     def forget_execution(self, execution_id: str, owner: str) -> Commit:
-        sql = "DELETE FROM executions WHERE id = ? AND owner = ?"
-        return self._file.write(lambda db: db.execute(sql, (execution_id, owner)))
+        def write(db: sqlite3.Connection) -> None:
+            sql = "SELECT sequence, function, phase, request_bytes FROM executions WHERE id = ? AND owner = ?"
+            found = db.execute(sql, (execution_id, owner)).fetchone()
+            if found is not None:
+                sequence, function, phase, size = found
+                _delete(db, [sequence])
+                if phase == _QUEUED:
+                    _count(db, function, -1, -(not owner), -size)
+
+        return self._file.write(write)
 
     def execution(self, execution_id: str) -> ExecutionEntry | None:
         found = self._file.read(f"SELECT {_COLUMNS} FROM executions WHERE id = ?", (execution_id,))
@@ -409,12 +400,15 @@ class SqliteControlStore(TypedTables):
             if dead_owner == owner:
                 return 0
             of_dead = "owner = ? AND status = 'running'"
-            returned = db.execute(
+            sql = f"SELECT function FROM executions WHERE {of_dead} AND phase = 'queued' AND asynchronous"
+            returned = Counter(function for (function,) in db.execute(sql, (dead_owner,)))
+            db.execute(
                 f"UPDATE executions SET owner = '' WHERE {of_dead} AND phase = 'queued' AND asynchronous", (dead_owner,)
-            ).rowcount
-            return (
-                returned + db.execute(f"UPDATE executions SET owner = ? WHERE {of_dead}", (owner, dead_owner)).rowcount
             )
+            for function, count in returned.items():
+                _count(db, function, 0, count, 0)
+            taken = db.execute(f"UPDATE executions SET owner = ? WHERE {of_dead}", (owner, dead_owner)).rowcount
+            return returned.total() + taken
 
         return int(self._file.write(write).value())
 
@@ -427,18 +421,28 @@ class SqliteControlStore(TypedTables):
         return int(self._file.write(write).value())
 
     def expire_executions(self, max_records: int = 0, limit: int = 1000) -> int:
+        surplus = self._surplus(max_records) if max_records else 0
+
         def write(db: sqlite3.Connection) -> int:
-            gone = _delete(db, "SELECT sequence FROM executions WHERE keep_until <= ? LIMIT ?", time.time(), limit)
-            (kept,) = db.execute("SELECT value FROM counters WHERE name = 'ended'").fetchone()
+            sql = "SELECT sequence FROM executions WHERE keep_until <= ? LIMIT ?"
+            gone = _delete(db, [sequence for (sequence,) in db.execute(sql, (time.time(), limit))])
             for which in ("status = 'success'", "status <> 'running' AND status <> 'success'"):
-                surplus = min(limit - gone, kept - max_records) if max_records else 0
-                if surplus > 0:
+                wanted = min(limit, surplus) - gone
+                if wanted > 0:
                     sql = f"SELECT sequence FROM executions WHERE {which} ORDER BY sequence LIMIT ?"
-                    more = _delete(db, sql, surplus)
-                    gone, kept = gone + more, kept - more
+                    gone += _delete(db, [sequence for (sequence,) in db.execute(sql, (wanted,))])
             return gone
 
         return int(self._file.write(write).value())
+
+    def _surplus(self, max_records: int) -> int:
+        """How many ended ones there are beyond that. Counted only where there may be too many."""
+        bounds = "SELECT (SELECT max(sequence) FROM executions), (SELECT min(sequence) FROM executions)"
+        last, first = self._file.read(bounds)[0]
+        if last is None or last - first < max_records:
+            return 0
+        every = "SELECT count(*) FROM executions"
+        return int(self._file.read(f"SELECT ({every}) - ({every} WHERE status = 'running')")[0][0]) - max_records
 
     def count_open(self, function_name: str) -> int:
         sql = "SELECT count(*) FROM executions WHERE function = ? AND status = 'running'"
@@ -525,8 +529,23 @@ def _drop_orphan(db: sqlite3.Connection, digest: str) -> None:
         db.execute(sql, (digest, digest))
 
 
-def _delete(db: sqlite3.Connection, which: str, *values: float) -> int:
-    return db.execute(f"DELETE FROM executions WHERE sequence IN ({which})", values).rowcount
+def _count(db: sqlite3.Connection, function: str, waiting: int, ready: int, size: int) -> None:
+    """Add to what is counted of a function's queue."""
+    db.execute(
+        "INSERT INTO queues VALUES (?, ?, ?, ?) ON CONFLICT (function) DO UPDATE SET"
+        " waiting = waiting + excluded.waiting, ready = ready + excluded.ready, bytes = bytes + excluded.bytes",
+        (function, waiting, ready, size),
+    )
+    if waiting <= 0:
+        db.execute("DELETE FROM queues WHERE function = ? AND waiting = 0", (function,))
+
+
+def _delete(db: sqlite3.Connection, sequences: list[int]) -> int:
+    """Executions and the requests that are kept of them; how many."""
+    of = [(sequence,) for sequence in sequences]
+    db.executemany("DELETE FROM requests WHERE sequence = ?", of)
+    db.executemany("DELETE FROM executions WHERE sequence = ?", of)
+    return len(of)
 
 
 def _small_request(db: sqlite3.Connection, row: tuple[Any, ...]) -> bytes | None:
