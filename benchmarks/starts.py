@@ -125,7 +125,10 @@ def _executor(profile: str, state: Path) -> Iterator[tuple[Executor | None, Job]
         path.chmod(0o755)
     shutil.copy(_PROGRAM, code / "program")
     job = Job("start", (str(code / "program"),), {"PATH": "/usr/bin:/bin"}, code, limits=_LIMITS)
-    config = read_agent(f"agent_id: starts\nisolation: {profile}\nstate_dir: {state}\n", state / "agent.yaml")
+    config = read_agent(
+        f"agent_id: starts\ntls: {{enabled: false}}\ninsecure: true\nisolation: {profile}\nstate_dir: {state}\n",
+        state / "agent.yaml",
+    )
     try:
         executor = build_executor(config, state)
     except FluxError as error:

@@ -83,7 +83,9 @@ def _make_agent(config: ControlConfig, path: Path, port: int) -> None:
         "shutdown_sec": 1,
         "tls": {"enabled": False},
     }
-    if not config.disable_grpc_tls:
+    if config.disable_grpc_tls:
+        settings["insecure"] = True  # it listens on the loopback address alone
+    else:
         settings["tls"] = yaml.safe_load(_write_certificates(Authority.open(config.certs_dir), directory))["tls"]
     write_new(path, "# The agent of this machine, made by Flux.\n" + yaml.safe_dump(settings, sort_keys=False))
 

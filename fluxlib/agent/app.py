@@ -106,6 +106,7 @@ class Agent:
             executor=executor,
             monitor=monitor,
             certificates=certificates,
+            notes=(config.open_door,) if config.open_door else (),
         )
         # Room for every execution and a cancel that waits for each, every reader of output, and the short calls.
         threads = 2 * config.max_tasks + MAX_FOLLOWERS + _SPARE_THREADS
@@ -122,7 +123,7 @@ class Agent:
             config.listen_host,
             self._listener.port,
             isolation.profile,
-            "" if certificates is not None else ", WITHOUT TLS: whoever reaches this port can run programs here",
+            "" if certificates is not None else ", without TLS",
         )
 
     @property

@@ -58,6 +58,7 @@ class Agency:
     executor: Executor
     monitor: Monitor
     certificates: Certificates | None
+    notes: tuple[str, ...] = ()  # what of its configuration is worth showing beside the isolation's
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
         self._executor = agency.executor
         self._monitor = agency.monitor
         self._certificates = agency.certificates
+        self._notes = agency.notes
         self._followers = threading.BoundedSemaphore(MAX_FOLLOWERS)
 
     # -- functions -----------------------------------------------------------------
@@ -253,7 +255,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             platform=self._monitor.platform,
             max_tasks=self._max_tasks,
             isolation=isolation.profile,
-            isolation_notes=isolation.notes,
+            isolation_notes=(*self._notes, *isolation.notes),
             enforces=tuple(sorted(one.value for one in isolation.enforces)),
             functions=self._packages.states(),
             revision=self._packages.revision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fluxlib.config.files import (
     absolute,
     address_problem,
     default_state_dir,
-    open_to_all,
+    open_to_others,
     read_file,
 )
 from fluxlib.config.reader import Faults, between, one_of, path_problem, setting, take, user_problem
@@ -69,7 +70,16 @@ class AgentConfig:
         "network.node_public_ip", "string", "", why="told to functions as FLUX_NODE_PUBLIC_IP"
     )
     tls_enabled: bool = setting(
-        "tls.enabled", "boolean", False, why="mutual TLS with Flux; off only in private networks"
+        "tls.enabled",
+        "boolean",
+        False,
+        why="mutual TLS with Flux; false only where `insecure` or `isolation: off` says so",
+    )
+    insecure: bool = setting(
+        "insecure",
+        "boolean",
+        False,
+        why="run isolated functions without TLS: whoever reaches the port runs programs here",
     )
     tls_ca_cert: Path | None = setting(
         "tls.ca_cert", "string", None, why="the CA's certificate", convert=Path, check=path_problem
@@ -188,6 +198,13 @@ class AgentConfig:
     warnings: tuple[str, ...] = ()
 
     @property
+    def open_door(self) -> str:
+        """What to say of an agent without TLS, empty for one with it."""
+        return (
+            "" if self.tls_enabled else f"TLS is off: whoever reaches {self.listen_host}:{self.port} can run programs"
+        )
+
+    @property
     def uid_first(self) -> int:
         return _first_and_count(self.uid_range)[0]
 
@@ -202,19 +219,20 @@ _TLS_FILES = ("tls_ca_cert", "tls_cert_file", "tls_key_file")
 def read_agent(data: bytes | str, path: Path) -> AgentConfig:
     """agent.yaml's text. Raises ConfigInvalid with every fault.
 
-    Unknown keys are warnings: the original read its file loosely, and its
-    users' files carry leftovers.
+    An unknown key is a fault: a misspelt `isolation` would run functions with less of it than was asked for.
     """
     document = load_mapping(data, str(path), ConfigInvalid)
     faults, warnings = Faults(), list[str]()
     if "redis_addr" in document and document.get("store") != "redis":
         del document["redis_addr"]
         warnings.append("redis_addr: ignored, records live in the embedded store (store: redis would use it)")
-    values = take(AgentConfig, document, "", faults, unknown=warnings)
+    values = take(AgentConfig, document, "", faults)
     if values.get("tls_enabled"):
         for name in _TLS_FILES:
             if name not in values:
                 faults.add(f"tls.{name.removeprefix('tls_')}", "is required when tls.enabled is true")
+    else:
+        _require_consent(values, faults)
     if values.get("store") == "redis" and not document.get("redis_addr"):
         faults.add("redis_addr", "is required with store: redis")
     first, count = _first_and_count(values.get("uid_range", DEFAULT_UID_RANGE))
@@ -222,7 +240,6 @@ def read_agent(data: bytes | str, path: Path) -> AgentConfig:
     if max_tasks > count and "uid_range" in values:
         faults.add("uid_range", f"has {count} users, fewer than max_tasks ({max_tasks})")
     if faults.found:
-        # What is missing may be what was misspelt.
         for warning in warnings:
             faults.add("", warning)
     faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
@@ -232,7 +249,20 @@ def read_agent(data: bytes | str, path: Path) -> AgentConfig:
         if name in values:
             values[name] = absolute(values[name], beside)
     values["state_dir"] = absolute(values.get("state_dir") or default_state_dir("flux-agent", beside), beside)
-    return AgentConfig(path=path, warnings=tuple(warnings), **values)
+    config = AgentConfig(path=path, **values)
+    if not config.tls_enabled:
+        warnings.append(config.open_door)
+    return replace(config, warnings=tuple(warnings))
+
+
+def _require_consent(values: Mapping[str, Any], faults: Faults) -> None:
+    """Without TLS the port runs programs for everybody who reaches it: not by leaving something out."""
+    open_door = "without TLS anybody who reaches the agent's port can run programs on this machine"
+    cure = "enrol the agent for certificates (`flux enroll` on the machine of Flux)"
+    if "tls_enabled" not in values:
+        faults.add("tls.enabled", f"is not said, and {open_door}: {cure}, or add the line `tls: {{enabled: false}}`")
+    if not values.get("insecure") and values.get("isolation") != "off":
+        faults.add("insecure", f"{open_door}: {cure}, or add the line `insecure: true`")
 
 
 def load_agent(path: Path) -> AgentConfig:
@@ -249,7 +279,8 @@ def load_agent(path: Path) -> AgentConfig:
             faults.add(f"tls.{name.removeprefix('tls_')}", f"{getattr(config, name)}: {error.strerror or error}")
     faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
     assert config.tls_key_file is not None
-    if not open_to_all(config.tls_key_file):
-        return config
-    warning = f"tls.key_file: every user of this machine can read the agent's key: chmod 600 {config.tls_key_file}"
-    return replace(config, warnings=(*config.warnings, warning))
+    if open_to_others(config.tls_key_file):
+        # As ssh does: /etc is readable in functions' view, and the key makes its reader this agent.
+        faults.add("tls.key_file", f"others can read the agent's private key: chmod 600 {config.tls_key_file}")
+    faults.raise_if_any(f"{path} cannot be used", ConfigInvalid)
+    return config

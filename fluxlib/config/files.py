@@ -92,6 +92,14 @@ def open_to_all(path: Path) -> bool:
     return sys.platform != "win32" and bool(path.stat().st_mode & stat.S_IROTH)
 
 
+def open_to_others(path: Path) -> bool:
+    """Whether others may use a private key: every user, or the group of a file that is our own (ssh's rule)."""
+    if sys.platform == "win32":
+        return False
+    found = path.stat()
+    return bool(found.st_mode & (0o077 if found.st_uid == os.geteuid() else 0o007))
+
+
 # ---- checks both files share ---------------------------------------------------
 
 

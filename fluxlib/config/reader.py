@@ -170,13 +170,10 @@ def nearest(word: str, known: Collection[str]) -> str:
 # ---- values ------------------------------------------------------------------
 
 
-def take(
-    cls: type[T], data: Mapping[str, Any], path: str, faults: Faults, *, unknown: list[str] | None = None
-) -> dict[str, Any]:
+def take(cls: type[T], data: Mapping[str, Any], path: str, faults: Faults) -> dict[str, Any]:
     """The keyword arguments for ``cls`` from ``data``; faults are collected, faulty and absent settings left out.
 
-    Unknown keys are faults, or go into ``unknown`` as sentences when that is
-    given. Sections (kind "section") are the caller's to read.
+    Unknown keys are faults. Sections (kind "section") are the caller's to read.
     """
     tree = _key_tree(cls)
     values: dict[str, Any] = {}
@@ -188,7 +185,7 @@ def take(
         taken = _typed(value, declared, f"{path}{declared.key}", faults)
         if taken is not None and len(faults.found) == before:
             values[field.name] = declared.convert(taken) if declared.convert else taken
-    _check_keys(data, tree, path, faults, unknown)
+    _check_keys(data, tree, path, faults)
     return values
 
 
@@ -319,30 +316,25 @@ def _look_up(data: Mapping[str, Any], key: str) -> Any:
     return value.get(inner) if isinstance(value, dict) else None
 
 
-def _check_keys(
-    data: Mapping[str, Any], tree: Mapping[str, set[str]], path: str, faults: Faults, unknown: list[str] | None
-) -> None:
+def _check_keys(data: Mapping[str, Any], tree: Mapping[str, set[str]], path: str, faults: Faults) -> None:
     # A setting is often looked for beside its section: `memory` for `resources.memory`.
     places = {inner: f"{outer}.{inner}" for outer, names in tree.items() for inner in names}
     places |= {outer: outer for outer in tree}
     for key, value in data.items():
         inner = tree.get(key)
         if inner is None:
-            _unknown_key(key, places, path, faults, unknown)
+            _unknown_key(key, places, path, faults)
         elif inner and isinstance(value, dict):
             for name in value:
                 if name not in inner:
-                    _unknown_key(name, places | {one: one for one in inner}, f"{path}{key}.", faults, unknown)
+                    _unknown_key(name, places | {one: one for one in inner}, f"{path}{key}.", faults)
         elif inner and value is not None:
             faults.add(f"{path}{key}", f"must be a mapping, is {type_name(value)}")
 
 
-def _unknown_key(key: str, known: Collection[str], path: str, faults: Faults, unknown: list[str] | None) -> None:
-    if unknown is not None and len(unknown) < _MAX_FAULTS:
-        unknown.append(f"{path}{shown(key)}: unknown here, ignored{nearest(key, known)}")
-    elif unknown is None:
-        # Looking for the nearest key costs a millisecond; nobody reads the thousandth.
-        faults.add(f"{path}{shown(key)}", f"unknown key{'' if faults.full else nearest(key, known)}")
+def _unknown_key(key: str, known: Collection[str], path: str, faults: Faults) -> None:
+    # Looking for the nearest key costs a millisecond; nobody reads the thousandth.
+    faults.add(f"{path}{shown(key)}", f"unknown key{'' if faults.full else nearest(key, known)}")
 
 
 def shown(key: str) -> str:

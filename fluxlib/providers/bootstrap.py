@@ -174,7 +174,7 @@ def agent_yaml(files: AgentFiles, address: Address) -> bytes:
             "key_file": "certs/agent-key.pem",
         }
     else:
-        config["tls"] = {"enabled": False}
+        config |= {"tls": {"enabled": False}, "insecure": True}
     if files.redis_url:
         config |= {"store": "redis", "redis_addr": files.redis_url}
     return yaml.safe_dump(config, sort_keys=False).encode()

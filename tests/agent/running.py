@@ -74,7 +74,14 @@ class Running:
 @contextmanager
 def running(directory: Path, **settings: Any) -> Iterator[Running]:
     """An agent with ``isolation: off`` on a free port, without TLS."""
-    lines = {"agent_id": "worker-1", "isolation": "off", "kill_grace_sec": 0.3, "shutdown_sec": 0, **settings}
+    lines: dict[str, Any] = {
+        "agent_id": "worker-1",
+        "isolation": "off",
+        "tls": "{enabled: false}",
+        "kill_grace_sec": 0.3,
+        "shutdown_sec": 0,
+        **settings,
+    }
     text = "".join(f"{key}: {value}\n" for key, value in lines.items())
     config = replace(read_agent(text, directory / "agent.yaml"), state_dir=directory / "state", port=0)
     agent = Agent(replace(config, listen_host="127.0.0.1"))

@@ -19,7 +19,7 @@ from tests.support.need import need_root
 
 
 def refusal(directory: Path, host: str, port: int) -> str:
-    config = read_agent("agent_id: worker-1\nisolation: off\n", directory / "agent.yaml")
+    config = read_agent("agent_id: worker-1\nisolation: off\ntls: {enabled: false}\n", directory / "agent.yaml")
     with pytest.raises(FluxError) as refused:
         Agent(replace(config, state_dir=directory / "state", listen_host=host, port=port))
     return refused.value.message

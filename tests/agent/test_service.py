@@ -174,6 +174,11 @@ def test_a_monitor_does_not_judge_the_cpu_by_a_moment(tmp_path: Path) -> None:
     monitor.stop(Deadline(5))
 
 
+def test_an_agent_without_tls_shows_it(agent: Running) -> None:
+    """What GET /agents shows as isolation_notes."""
+    assert any("TLS is off: whoever reaches" in note for note in inventory(agent).isolation_notes)
+
+
 def test_without_tls_there_is_nothing_to_renew(agent: Running) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         agent.stub.CreateCertificateRequest(pb.CertificateRequestRequest(), timeout=5)

@@ -69,7 +69,7 @@ def test_the_examples_defaults_are_the_defaults(top: Path, tmp_path: Path) -> No
     agent = _uncommented((top / "example.agent.yaml").read_text())
     kept = [line for line in agent.splitlines() if '""' not in line and not line.startswith("network:")]
     config = read_agent("\n".join(kept), tmp_path / "agent.yaml")
-    defaults = read_agent("agent_id: worker-1", tmp_path / "agent.yaml")
+    defaults = read_agent("agent_id: worker-1\ntls: {enabled: false}\ninsecure: true", tmp_path / "agent.yaml")
     same = ("port", "max_tasks", "uid_range", "max_processes", "max_open_files", "max_file_size_mb", "tmp_size_mb")
     same += ("kill_grace_sec", "detach_grace_sec", "shutdown_sec", "max_output_mb", "execution_ttl_sec", "log_level")
     assert {name: getattr(config, name) for name in same} == {name: getattr(defaults, name) for name in same}

@@ -22,7 +22,7 @@ KEY = {"name": "ci", "role": "deploy", "key_hash": "0" * 64}
 AWS = {"region": "eu-central-1", "ami": "ami-1"}
 GCP = {"project_id": "p", "zone": "z", "image": "i"}
 FLUX = {"api_key": "a-long-random-text-for-tests"}
-AGENT = {"agent_id": "worker-1"}
+AGENT: dict[str, Any] = {"agent_id": "worker-1", "tls": {"enabled": False}, "isolation": "off"}
 FUNCTION = {"name": "hello", "handler": "main.sh"}
 HERE = Path("/somewhere/flux.yaml")
 
@@ -206,11 +206,6 @@ def test_an_unknown_key_is_told_with_the_nearest(where: str) -> None:
     known = next(declared.key for _, declared in settings_of(cls) if len(declared.key) > 6 and "." not in declared.key)
     misspelt = known[:3] + known[4:]
     data = document(where, {**least, misspelt: "1"})
-    if where == "agent":
-        # The original read its file loosely, and its users' files carry leftovers.
-        warnings = read(where, data).warnings
-        assert any(misspelt in warning and f"did you mean {known}?" in warning for warning in warnings)
-        return
     with pytest.raises(InvalidInput) as refused:
         read(where, data)
     assert any(misspelt in fault and f"did you mean {known}?" in fault for fault in refused.value.faults)
@@ -307,7 +302,9 @@ def test_secrets_stay_out_of_messages_and_representations() -> None:
 
 
 def test_values_in_the_spellings_people_use() -> None:
-    config = read("agent", "agent_id: worker-1\nport: '50053'\ntls:\n  enabled: no\nkill_grace_sec: 1.5\n")
+    config = read(
+        "agent", "agent_id: worker-1\nport: '50053'\ntls:\n  enabled: no\nisolation: off\nkill_grace_sec: 1.5\n"
+    )
     assert (config.port, config.tls_enabled, config.kill_grace_sec) == (50053, False, 1.5)
     spec = read("function", "name: 007\nhandler: no\nenv:\n  A: yes\n  B: 1.10\n  C:\n")
     assert (spec.name, spec.handler) == ("007", "no")
@@ -361,7 +358,6 @@ tls:
   ca_cert: /etc/flux/certs/ca.pem
   cert_file: /etc/flux/certs/agent.pem
   key_file: /etc/flux/certs/agent-key.pem
-left_over: of an older version
 """
 
 
@@ -382,16 +378,18 @@ def test_an_originals_agent_yaml() -> None:
     assert config.tls_key_file == Path("/etc/flux/certs/agent-key.pem")
     # Agents that share Flux's own Redis could rewrite the control plane.
     assert config.redis_addr == ""
-    assert [warning.split(":")[0] for warning in config.warnings] == ["redis_addr", "left_over"]
+    assert [warning.split(":")[0] for warning in config.warnings] == ["redis_addr"]
 
 
 def test_relative_paths_count_from_the_file() -> None:
-    config = read_agent("agent_id: a\nstate_dir: s\ntls: {ca_cert: c.pem}\n", Path("/etc/x/agent.yaml"))
+    config = read_agent(
+        "agent_id: a\nstate_dir: s\ninsecure: yes\ntls: {enabled: no, ca_cert: c.pem}\n", Path("/etc/x/agent.yaml")
+    )
     assert (config.state_dir, config.tls_ca_cert) == (Path("/etc/x/s"), Path("/etc/x/c.pem"))
 
 
 def test_more_tasks_than_users_stretch_the_default_range_only() -> None:
-    config = read_agent("agent_id: a\nmax_tasks: 1000\n", HERE)
+    config = read_agent("agent_id: a\nmax_tasks: 1000\nisolation: off\ntls: {enabled: false}\n", HERE)
     assert (config.uid_first, config.uid_count) == (1879048192, 1000)
 
 
@@ -406,3 +404,40 @@ def test_json_of_every_default_is_taken_back() -> None:
                     {outer: field.default}
                 )
         read(where, yaml.safe_dump(document(where, {**least, **section})))
+
+
+# -- an agent without TLS ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "lines"),
+    [
+        ("", ["tls: {enabled: false}", "insecure: true"]),
+        ("tls: {ca_cert: ca.pem}\n", ["tls: {enabled: false}", "insecure: true"]),
+        ("isolation: off\n", ["tls: {enabled: false}"]),
+        ("insecure: true\n", ["tls: {enabled: false}"]),
+        ("tls: {enabled: false}\n", ["insecure: true"]),
+        ("tls: {enabled: false}\nisolation: strict\n", ["insecure: true"]),
+    ],
+)
+def test_an_agent_without_tls_is_refused_with_the_line_to_add(said: str, lines: list[str]) -> None:
+    """By an omission nobody opens a port that runs programs for everybody."""
+    with pytest.raises(ConfigInvalid) as refused:
+        read_agent(f"agent_id: worker-1\nport: '50052'\n{said}", HERE)
+    faults = "\n".join(refused.value.faults)
+    assert [line for line in ("tls: {enabled: false}", "insecure: true") if f"add the line `{line}`" in faults] == lines
+    assert "anybody who reaches the agent's port can run programs" in faults
+
+
+@pytest.mark.parametrize("said", ["insecure: true", "isolation: off", "isolation: strict\ninsecure: yes"])
+def test_an_agent_that_is_told_to_do_without_tls_warns(said: str) -> None:
+    config = read_agent(f"agent_id: worker-1\ntls: {{enabled: false}}\n{said}\n", HERE)
+    (warning,) = config.warnings
+    assert "TLS is off" in warning
+    assert "0.0.0.0:50052" in warning
+
+
+def test_a_misspelt_isolation_is_no_less_isolation() -> None:
+    with pytest.raises(ConfigInvalid) as refused:
+        read("agent", {**AGENT, "isolatoin": "strict"})
+    assert any("isolatoin: unknown key (did you mean isolation?)" in fault for fault in refused.value.faults)

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give fu
 @pytest.mark.parametrize(("user", "told"), [("no-such-user", True), ("root", True), ("nobody", False), ("", False)])
 def test_a_user_that_cannot_be_had_is_told(tmp_path: Path, user: str, told: bool) -> None:
     setting = f"runner_user: {user}\n" if user else ""
-    config = read_agent(f"agent_id: w\nisolation: off\n{setting}", tmp_path / "agent.yaml")
+    config = read_agent(f"agent_id: w\nisolation: off\ntls: {{enabled: false}}\n{setting}", tmp_path / "agent.yaml")
     executor = UnixExecutor(config, tmp_path, "for a test")
     executor.stop(time.monotonic() + 5)
     assert any(f"runner_user {user} is not used" in note for note in executor.isolation.notes) is told

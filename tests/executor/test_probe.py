@@ -90,7 +90,7 @@ def test_older_kernels_are_told_in_notes() -> None:
 
 
 def test_an_agent_on_macos_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = read_agent("agent_id: a\n", tmp_path / "agent.yaml")
+    config = read_agent("agent_id: a\ntls: {enabled: false}\ninsecure: true\n", tmp_path / "agent.yaml")
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(Unenforceable, match="an agent runs on Linux or Windows, and this is darwin"):
         build_executor(config, tmp_path)

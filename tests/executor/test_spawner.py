@@ -84,7 +84,7 @@ def directory() -> Iterator[Path]:
 
 
 def off_executor(directory: Path) -> UnixExecutor:
-    config = read_agent(b"agent_id: worker\n", directory / "agent.yaml")
+    config = read_agent(b"agent_id: worker\ntls: {enabled: false}\ninsecure: true\n", directory / "agent.yaml")
     return UnixExecutor(config, directory / "state", "a test")
 
 

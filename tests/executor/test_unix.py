@@ -218,7 +218,9 @@ def whole(request: pytest.FixtureRequest, cgroups: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(unix.Hierarchy, "find", classmethod(lambda cls, agent_id: Groups(cgroups)))
     monkeypatch.setattr(unix.probe, "require", lambda profile, host: None)
     config = read_agent(
-        f"agent_id: a\nisolation: {profile}\nuid_range: 1900000600+256\nstate_dir: {state}\n", state / "a"
+        "agent_id: a\ntls: {enabled: false}\ninsecure: true\nuid_range: 1900000600+256\n"
+        f"isolation: {profile}\nstate_dir: {state}\n",
+        state / "a",
     )
     made = UnixExecutor(config, state, "for a test" if profile == "off" else "")
     yield made
@@ -277,7 +279,10 @@ def test_code_may_lie_where_only_root_may_walk(
     need_own_root()
     state = tmp_path_factory.mktemp("closed")
     state.parent.chmod(0o700)
-    config = read_agent(f"agent_id: a\nuid_range: 1900000600+256\nstate_dir: {state}\n", state / "agent.yaml")
+    config = read_agent(
+        f"agent_id: a\ntls: {{enabled: false}}\ninsecure: true\nuid_range: 1900000600+256\nstate_dir: {state}\n",
+        state / "agent.yaml",
+    )
     assert not users_walk_to_code(config)
     monkeypatch.setattr(unix.Hierarchy, "find", classmethod(lambda cls, agent_id: Groups(cgroups)))
     monkeypatch.setattr(unix.probe, "require", lambda profile, host: None)

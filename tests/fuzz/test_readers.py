@@ -50,7 +50,10 @@ VALUE = st.recursive(
 )
 LEAST: dict[str, tuple[Callable[[bytes], Any], dict[str, Any]]] = {
     "flux": (lambda data: read_control(data, Path("/x/flux.yaml")), {"api_key": "a-long-random-text-for-tests"}),
-    "agent": (lambda data: read_agent(data, Path("/x/agent.yaml")), {"agent_id": "worker-1"}),
+    "agent": (
+        lambda data: read_agent(data, Path("/x/agent.yaml")),
+        {"agent_id": "worker-1", "tls": {"enabled": False}, "insecure": True},
+    ),
     "function": (read_function, {"name": "hello", "handler": "main.sh"}),
 }
 

@@ -103,7 +103,7 @@ class OriginalAgent(OriginalProgram):
     """``tls``: the files (CA, certificate, key) it is to use."""
 
     def __init__(self, agent_id: str, tls: tuple[str, str, str] | None = None, *, port: int = 0) -> None:
-        self.agent_id, self.port = agent_id, port or free_port()
+        self.agent_id, self.port, self.tls = agent_id, port or free_port(), tls
         self.address = f"127.0.0.1:{self.port}"
         config: dict[str, Any] = {"agent_id": agent_id, "port": str(self.port)}
         # Otherwise it asks a service on the Internet for its address.

@@ -284,6 +284,7 @@ class Agent(Program):
             "state_dir": str(self.home / "state"),
             "isolation": "off",
             "tls": {"enabled": False},
+            "insecure": True,
             **settings,
         }
         if flux.tls and "tls" not in settings:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fluxlib.config.agent import load_agent
+from fluxlib.errors import ConfigInvalid
 from fluxlib.pki import Authority
 from tests.support.need import need_root
 from tests.support.programs import TOP, Agent, Flux, wait_until
@@ -53,6 +54,7 @@ def enroll_by_api(flux: Flux, agent_id: str, into: Path) -> None:
     status, body, headers = flux.api.request("POST", f"/agents/{agent_id}/enroll")
     assert (status, headers["Content-Type"], headers["Cache-Control"]) == (200, "application/zip", "no-store")
     zipfile.ZipFile(io.BytesIO(body)).extractall(into)
+    (into / "agent-key.pem").chmod(0o600)  # as the head of agent.yaml says; Info-ZIP keeps the mode
 
 
 def enroll_by_command(flux: Flux, agent_id: str, into: Path) -> None:
@@ -86,14 +88,15 @@ def test_an_enrolled_agent_joins(flux: Flux, directory: Path, enroll: Callable[[
         assert flux.api.call("DELETE", f"/agents/{agent_id}")[0] == 200
 
 
-def test_files_unpacked_without_their_modes_are_told_with_what_to_do(flux: Flux, directory: Path) -> None:
+def test_a_key_unpacked_without_its_mode_is_refused_with_what_to_do(flux: Flux, directory: Path) -> None:
     """As Python's zipfile and others do; Info-ZIP keeps 0600."""
     into = directory / "open"
     enroll_by_api(flux, "open", into)
     assert "sudo install -m 600" in (into / "agent.yaml").read_text()
-    (into / "agent-key.pem").chmod(0o644)
-    (warning,) = load_agent(into / "agent.yaml").warnings
-    assert f"chmod 600 {into / 'agent-key.pem'}" in warning
+    for mode in (0o644, 0o640, 0o602):
+        (into / "agent-key.pem").chmod(mode)
+        with pytest.raises(ConfigInvalid, match=f"chmod 600 {into / 'agent-key.pem'}"):
+            load_agent(into / "agent.yaml")
     (into / "agent-key.pem").chmod(0o600)
     assert load_agent(into / "agent.yaml").warnings == ()
 

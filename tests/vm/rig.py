@@ -56,7 +56,13 @@ class GuestAgent:
 
     def configure(self, isolation: str, *, wait: bool = True, **settings: Any) -> None:
         """Start, or start again, under a profile. Without ``wait`` it may fail to."""
-        document = {"agent_id": "lab", "isolation": isolation, "tls": {"enabled": False}, "kill_grace_sec": 0.5}
+        document = {
+            "agent_id": "lab",
+            "isolation": isolation,
+            "tls": {"enabled": False},
+            "insecure": True,
+            "kill_grace_sec": 0.5,
+        }
         text = yaml.safe_dump({**document, "shutdown_sec": 1, **settings})
         self.machine.write("/etc/flux-agent/agent.yaml", text, 0o600)
         self.machine.run("systemctl reset-failed flux-agent; systemctl restart flux-agent", check=wait)

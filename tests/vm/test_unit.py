@@ -128,7 +128,7 @@ def test_the_documented_line_starts_an_agent_without_the_package(agent: GuestAge
     machine.run(f"mkdir -p {clone}/.venv/bin && ln -s {GUEST_TREE}/flux.py {GUEST_TREE}/fluxlib {clone}")
     python = f'#!/bin/sh\nPYTHONPATH={GUEST_TREE}:/opt/site exec /usr/bin/python3 "$@"\n'
     machine.write(f"{clone}/.venv/bin/python", python, 0o755)
-    settings = "port: 50053\nisolation: default\nstate_dir: /var/lib/flux-try\ntls: {enabled: false}\n"
+    settings = "port: 50053\nisolation: default\nstate_dir: /var/lib/flux-try\ntls: {enabled: false}\ninsecure: true\n"
     machine.write(f"{clone}/agent.yaml", f"agent_id: try\n{settings}", 0o600)
     machine.write(f"{clone}/line", f"cd {clone}\n{line}\n", 0o755)
     machine.run(f"sh {clone}/line >{clone}/said 2>&1 </dev/null &")

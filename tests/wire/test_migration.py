@@ -71,6 +71,8 @@ class OurAgent(Program):
         with original.config_file.open("a") as file:
             # The machine of the tests may have no cgroup v2.
             file.write("isolation: 'off'\n")
+            if not original.tls:
+                file.write("tls: {enabled: false}\n")
         super().__init__(directory, original.agent_id, ["agent"], variables)
         self._original = original
 
