@@ -47,6 +47,7 @@ for i = 2, #ARGV do
 end
 """
 )
+_SCHEMA = 2
 _NOTHING = Script.of("return 1")
 _AT_ONCE = 200
 # Writes remembered while Redis is away, to be made when it is back. Beyond that the oldest are lost.
@@ -64,6 +65,29 @@ class RedisRecordStore:
         self._link = RedisLink(address, f"fluxpy-agent:{agent_id}:", scripts, "record-store")
         self._lock = threading.Lock()
         self._written: deque[Pending[Call]] = deque(maxlen=_REMEMBERED)
+        try:
+            self._name_fields()
+        except BaseException:
+            self._link.close()
+            raise
+
+    def _name_fields(self) -> None:
+        """Once: records of the first version, which were lists, by name."""
+        marker = self._key("schema")
+        if self._link.read(lambda client: client.exists(marker)):
+            return
+
+        def convert(client: Redis) -> None:
+            ids: Any = client.zrange(self._key("expiring"), 0, -1)
+            running: Any = client.smembers(self._key("running"))
+            for execution_id in (*ids, *running):
+                key = self._key(f"record:{execution_id.decode()}")
+                text: Any = client.hget(key, "record")
+                if text is not None:
+                    client.hset(key, "record", rows.named_record(text))
+            client.set(marker, _SCHEMA)
+
+        self._link.read(convert)
 
     def begin(self, record: ExecutionRecord) -> None:
         self._write(_BEGIN, record.execution_id, rows.record_to_text(record))

@@ -25,6 +25,7 @@ from fluxlib.model import (
 from fluxlib.rpc import codec
 from fluxlib.rpc.gen import flux_pb2 as pb
 from fluxlib.store.base import ControlStore, ExecutionFilter
+from fluxlib.store.records_redis import RedisRecordStore
 from fluxlib.store.records_sqlite import SqliteRecordStore
 from fluxlib.store.redis import RedisControlStore
 from fluxlib.store.redis_migration import bring_up_to_date
@@ -237,6 +238,24 @@ def test_the_records_of_an_agent_of_the_version_before_are_read(state_dir: Path)
         records.close()
     assert found is not None
     assert (found.exit_code, found.output) == (3, b"hi")
+
+
+def test_the_records_of_an_agent_of_the_version_before_in_redis_are_read(redis_server: RedisServer) -> None:
+    running = _OLD_ROW.replace('"failed","ended"', '"running","running"').replace("e-1", "e-2")
+    with redis_server.client() as client:
+        client.flushall()
+        client.hset("fluxpy-agent:w:record:e-1", mapping={"record": _OLD_ROW, "output": b"hi"})
+        client.zadd("fluxpy-agent:w:expiring", {"e-1": 9e9})
+        client.hset("fluxpy-agent:w:record:e-2", mapping={"record": running})
+        client.sadd("fluxpy-agent:w:running", "e-2")
+    records = RedisRecordStore(redis_server.address, "w")
+    try:
+        found = records.record("e-1")
+        assert found is not None
+        assert (found.exit_code, found.output) == (3, b"hi")
+        assert [record.execution_id for record in records.unfinished()] == ["e-2"]
+    finally:
+        records.close()
 
 
 def old_redis(server: RedisServer, *, lease_left: float) -> None:
