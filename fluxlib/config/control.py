@@ -151,6 +151,14 @@ class ControlConfig:
         why="that may queue for room; the next gets 503",
         check=between(0, 10**6),
     )
+    max_backlog_mb: int = setting(
+        "max_backlog_mb",
+        "integer",
+        1024,
+        unit="MB",
+        why="of requests that wait in the store; the next asynchronous one gets 503",
+        check=between(1, 10**6),
+    )
     execution_ttl_sec: float = setting(
         "execution_ttl",
         "number",

@@ -97,6 +97,7 @@ class Control:
             keep_for=config.execution_ttl_sec,
             max_records=config.retention.max_records,
             max_waiting=config.max_waiting,
+            max_backlog_bytes=config.max_backlog_mb * _MB,
             shared=shared,
             lease=lambda: leadership.lease,
         )
