@@ -67,12 +67,15 @@ def sign(
     dns_names: Sequence[str],
     life: timedelta,
     now: datetime,
+    begins: datetime | None = None,
 ) -> x509.Certificate:
-    """A leaf for both directions of mutual TLS; it never outlives its CA."""
+    """A leaf for both directions of mutual TLS; it never outlives its CA. It begins a little before ``now`` unless
+    ``begins`` is given.
+    """
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     left = ca.not_valid_after_utc - now
     return (
-        _builder(subject, ca.subject, public_key, ca.not_valid_before_utc, now + min(life, left))
+        _builder(subject, ca.subject, public_key, begins or now - timedelta(minutes=10), now + min(life, left))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signing_certificates=False), critical=True)
         .add_extension(

@@ -133,7 +133,8 @@ class Signer:
     ) -> x509.Certificate:
         """Raises CertificatesUnusable when the CA has ended meanwhile, or the clock was set to before its beginning."""
         check_authority_time(self._ca_path, self.not_before, self.not_after, now.timestamp())
-        return certs.sign(self._ca, self._ca_key, public_key, common_name, dns_names, life, now)
+        begins = self._ca.not_valid_before_utc
+        return certs.sign(self._ca, self._ca_key, public_key, common_name, dns_names, life, now, begins)
 
     def _identity(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Identity:
         not_after = certificate.not_valid_after_utc.timestamp()
