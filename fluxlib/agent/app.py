@@ -186,12 +186,16 @@ def _settings(config: AgentConfig) -> Settings:
     if config.node_public_ip:
         environment["FLUX_NODE_PUBLIC_IP"] = config.node_public_ip
     defaults = Limits(
+        memory_bytes=config.max_memory_mb * _MB or None,
+        cpu_millicores=config.max_cpu_millicores or None,
         processes=config.max_processes,
         open_files=config.max_open_files,
         file_size_bytes=config.max_file_size_mb * _MB,
         tmp_bytes=config.tmp_size_mb * _MB,
     )
-    return Settings(config.agent_id, config.max_tasks, config.kill_grace_sec, defaults, environment)
+    return Settings(
+        config.agent_id, config.max_tasks, config.kill_grace_sec, defaults, environment, config.max_timeout_sec
+    )
 
 
 def _make_state_dir(path: Path) -> None:

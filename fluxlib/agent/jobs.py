@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fluxlib.agent.executor.base import Job, Limits
 from fluxlib.agent.packages import Installed
+from fluxlib.errors import Unenforceable
 from fluxlib.model import ExecutionRequest, FunctionSpec
 
 _MB = 1024 * 1024
@@ -21,6 +22,7 @@ class Settings:
     kill_grace: float
     defaults: Limits
     environment: dict[str, str]  # the same for every function on this node
+    timeout: float = 0.0  # the most that an execution gets, 0 = no such limit
 
 
 def job_of(request: ExecutionRequest, installed: Installed, settings: Settings) -> Job:
@@ -51,17 +53,34 @@ def _without_overruled(environment: Mapping[str, str], own: Mapping[str, str]) -
     return {name: value for name, value in environment.items() if not (chosen and name == "LC_ALL")}
 
 
-def timeout_of(request: ExecutionRequest, spec: FunctionSpec) -> float:
-    """Seconds, 0 = none. A call may ask for less than its function, never for more."""
-    if request.timeout_seconds and spec.timeout_seconds:
-        return min(request.timeout_seconds, float(spec.timeout_seconds))
-    return request.timeout_seconds or float(spec.timeout_seconds)
+def check_limits(spec: FunctionSpec, settings: Settings) -> None:
+    """Raises Unenforceable for a function that asks for more than agent.yaml gives one execution."""
+    defaults = settings.defaults
+    asked = (
+        ("resources.memory", spec.memory_mb, (defaults.memory_bytes or 0) // _MB, "MB", "limits.memory"),
+        ("resources.cpu", spec.cpu_millicores, defaults.cpu_millicores or 0, "millicores", "limits.cpu"),
+        ("timeout", spec.timeout_seconds, settings.timeout, "s", "limits.timeout"),
+    )
+    faults = [
+        f"{name} is {wanted} and this agent gives at most {most:g} {unit} ({setting} in its agent.yaml)"
+        for name, wanted, most, unit, setting in asked
+        if most and wanted > most
+    ]
+    if faults:
+        raise Unenforceable("; ".join(faults))
+
+
+def timeout_of(request: ExecutionRequest, spec: FunctionSpec, most: float = 0.0) -> float:
+    """Seconds, 0 = none. A call may ask for less than its function and the agent allow, never for more."""
+    asked = (request.timeout_seconds, float(spec.timeout_seconds), most)
+    return min((seconds for seconds in asked if seconds), default=0.0)
 
 
 def limits_of(spec: FunctionSpec, defaults: Limits) -> Limits:
     """What is in force for one run: the function's figures, the agent's where it says nothing.
 
-    A function may ask for less than the agent's default or for more: both are its operator's files.
+    Of processes, files and /tmp a function may ask for less than the agent's default or for more; more memory or CPU
+    than agent.yaml gives was refused (``check_limits``).
     """
     return Limits(
         memory_bytes=spec.memory_mb * _MB or defaults.memory_bytes,

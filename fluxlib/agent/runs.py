@@ -19,13 +19,13 @@ from dataclasses import dataclass, field, replace
 
 from fluxlib.agent.executor.base import Executor
 from fluxlib.agent.executor.supervise import Supervised, Verdict
-from fluxlib.agent.jobs import Settings, job_of, timeout_of
+from fluxlib.agent.jobs import Settings, check_limits, job_of, timeout_of
 from fluxlib.agent.outcomes import no_longer_known, refusal_of
 from fluxlib.agent.packages import Installed, Packages
 from fluxlib.agent.records import Records, new_record
 from fluxlib.errors import AtCapacity, CannotStart, Conflict, FluxError, Internal, InvalidInput, NotFound, Stopping
 from fluxlib.lifecycle import Timers
-from fluxlib.model import EXECUTION_ID, ErrorKind, ExecutionRecord, ExecutionRequest, Phase
+from fluxlib.model import EXECUTION_ID, ErrorKind, ExecutionRecord, ExecutionRequest, FunctionSpec, Phase
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,11 @@ class Runs:
         self._anonymous = itertools.count(1)
 
     # -- asked by transports -------------------------------------------------------
+
+    def check(self, spec: FunctionSpec) -> tuple[str, ...]:
+        """Warnings. Raises Unenforceable, InvalidInput for a function that cannot run here as it asks to."""
+        check_limits(spec, self._settings)
+        return self._executor.check(spec)
 
     def start(self, request: ExecutionRequest, on_end: Answer, owner: str = "") -> tuple[ExecutionRecord, bool]:
         """(record, accepted), at once; ``on_end`` gets the final record of what was accepted, maybe before that.
@@ -222,7 +227,7 @@ class Runs:
         if installed.code_dir is None:
             raise Conflict(f"function {name} has no code on this agent yet")
         try:
-            warnings = self._executor.check(installed.spec)
+            warnings = self.check(installed.spec)
             self._executor.check_args(installed.spec.handler, request.args)
             with self._lock:
                 if self._stopping:
@@ -247,7 +252,7 @@ class Runs:
             self._executor,
             self._timers,
             job_of(request, run.installed, self._settings),
-            timeout_of(request, spec),
+            timeout_of(request, spec, self._settings.timeout),
             self._settings.kill_grace,
             lambda verdict: self._ended(run, verdict),
         )

@@ -91,7 +91,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
     def RegisterFunction(self, request: pb.FunctionConfig, context: grpc.ServicerContext) -> pb.FunctionAck:
         def register() -> Done:
             spec, digest = codec.spec_from_message(request)
-            warnings = self._executor.check(spec)
+            warnings = self._runs.check(spec)
             installed = self._packages.register(spec, digest)
             self._sessions.look_again(spec.name)
             return Done(warnings, self._start_problem(installed))
@@ -130,7 +130,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
                 if installed is None:
                     raise NotFound(f"function {package.function_name} is not registered")
                 spec, digest = installed.spec, installed.spec_digest
-            warnings = self._executor.check(spec)
+            warnings = self._runs.check(spec)
             installed = self._packages.deploy(spec, digest, package.code_digest, archive)
             self._sessions.look_again(spec.name)
             return Done(warnings, self._start_problem(installed))

@@ -164,6 +164,38 @@ class AgentConfig:
         why="how long ended records and outputs are kept",
         check=between(1, 10**7),
     )
+    reserve_memory_mb: int = setting(
+        "reserve_memory",
+        "integer",
+        0,
+        unit="MB",
+        why="memory that all functions together leave to the machine; 0 = a tenth of it, at least 512",
+        check=between(0, 10**7),
+    )
+    max_memory_mb: int = setting(
+        "limits.memory",
+        "integer",
+        0,
+        unit="MB",
+        why="of one execution; a function may ask for less, not for more; 0 = what it asks",
+        check=between(0, 10**7),
+    )
+    max_cpu_millicores: int = setting(
+        "limits.cpu",
+        "integer",
+        0,
+        unit="millicores",
+        why="of one execution; a function may ask for less, not for more; 0 = what it asks",
+        check=between(0, 10**6),
+    )
+    max_timeout_sec: int = setting(
+        "limits.timeout",
+        "integer",
+        0,
+        unit="s",
+        why="of one execution; a function may ask for less, not for more; 0 = what it asks",
+        check=between(0, 7 * 86400),
+    )
     max_processes: int = setting(
         "limits.processes",
         "integer",
@@ -235,6 +267,8 @@ def read_agent(data: bytes | str, path: Path) -> AgentConfig:
         _require_consent(values, faults)
     if values.get("store") == "redis" and not document.get("redis_addr"):
         faults.add("redis_addr", "is required with store: redis")
+    if 0 < values.get("max_cpu_millicores", 0) < 10:
+        faults.add("limits.cpu", "must be 0 or at least 10 millicores")
     first, count = _first_and_count(values.get("uid_range", DEFAULT_UID_RANGE))
     max_tasks = values.get("max_tasks", AgentConfig.max_tasks)
     if max_tasks > count and "uid_range" in values:

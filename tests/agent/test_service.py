@@ -271,3 +271,27 @@ def test_files_that_do_not_belong_together(files: Files, tmp_path: Path) -> None
     files.key.unlink()
     with pytest.raises(CertificatesUnusable, match="is missing"):
         Certificates(files, "worker-1")
+
+
+# -- limits of agent.yaml --------------------------------------------------------------
+
+
+def test_a_function_that_asks_for_more_than_the_agent_gives_is_refused(tmp_path: Path) -> None:
+    with running(tmp_path, limits="{memory: 64, cpu: 500, timeout: 5}") as agent:
+        for field, value, setting in (
+            ("memory_mb", 65, "limits.memory"),
+            ("cpu_millicores", 501, "limits.cpu"),
+            ("timeout_seconds", 6, "limits.timeout"),
+        ):
+            answer = agent.deploy(**{field: value})
+            assert not answer.success
+            assert setting in answer.message
+            assert answer.error_kind == pb.ERROR_KIND_UNENFORCEABLE
+        assert inventory(agent).functions == ()
+        assert agent.deploy(memory_mb=64, cpu_millicores=500, timeout_seconds=5).success
+
+
+def test_a_function_without_a_timeout_gets_the_agents(tmp_path: Path) -> None:
+    with running(tmp_path, limits="{timeout: 1}") as agent:
+        assert agent.deploy().success
+        assert "timed out after 1" in agent.run("sleep", "60").error

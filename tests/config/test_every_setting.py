@@ -268,6 +268,7 @@ def test_thousands_of_faults_are_counted_not_listed() -> None:
         ("agent", {**AGENT, "store": "redis"}, "redis_addr: is required with store: redis"),
         ("agent", {**AGENT, "uid_range": "0+10"}, "uid_range: must lie between"),
         ("agent", {**AGENT, "uid_range": "10000+10"}, "fewer than max_tasks (256)"),
+        ("agent", {**AGENT, "limits": {"cpu": 5}}, "limits.cpu: must be 0 or at least 10 millicores"),
         ("agent", {**AGENT, "state_dir": "~/flux"}, "state_dir: ~ is not expanded"),
         ("function", {**FUNCTION, "name": "../x"}, "name: must be"),
         ("function", {**FUNCTION, "handler": "/bin/sh"}, "handler: must be a relative path"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxlib.agent.executor.base import Limits
-from fluxlib.agent.executor.cgroup import Hierarchy, RunGroup, is_empty, own_group
+from fluxlib.agent.executor.cgroup import Hierarchy, Machine, RunGroup, is_empty, own_group
 from fluxlib.errors import CannotStart, Unenforceable
 from tests.support.need import lacking
 
@@ -170,3 +170,35 @@ def test_a_group_that_no_descriptor_is_left_for_is_not_left_behind(tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert not (hierarchy.functions / "e-1").exists()
+
+
+_GB = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("memory", "of_the_unit", "reserve", "functions", "agent"),
+    [
+        (16 * _GB, "max", 0, 16 * _GB - 16 * _GB // 10, 16 * _GB // 10),  # a tenth
+        (3 * _GB, "max", 0, 3 * _GB - 512 * 1024**2, _GB),  # half a GB at least
+        (3 * _GB, "max", 2**20, 3 * _GB - 2**20, _GB),  # as agent.yaml says
+        (16 * _GB, str(2 * _GB), 0, 2 * _GB - 512 * 1024**2, _GB),  # the unit has less than the machine
+        (600 * 1024**2, "max", 0, 300 * 1024**2, 300 * 1024**2),  # a small one: half each
+    ],
+)
+def test_the_sum_of_all_executions_is_bounded(
+    tmp_path: Path, memory: int, of_the_unit: str, reserve: int, functions: int, agent: int
+) -> None:
+    names = ("fn/memory.max", "fn/memory.swap.max", "fn/pids.max", "agent/memory.max", "memory.max")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "memory.max").write_text(of_the_unit + "\n")
+    Hierarchy(tmp_path).bound(Machine(memory, 32768), reserve)
+    written = {name: (tmp_path / name).read_text() for name in names[:4]}
+    assert written == dict(zip(names, (str(functions), "0", "16384", str(agent)), strict=False))
+
+
+def test_this_machine_has_memory_and_threads() -> None:
+    machine = Machine.here()
+    assert machine.memory > 100 * 1024**2
+    assert machine.threads > 1000

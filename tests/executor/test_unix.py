@@ -200,7 +200,7 @@ class Groups:
     def __init__(self, place: Path) -> None:
         self.place = place
 
-    def set_up(self) -> int:
+    def set_up(self, reserve: int) -> int:
         return 0
 
     def make(self, name: str, limits: Limits) -> RunGroup:

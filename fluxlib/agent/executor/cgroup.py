@@ -21,6 +21,7 @@ import os
 import select
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from fluxlib.agent.executor.base import Figures, Limits
@@ -33,6 +34,9 @@ CPU_PERIOD_US = 100_000
 MIN_MILLICORES = 10
 # Each look at the members takes as long as they are many, and everybody's timeouts may wait for this.
 _TOGETHER = 64
+# What functions leave to the machine at least, and what the agent with its spawner may take, in bytes.
+_RESERVE = 512 * 1024**2
+_AGENT_MEMORY = 1024**3
 _PART = 2048  # the kernel gives a file a page at a time, which is some 500 processes: less than half of one is its end
 
 
@@ -213,6 +217,20 @@ def is_delegated(group: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How much there is to share out: bytes of memory, threads."""
+
+    memory: int
+    threads: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        kernel = Path("/proc/sys/kernel")
+        return cls(memory, min(int((kernel / name).read_text()) for name in ("pid_max", "threads-max")))
+
+
 class Hierarchy:
     """The groups of one agent. ``base`` is delegated to it, or below /sys/fs/cgroup/flux."""
 
@@ -243,8 +261,10 @@ class Hierarchy:
             )
         return cls(root / "flux" / agent_id)
 
-    def set_up(self) -> int:
+    def set_up(self, reserve: int = 0) -> int:
         """Move this process, enable the controllers, end what the previous run left; how many executions that were.
+
+        ``reserve`` is the memory in bytes that all executions together leave to the machine, 0 = by its size.
 
         Raises Unenforceable with what is missing.
         """
@@ -268,11 +288,27 @@ class Hierarchy:
                 )
             # A function finds its own group, to read its limits, and cannot list the others'.
             self.functions.chmod(0o711)
+            self.bound(Machine.here(), reserve)
         except OSError as error:
             raise Unenforceable(f"cgroups cannot be used at {self.base}: {error}") from error
         if not (self.functions / "memory.swap.max").exists() and _has_swap():
             self.warnings.append("swap is not accounted for here (swapaccount=1): memory limits do not hold for it")
         return self._end_leftovers()
+
+    def bound(self, machine: Machine, reserve: int) -> None:
+        """Limit the sum of all executions, and the agent itself, so that neither takes the machine along.
+
+        Executions do not swap: a machine that thrashes answers nobody.
+        """
+        memory = min(machine.memory, _number(self.base / "memory.max") or machine.memory)
+        reserve = min(reserve or max(_RESERVE, memory // 10), memory // 2)
+        _write(self.functions / "memory.max", str(memory - reserve))
+        with contextlib.suppress(FileNotFoundError):  # a kernel without swap
+            _write(self.functions / "memory.swap.max", "0")
+        _write(self.functions / "pids.max", str(machine.threads // 2))
+        if (self.base / "agent").is_dir():
+            # Idle connections, for one, are memory of the agent's: systemd starts it again when they take all of this.
+            _write(self.base / "agent/memory.max", str(min(max(_AGENT_MEMORY, reserve), memory // 2)))
 
     def _check_controllers(self) -> None:
         there = (self.base / "cgroup.controllers").read_text().split()
@@ -335,6 +371,15 @@ def _write(path: Path, text: str) -> None:
         os.write(fd, text.encode())
     finally:
         os.close(fd)
+
+
+def _number(path: Path) -> int:
+    """0 when it says ``max`` or is not there."""
+    try:
+        text = path.read_text().strip()
+    except FileNotFoundError:
+        return 0
+    return int(text) if text.isdigit() else 0
 
 
 def _has_swap() -> bool:

@@ -130,7 +130,7 @@ class UnixExecutor:
         else:
             probe.require(profile, probe.Host.here())
             self._hierarchy = Hierarchy.find(config.agent_id)
-            self._left_behind = self._hierarchy.set_up()
+            self._left_behind = self._hierarchy.set_up(config.reserve_memory_mb * 1024 * 1024)
             check_range(config.uid_first, config.uid_count)
             self._users = Users(config.uid_first, config.uid_count)
             # Reported once the trial has shown it.
