@@ -262,8 +262,8 @@ def test_a_restart_does_not_read_what_waits_into_memory(tmp_path: Path) -> None:
     with planes(store, "new") as (plane,):
         tracemalloc.start()
         plane.service.start()
-        plane.queued(60, "w")
         until(lambda: plane.service._tracker.all())
+        until(lambda: plane.service.tick(0.0) or plane.service.waiting() == {"w": 60})
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     store.close()
