@@ -25,7 +25,7 @@ def to_list(record: ExecutionRecord) -> list[Any]:
         record.output_bytes,
         record.truncated,
         record.error,
-        int(record.error_kind),
+        _kind(record.error_kind),
         record.exit_code,
         record.signal,
         record.duration_ms,
@@ -37,6 +37,11 @@ def to_list(record: ExecutionRecord) -> list[Any]:
         record.cpu_seconds,
         record.warnings,
     ]
+
+
+def _kind(kind: ErrorKind) -> int:
+    """A reader of the list knows these kinds only, and cannot read a record with another."""
+    return int(kind) if ErrorKind.NONE <= kind <= ErrorKind.INTERNAL else int(ErrorKind.INTERNAL)
 
 
 def from_list(row: Sequence[Any], output: bytes | None = None) -> ExecutionRecord:

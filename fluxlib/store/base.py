@@ -1,9 +1,8 @@
 """What Flux and an agent keep on disk, and which writes are atomic.
 
-Two stores: :class:`ControlStore` for the control plane (memory, SQLite, Redis)
-and :class:`RecordStore` for an agent's own execution records (memory, SQLite,
-Redis). Every method raises StoreUnavailable when the backend is away, never
-answers "not there" instead. Every method may be called from any thread.
+Two stores: :class:`ControlStore` for the control plane and :class:`RecordStore` for an agent's own execution records,
+each in SQLite and in Redis, under one test suite. Every method raises StoreUnavailable when the backend is away, never
+answers "not there" instead. Every method may be called from any thread, and none waits for longer than COMMIT_TIMEOUT.
 
 Each write below is one atomic step: it happens wholly or not at all, and other
 processes on the same store see it whole. A write has returned (or its Commit
@@ -334,7 +333,7 @@ class RecordStore(Protocol):
         """With the output that was given to ``end``; None in ``output`` when that was None."""
 
     def unfinished(self) -> list[ExecutionRecord]:
-        """Begun, not ended: after a start, what a former life was running."""
+        """Begun and not ended: after a start, what the previous run of the agent was running."""
 
     def expire(self, now: float, limit: int = 1000) -> list[str]:
         """Forget records whose time is over; their IDs, so that output files can go too."""

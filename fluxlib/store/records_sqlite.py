@@ -35,7 +35,7 @@ CREATE INDEX records_expiring ON records (keep_until) WHERE keep_until IS NOT NU
 
 
 class SqliteRecordStore:
-    """RecordStore in ``agent.db``. A damaged one is moved aside: what it holds is a cache of an hour."""
+    """RecordStore in ``agent.db``. A damaged one is moved aside: its records are kept for an hour only."""
 
     def __init__(self, path: Path) -> None:
         self._file = _open(path)
@@ -63,7 +63,7 @@ class SqliteRecordStore:
         with self._lock:
             if not any(one.settled and one.error is not None for one in self._written):
                 return
-            # What held or is under way goes along: a begin that failed must not come after its end.
+            # What was committed or is under way goes along: a begin that failed must not come after its end.
             self._written = deque((self._file.write(one.work) for one in self._written), maxlen=_REMEMBERED)
 
     def flush(self, timeout: float = COMMIT_TIMEOUT) -> None:

@@ -82,7 +82,7 @@ def _import_agents(link: RedisLink, target: Target) -> int:
 
 
 def _found(link: RedisLink, start: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, fields) of every key that begins so. A search, but only once in the life of a store."""
+    """(name, fields) of every key that begins so. A search, but made only once for a store."""
     keys: list[bytes] = link.read(lambda client: list(client.scan_iter(match=start + "*", count=500)))
     for key in sorted(keys):
         name = key.decode("utf-8", "replace").removeprefix(start)

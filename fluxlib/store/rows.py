@@ -54,7 +54,7 @@ def load(text: str | bytes, read: Callable[[Mapping[str, Any]], T]) -> T:
     try:
         return read(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreUnavailable(f"what the store holds is damaged: {error!r}") from error
+        raise StoreUnavailable(f"an entry of the store is damaged: {error!r}") from error
 
 
 def open_record(

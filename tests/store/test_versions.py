@@ -175,6 +175,13 @@ def test_a_flux_of_the_version_before_is_answered_as_it_reads() -> None:
     assert json.loads(codec.response_from_record(record).record) == json.loads(_OLD_ROW)
 
 
+def test_a_flux_of_the_version_before_is_told_no_kind_that_it_does_not_know() -> None:
+    for kind in ErrorKind:
+        ended = ExecutionRecord("e-1", "f", "w").ended(ExecutionStatus.FAILED, at=1.0, error="odd", kind=kind)
+        if not kind.nothing_started:
+            assert json.loads(codec.response_from_record(ended).record)[9] in range(16)
+
+
 def old_flux_db(path: Path) -> None:
     """As the version before left it: one that is queued, one at an agent, one that has ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
