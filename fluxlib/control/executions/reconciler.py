@@ -88,7 +88,7 @@ class Reconciler:
             cursor = page.next_cursor
             if not cursor:
                 break
-        count = sum(self._adopt(owner, None) for owner in sorted(owners - {session}))
+        count = sum(self._adopt(owner, None) for owner in sorted(owners - {session, ""}))
         self._take_over()
         return count
 
