@@ -137,7 +137,10 @@ def _enrol(certs: Path, ids: Sequence[str]) -> None:
 
     authority = Authority.open(certs)
     for agent_id in ids:
-        authority.issue_agent(agent_id)
+        identity, home = authority.issue_agent(agent_id), certs / "benchmark" / agent_id
+        home.mkdir(parents=True)
+        (home / "agent-key.pem").write_bytes(identity.key_pem)
+        (home / "agent.pem").write_bytes(identity.cert_pem)
 
 
 def _host(ids: Sequence[str], certs: Path) -> Host:
@@ -190,7 +193,7 @@ async def serve(ids: Sequence[str], certs: Path) -> None:
     ports, servers = {}, []
     ca = (certs / "ca" / "ca.pem").read_bytes()
     for agent_id in ids:
-        home = certs / "agents" / agent_id
+        home = certs / "benchmark" / agent_id
         pair = ((home / "agent-key.pem").read_bytes(), (home / "agent.pem").read_bytes())
         credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=True)
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])

@@ -4,8 +4,9 @@ certs_dir/
   ca/ca.pem, ca-key.pem          the authority
   flux/flux.pem, flux-key.pem    the control plane's own identity
   ssh/flux-agent.pem, .pub       the key for nodes Flux makes
-  agents/<id>/agent.pem, agent-key.pem
   installation                   this installation's ID: labels cloud nodes
+
+Agents' certificates and keys are handed out and not kept.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from fluxlib.errors import Conflict
-from fluxlib.pki.files import locked, make_directory, read_file, remove_directory, write_secret
+from fluxlib.pki.files import locked, make_directory, read_file, remove_kept_agents, write_secret
 from fluxlib.pki.identity import (
     FLUX_NAME,
     Identity,
@@ -66,8 +66,9 @@ class Authority:
             ca_path, key_path = certs_dir / "ca" / "ca.pem", certs_dir / "ca" / "ca-key.pem"
             found = read_authority(ca_path, key_path)
             signer = None if found is not None else _signer_class().open(ca_path, key_path)
-            for name in ("flux", "ssh", "agents"):
+            for name in ("flux", "ssh"):
                 make_directory(certs_dir / name)
+            remove_kept_agents(certs_dir / "agents")
         now = utc_now().timestamp()
         if signer is not None:
             check_authority_time(ca_path, signer.not_before, signer.not_after, now)
@@ -98,7 +99,7 @@ class Authority:
         certificate, key = self._directory / "flux" / "flux.pem", self._directory / "flux" / "flux-key.pem"
         with locked(self._directory):
             now = utc_now()
-            found = read_leaf(certificate, key, self.ca_pem)
+            found = read_leaf(certificate, key, self.ca_pem, server=False)
             if found is not None and self._fits(found, now.timestamp()):
                 self._own = (found.cert_pem, found.not_after)
                 return Identity(normalised(found.cert_pem), found.key_pem, self.ca_pem, found.not_after)
@@ -111,36 +112,14 @@ class Authority:
         return not due and found.not_before <= now and FLUX_NAME in found.names
 
     def issue_agent(self, agent_id: str) -> Identity:
-        """A new certificate and key for an agent, kept under ``agents/``. Raises InvalidInput for a bad ID."""
+        """A new certificate and key for an agent; neither is kept. Raises InvalidInput for a bad ID."""
         check_agent_id(agent_id)
-        identity = self._signer.new_agent(agent_id)
-        directory = self._directory / "agents" / agent_id
-        with locked(self._directory):
-            write_secret(directory / "agent-key.pem", identity.key_pem)
-            write_secret(directory / "agent.pem", identity.cert_pem)
-        return identity
-
-    def forget_agent(self, agent_id: str) -> None:
-        """Away with what ``agents/`` keeps of an agent that does not come back. Raises InvalidInput for a bad ID."""
-        check_agent_id(agent_id)
-        with locked(self._directory):
-            remove_directory(self._directory / "agents" / agent_id)
+        return self._signer.new_agent(agent_id)
 
     def sign_agent_csr(self, csr_pem: bytes, agent_id: str) -> tuple[bytes, float]:
         """(certificate PEM, not_after) for the key an agent made itself. Raises InvalidInput."""
         check_agent_id(agent_id)
-        certificate, not_after = self._signer.agent_of_request(csr_pem, agent_id)
-        with locked(self._directory):
-            write_secret(self._directory / "agents" / agent_id / "agent.pem", certificate)
-        return certificate, not_after
-
-    def enroll_agent(self, agent_id: str, directory: Path, *, port: int = 50052) -> None:
-        """A ready directory: agent.yaml, ca.pem, agent.pem, agent-key.pem. Raises InvalidInput, Conflict."""
-        check_agent_id(agent_id)
-        if (directory / "agent.yaml").exists():
-            raise Conflict(f"{directory} already holds an agent.yaml: choose another directory")
-        for name, content in enrolment_files(self.issue_agent(agent_id), agent_id, port).items():
-            write_secret(directory / name, content)
+        return self._signer.agent_of_request(csr_pem, agent_id)
 
     def installation_id(self) -> str:
         """Made once: tells this installation's cloud nodes from everybody else's."""

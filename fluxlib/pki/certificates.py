@@ -11,9 +11,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fluxlib.pki.identity import AGENT_DOMAIN, Identity, utc_now
+from fluxlib.pki.identity import Identity, utc_now
 
 CA_LIFE, FLUX_LIFE, AGENT_LIFE = timedelta(days=3650), timedelta(days=1825), timedelta(days=365)
+# Flux calls and agents answer, never the other way round. An original agent obeys every client of its CA: an agent's
+# stolen key must not make one.
+FLUX_USES, AGENT_USES = [ExtendedKeyUsageOID.CLIENT_AUTH], [ExtendedKeyUsageOID.SERVER_AUTH]
 # Machines' clocks differ, and are set back; a certificate must not be from the future then. What a CA signs begins when
 # the CA does: one that is renewed while the clock is wrong is good all the same once it is right again.
 _BACKDATE = timedelta(days=1)
@@ -67,10 +70,12 @@ def sign(
     dns_names: Sequence[str],
     life: timedelta,
     now: datetime,
+    uses: Sequence[x509.ObjectIdentifier],
     begins: datetime | None = None,
 ) -> x509.Certificate:
-    """A leaf for both directions of mutual TLS; it never outlives its CA. It begins a little before ``now`` unless
-    ``begins`` is given.
+    """A leaf; it never outlives its CA. It begins a little before ``now`` unless ``begins`` is given.
+
+    ``uses`` are its extended key usages.
     """
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     left = ca.not_valid_after_utc - now
@@ -78,9 +83,7 @@ def sign(
         _builder(subject, ca.subject, public_key, begins or now - timedelta(minutes=10), now + min(life, left))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signing_certificates=False), critical=True)
-        .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
-        )
+        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in dns_names]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier(_key_identifier(ca), None, None), critical=False)
         .sign(ca_key, hashes.SHA256())
@@ -128,12 +131,6 @@ def dns_names(certificate: x509.Certificate) -> list[str]:
     except x509.ExtensionNotFound:
         return []
     return names.get_values_for_type(x509.DNSName)
-
-
-def agent_id_of(certificate: x509.Certificate) -> str:
-    """The ID an agent's certificate shows, empty for an original's."""
-    named = [name.removesuffix(AGENT_DOMAIN) for name in dns_names(certificate) if name.endswith(AGENT_DOMAIN)]
-    return named[0] if len(named) == 1 else ""
 
 
 def is_signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:

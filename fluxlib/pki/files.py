@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from fluxlib.errors import FluxError
 from fluxlib.filelock import lock, unlock
+
+log = logging.getLogger(__name__)
 
 
 class CertificatesUnusable(FluxError):
@@ -47,14 +50,37 @@ def write_secret(path: Path, content: bytes) -> None:
         raise CertificatesUnusable(f"{path} cannot be written: {error.strerror}") from error
 
 
-def remove_directory(path: Path) -> None:
-    """``path`` and what is in it; one that is not there is no error. Raises CertificatesUnusable."""
+def remove_kept_agents(directory: Path) -> None:
+    """Remove the certificates and private keys of agents that earlier versions kept in ``directory``.
+
+    Only files of these names; a link is not followed. What cannot be removed is a warning: nothing depends on it.
+    """
+    removed = 0
     try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
+        if directory.is_symlink() or not directory.is_dir():
+            return
+        for agent in directory.iterdir():
+            if agent.is_symlink() or not agent.is_dir():
+                continue
+            for name in ("agent-key.pem", "agent.pem"):
+                with contextlib.suppress(FileNotFoundError):
+                    (agent / name).unlink()
+                    removed += name == "agent-key.pem"
+            if not any(agent.iterdir()):
+                agent.rmdir()
+        if not any(directory.iterdir()):
+            directory.rmdir()
     except OSError as error:
-        raise CertificatesUnusable(f"{path} cannot be removed: {error.strerror or error}") from error
+        log.warning(
+            "%s cannot be removed: %s. Remove %s yourself: an earlier version kept agents' private keys there",
+            error.filename or directory,
+            error.strerror or error,
+            directory,
+        )
+    if removed:
+        log.info(
+            "removed the private keys of %d agents from %s, where an earlier version kept them", removed, directory
+        )
 
 
 def read_file(path: Path) -> bytes | None:

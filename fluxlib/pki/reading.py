@@ -31,11 +31,11 @@ class Read:
     not_after: float
 
 
-def read_leaf(certificate: Path, key: Path, ca_pem: bytes) -> Read | None:
-    """A certificate a TLS server can show now to whoever trusts the CA and nobody else, and its key; or None."""
+def read_leaf(certificate: Path, key: Path, ca_pem: bytes, *, server: bool = True) -> Read | None:
+    """A certificate and its key, in order for a TLS server (or a client) whose peer trusts only this CA; or None."""
     try:
         cert_pem, key_pem = certificate.read_bytes(), key.read_bytes()
-        shown, facts = _handshake(_with_key(certificate, key), _der(ca_pem))
+        shown, facts = _handshake(certificate, key, _der(ca_pem), server=server)
         return _read(certificate, key, cert_pem, key_pem, shown, facts)
     except (OSError, ValueError):
         return None
@@ -81,18 +81,30 @@ def _no_password() -> bytes:
     raise ValueError("the key is encrypted")
 
 
-def _handshake(server_context: ssl.SSLContext, ca: bytes) -> tuple[bytes, dict[str, Any]]:
-    """The server's certificate (DER, and what it says) as a client that trusts ``ca`` finds it. Raises OSError."""
+def _handshake(certificate: Path, key: Path, ca: bytes, *, server: bool) -> tuple[bytes, dict[str, Any]]:
+    """The certificate (DER, and what it says) as a peer that trusts ``ca`` verifies it for a server, or for a client.
+
+    Raises OSError, ValueError.
+    """
+    server_context = _with_key(certificate, key)
     client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client_context.check_hostname = False
-    client_context.load_verify_locations(cadata=ca)
+    if server:
+        client_context.load_verify_locations(cadata=ca)
+    else:
+        # A server needs a certificate of its own: it shows the same one, which this client does not look at.
+        client_context.verify_mode = ssl.CERT_NONE
+        client_context.load_cert_chain(certificate, key, password=_no_password)
+        server_context.verify_mode = ssl.CERT_REQUIRED
+        server_context.load_verify_locations(cadata=ca)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = client_context.wrap_bio(to_client, to_server)
-    server = server_context.wrap_bio(to_server, to_client, server_side=True)
+    serving = server_context.wrap_bio(to_server, to_client, server_side=True)
+    verifying = client if server else serving
     for _ in range(_ROUNDS):
-        if _goes_on(client):
-            return client.getpeercert(binary_form=True) or b"", client.getpeercert() or {}
-        _goes_on(server)
+        client_ended, server_ended = _goes_on(client), _goes_on(serving)
+        if client_ended if server else server_ended:
+            return verifying.getpeercert(binary_form=True) or b"", verifying.getpeercert() or {}
     raise OSError("the handshake does not end")
 
 

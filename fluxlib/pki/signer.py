@@ -82,7 +82,7 @@ class Signer:
                 return self._identity(certificate, key)
             log.info("renewing Flux's own certificate: it %s", unfit)
         key = certs.new_key()
-        certificate = self._sign(key.public_key(), FLUX_NAME, [FLUX_NAME], certs.FLUX_LIFE, now)
+        certificate = self._sign(key.public_key(), FLUX_NAME, [FLUX_NAME], certs.FLUX_LIFE, now, certs.FLUX_USES)
         identity = self._identity(certificate, key)
         write_secret(key_path, identity.key_pem)
         write_secret(certificate_path, identity.cert_pem)
@@ -121,7 +121,7 @@ class Signer:
     def _sign_agent(self, public_key: ec.EllipticCurvePublicKey, agent_id: str) -> x509.Certificate:
         names = [AGENT_NAME, agent_server_name(agent_id)]
         # A common name holds 64 characters; IDs fit.
-        return self._sign(public_key, agent_id, names, certs.AGENT_LIFE, utc_now())
+        return self._sign(public_key, agent_id, names, certs.AGENT_LIFE, utc_now(), certs.AGENT_USES)
 
     def _sign(
         self,
@@ -130,11 +130,12 @@ class Signer:
         dns_names: Sequence[str],
         life: timedelta,
         now: datetime,
+        uses: Sequence[x509.ObjectIdentifier],
     ) -> x509.Certificate:
         """Raises CertificatesUnusable when the CA has ended meanwhile, or the clock was set to before its beginning."""
         check_authority_time(self._ca_path, self.not_before, self.not_after, now.timestamp())
         begins = self._ca.not_valid_before_utc
-        return certs.sign(self._ca, self._ca_key, public_key, common_name, dns_names, life, now, begins)
+        return certs.sign(self._ca, self._ca_key, public_key, common_name, dns_names, life, now, uses, begins)
 
     def _identity(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Identity:
         not_after = certificate.not_valid_after_utc.timestamp()

@@ -80,6 +80,7 @@ class Lab:
             names,
             timedelta(days=days),
             certs.utc_now(),
+            certs.AGENT_USES,
         )
         (certificates / "cert_file.pem").write_bytes(certs.cert_pem(signed))
 

@@ -133,6 +133,7 @@ def test_every_connection_is_reopened_under_a_new_certificate_of_flux(place: Pla
         ["flux"],
         timedelta(days=20),
         certs.utc_now(),
+        certs.FLUX_USES,
     )
     (place.directory / "flux" / "flux-key.pem").write_bytes(certs.key_pem(key))
     (place.directory / "flux" / "flux.pem").write_bytes(certs.cert_pem(short))

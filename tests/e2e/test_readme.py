@@ -22,7 +22,7 @@ from fluxlib.config.control import read_control
 from fluxlib.config.files import AGENT_PORT
 from fluxlib.config.first_start import make_flux_yaml
 from fluxlib.local import prepare_agent, welcome
-from fluxlib.pki.certificates import AGENT_LIFE, cert_pem, load_key, sign
+from fluxlib.pki.certificates import AGENT_LIFE, AGENT_USES, cert_pem, load_key, sign
 from fluxlib.pki.identity import AGENT_NAME, agent_server_name, utc_now
 from fluxlib.pki.signer import Signer
 from tests.support.need import need
@@ -159,7 +159,7 @@ def _ended(state: Path) -> None:
     signer = Signer.open(state / "certs" / "ca" / "ca.pem", state / "certs" / "ca" / "ca-key.pem")
     key = load_key((state / "agent" / "agent-key.pem").read_bytes())
     names, began = [AGENT_NAME, agent_server_name("local")], utc_now() - AGENT_LIFE - timedelta(days=1)
-    made = sign(signer._ca, signer._ca_key, key.public_key(), "local", names, AGENT_LIFE, began)
+    made = sign(signer._ca, signer._ca_key, key.public_key(), "local", names, AGENT_LIFE, began, AGENT_USES)
     (state / "agent" / "agent.pem").write_bytes(cert_pem(made))
 
 

@@ -13,14 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fluxlib.config.agent import load_agent
-from fluxlib.errors import Conflict, InvalidInput
+from fluxlib.errors import InvalidInput
 from fluxlib.pki import Authority, Identity
 from fluxlib.pki import authority as its_module
 from fluxlib.pki import certificates as certs
@@ -51,7 +49,7 @@ def test_a_new_directory_and_who_may_read_it(tmp_path: Path) -> None:
     authority.installation_id()
     modes = secret_modes(directory)
     expected = {"ca/ca.pem", "ca/ca-key.pem", "flux/flux.pem", "flux/flux-key.pem", "ssh/flux-agent.pem"}
-    expected |= {"ssh/flux-agent.pub", "agents/worker-1/agent.pem", "agents/worker-1/agent-key.pem", "installation"}
+    expected |= {"ssh/flux-agent.pub", "installation"}
     assert expected <= set(modes)
     assert {mode for name, mode in modes.items() if name in expected} == {0o600}
     assert {mode for name, mode in modes.items() if (directory / name).is_dir()} == {0o700}
@@ -73,16 +71,17 @@ def test_what_the_certificates_say(tmp_path: Path) -> None:
     flux, agent = parsed(authority.flux_identity()), parsed(authority.issue_agent("worker-1"))
     assert certs.dns_names(flux) == ["flux"]
     assert certs.dns_names(agent) == ["flux-agent", "worker-1.agent.flux.internal"]
-    assert certs.agent_id_of(agent) == "worker-1"
-    assert certs.agent_id_of(flux) == ""
-    for leaf, days in ((flux, 1825), (agent, 365)):
+    for leaf, days, use in (
+        (flux, 1825, ExtendedKeyUsageOID.CLIENT_AUTH),
+        (agent, 365, ExtendedKeyUsageOID.SERVER_AUTH),
+    ):
         assert certs.is_signed_by(leaf, ca)
         assert isinstance(leaf.public_key(), ec.EllipticCurvePublicKey)
         assert timedelta(days=days - 1) < leaf.not_valid_after_utc - NOW <= timedelta(days=days, hours=1)
         # The other side's clock may be behind.
         assert leaf.not_valid_before_utc < NOW
         usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        assert {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH} <= set(usage)
+        assert list(usage) == [use]
         assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert "worker-1.agent.flux.internal; valid" in certs.describe_certificate(
@@ -93,13 +92,12 @@ def test_what_the_certificates_say(tmp_path: Path) -> None:
 def test_openssl_agrees(tmp_path: Path) -> None:
     need("openssl")
     authority = Authority.open(tmp_path)
-    authority.flux_identity()
-    authority.issue_agent("worker-1")
-    for leaf in ("flux/flux.pem", "agents/worker-1/agent.pem"):
+    flux, agent = authority.flux_identity(), authority.issue_agent("worker-1")
+    for leaf, its_purpose in ((flux, "sslclient"), (agent, "sslserver")):
         for purpose in ("sslclient", "sslserver"):
-            command = ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", "ca/ca.pem", leaf]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            command = ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", "ca/ca.pem", "/dev/stdin"]
+            done = subprocess.run(command, cwd=tmp_path, input=leaf.cert_pem.decode(), capture_output=True, text=True)
+            assert (done.returncode == 0) is (purpose == its_purpose), done.stderr
 
 
 def test_fluxs_own_is_renewed_before_it_ends_and_for_a_new_ca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +119,7 @@ def test_fluxs_own_is_renewed_before_it_ends_and_for_a_new_ca(tmp_path: Path, mo
 def test_nothing_outlives_its_ca(tmp_path: Path) -> None:
     key = certs.new_key()
     ca = certs.make_ca(key, NOW - timedelta(days=3640))
-    leaf = certs.sign(ca, key, certs.new_key().public_key(), "x", ["x"], certs.AGENT_LIFE, NOW)
+    leaf = certs.sign(ca, key, certs.new_key().public_key(), "x", ["x"], certs.AGENT_LIFE, NOW, certs.AGENT_USES)
     assert leaf.not_valid_after_utc <= ca.not_valid_after_utc
 
 
@@ -181,18 +179,6 @@ def test_ids_that_cannot_be_names(tmp_path: Path, agent_id: str) -> None:
     assert secret_modes(tmp_path) == before
 
 
-def test_enrolment_makes_a_directory_an_agent_starts_from(tmp_path: Path) -> None:
-    authority = Authority.open(tmp_path / "certs")
-    authority.enroll_agent("worker-1", tmp_path / "new", port=50060)
-    config = load_agent(tmp_path / "new" / "agent.yaml")
-    assert (config.agent_id, config.port, config.tls_enabled) == ("worker-1", 50060, True)
-    assert config.tls_key_file == tmp_path / "new" / "agent-key.pem"
-    assert stat.S_IMODE((tmp_path / "new" / "agent-key.pem").stat().st_mode) == 0o600
-    assert yaml.safe_load((tmp_path / "new" / "agent.yaml").read_text())["agent_id"] == "worker-1"
-    with pytest.raises(Conflict, match="choose another directory"):
-        authority.enroll_agent("worker-2", tmp_path / "new")
-
-
 # -- an original's directory -------------------------------------------------------------
 
 
@@ -235,7 +221,9 @@ def test_a_certificate_of_flux_with_another_key_identifier_is_replaced(tmp_path:
         ca.issuer, ca.subject, ca_key.public_key(), 1, ca.not_valid_before_utc, ca.not_valid_after_utc
     ).sign(ca_key, hashes.SHA256())
     key = certs.new_key()
-    bad = certs.cert_pem(certs.sign(without, ca_key, key.public_key(), "flux", ["flux"], timedelta(days=365), NOW))
+    bad = certs.cert_pem(
+        certs.sign(without, ca_key, key.public_key(), "flux", ["flux"], timedelta(days=365), NOW, certs.FLUX_USES)
+    )
     assert not _verified(tmp_path / "ca" / "ca.pem", bad)
     (tmp_path / "flux" / "flux.pem").write_bytes(bad)
     (tmp_path / "flux" / "flux-key.pem").write_bytes(certs.key_pem(key))
@@ -425,29 +413,52 @@ def test_root_acts_as_the_owner_and_is_not_led_astray(tmp_path: Path) -> None:
             Authority.open(directory)
         assert precious.stat().st_uid == 0
         (directory / ".lock").unlink()
-        shutil.rmtree(directory / "agents")
-        (directory / "agents").symlink_to(tmp_path)
+        shutil.rmtree(directory / "ssh")
+        (directory / "ssh").symlink_to(tmp_path)
         with pytest.raises(CertificatesUnusable), as_owner_of(directory):
-            Authority.open(directory).issue_agent("w")
-        assert not (tmp_path / "w").exists()
+            Authority.open(directory).ssh_key()
+        assert not (tmp_path / "flux-agent.pem").exists()
 
 
-def test_a_forgotten_agent_leaves_no_key_and_bad_ids_forget_nothing(tmp_path: Path) -> None:
+def _kept_by_an_earlier_version(agents: Path, agent_id: str) -> Path:
+    directory = agents / agent_id
+    directory.mkdir(parents=True)
+    for name in ("agent-key.pem", "agent.pem"):
+        (directory / name).write_text("secret")
+    return directory
+
+
+def test_no_agents_private_key_stays_with_the_authority(tmp_path: Path) -> None:
     authority = Authority.open(tmp_path)
-    authority.issue_agent("web-1")
-    authority.forget_agent("web-1")
-    assert list((tmp_path / "agents").iterdir()) == []
-    authority.forget_agent("web-1")
-    for bad in ("..", "../ca", "", "a/b"):
-        with pytest.raises(InvalidInput):
-            authority.forget_agent(bad)
-    assert (tmp_path / "ca" / "ca-key.pem").exists()
+    identity = authority.issue_agent("web-1")
+    renewed, _ = authority.sign_agent_csr(certs.make_csr(certs.new_key(), "web-1"), "web-1")
+    content = {path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert content.isdisjoint({identity.key_pem, identity.cert_pem, renewed})
+
+
+def test_agents_keys_that_an_earlier_version_kept_are_removed_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Authority.open(tmp_path)
+    _kept_by_an_earlier_version(tmp_path / "agents", "web-1")
+    (_kept_by_an_earlier_version(tmp_path / "agents", "web-2") / "notes.txt").write_text("an operator's own")
+    with caplog.at_level("INFO"):
+        assert Authority.open(tmp_path).ca_pem == first.ca_pem
+    left = {str(path.relative_to(tmp_path / "agents")) for path in (tmp_path / "agents").rglob("*")}
+    assert left == {"web-2", "web-2/notes.txt"}
+    assert "removed the private keys of 2 agents" in caplog.text
+    shutil.rmtree(tmp_path / "agents")
+    _kept_by_an_earlier_version(tmp_path / "agents", "web-1")
+    Authority.open(tmp_path)
+    assert not (tmp_path / "agents").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
-def test_a_link_is_not_followed_to_what_it_names(tmp_path: Path) -> None:
-    authority = Authority.open(tmp_path)
-    (tmp_path / "agents" / "web-1").symlink_to(tmp_path / "ca")
-    with pytest.raises(CertificatesUnusable):
-        authority.forget_agent("web-1")
-    assert (tmp_path / "ca" / "ca-key.pem").exists()
+def test_a_link_is_not_followed_to_keys_elsewhere(tmp_path: Path) -> None:
+    kept = _kept_by_an_earlier_version(tmp_path / "elsewhere", "web-1")
+    for link, target in (("agents", tmp_path / "elsewhere"), ("agents/web-1", kept)):
+        certs_dir = tmp_path / link.replace("/", "-")
+        (certs_dir / link).parent.mkdir(parents=True)
+        (certs_dir / link).symlink_to(target)
+        Authority.open(certs_dir)
+        assert (kept / "agent-key.pem").read_text() == "secret"

@@ -101,9 +101,30 @@ def test_the_same_facts(place: Place, curve: ec.EllipticCurve, form: serializati
 
 def test_ours(place: Place) -> None:
     key = certs.new_key()
-    ours = certs.sign(place.ca, place.ca_key, key.public_key(), "x", ["flux-agent", "x.agent"], YEAR, NOW)
+    ours = certs.sign(
+        place.ca, place.ca_key, key.public_key(), "x", ["flux-agent", "x.agent"], YEAR, NOW, certs.AGENT_USES
+    )
     place.write(certs.cert_pem(ours), certs.key_pem(key))
     agrees(place.read(), place.files.certificate, place.files.key)
+
+
+@pytest.mark.parametrize(("uses", "sides"), [(certs.AGENT_USES, [True]), (certs.FLUX_USES, [False])])
+def test_a_certificate_is_in_order_on_its_own_side_only(
+    place: Place, uses: list[x509.ObjectIdentifier], sides: list[bool]
+) -> None:
+    key = certs.new_key()
+    place.write(place.signed(key, -DAY, YEAR, *uses), pem_of(key))
+    ca = place.files.ca.read_bytes()
+    found = {server: read_leaf(place.files.certificate, place.files.key, ca, server=server) for server in (True, False)}
+    assert [server for server, read in found.items() if read is not None] == sides
+    agrees(found[sides[0]], place.files.certificate, place.files.key)
+
+
+def test_one_for_both_sides_as_earlier_versions_made_them_is_in_order_on_both(place: Place) -> None:
+    ca = place.files.ca.read_bytes()
+    for server in (True, False):
+        found = read_leaf(place.files.certificate, place.files.key, ca, server=server)
+        agrees(found, place.files.certificate, place.files.key)
 
 
 def test_no_names(place: Place) -> None:

@@ -35,7 +35,8 @@ class Forge:
     def identity(self, *names: str, start: timedelta = timedelta(0), life: timedelta = MONTH) -> Identity:
         """Valid from ``start`` from now, for ``life``."""
         key = certs.new_key()
-        made = certs.sign(self._ca, self._ca_key, key.public_key(), "made", names, life, certs.utc_now() + start)
+        uses = certs.FLUX_USES + certs.AGENT_USES
+        made = certs.sign(self._ca, self._ca_key, key.public_key(), "made", names, life, certs.utc_now() + start, uses)
         return Identity(
             certs.cert_pem(made), certs.key_pem(key), self.authority.ca_pem, made.not_valid_after_utc.timestamp()
         )

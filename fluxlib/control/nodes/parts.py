@@ -72,7 +72,7 @@ def build_nodes(
         leadership,
         # Another Flux learns in its next round that a node drains.
         settle=lambda: config.health_interval_sec * 1.5 if leadership.others else 0.0,
-        forget=partial(forget_node, authority, store),
+        forget=partial(forget_node, store),
     )
     provisioner = NodeProvisioner(
         membership,
@@ -133,7 +133,6 @@ def build_nodes(
     )
 
 
-def forget_node(authority: Authority, store: ControlStore, agent_id: str) -> None:
-    """Its private key, and the note that it has shown its ID. Raises CertificatesUnusable, StoreUnavailable."""
-    authority.forget_agent(agent_id)
+def forget_node(store: ControlStore, agent_id: str) -> None:
+    """The note that it has shown its ID. Raises StoreUnavailable."""
     store.delete_note(shown_id_fact(agent_id))
