@@ -268,20 +268,6 @@ class ControlStore(Protocol):
     def count_open(self, function_name: str) -> int:
         """Running or queued executions of one function, from an index."""
 
-    # -- executions, as the dispatcher calls it until it claims from the backlog -----
-
-    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        """``assign_attempt`` of whatever attempt it is."""
-
-    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        """``return_execution`` of whatever attempt it is, claimed."""
-
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
-        """``end_attempt`` of whatever attempt it is; ``keep_until`` in epoch seconds of this machine's clock."""
-
-    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
-        """Everything a dead Flux process owned goes to a living one, queued ones too; how many."""
-
     # -- leases and notes --------------------------------------------------
 
     def acquire_lease(self, name: str, owner: str, seconds: float, now: float) -> Lease | None:

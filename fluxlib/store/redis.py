@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from typing import Any, cast
 
 from redis import Redis
@@ -168,12 +167,6 @@ class RedisControlStore(TypedTables):
     def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
         return self._move(execution_id, attempt, owner, "", Phase.QUEUED, owner if claimed else "")
 
-    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        return self.assign_attempt(execution_id, 0, agent_id, owner)
-
-    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        return self.return_execution(execution_id, 0, owner, claimed=True)
-
     def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
         def read(answer: int) -> None:
             if not answer:
@@ -199,9 +192,6 @@ class RedisControlStore(TypedTables):
             read=bool,
         )
         return pending
-
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
-        return self.end_attempt(record, 0, keep_until - time.time())
 
     def forget_execution(self, execution_id: str, owner: str) -> Commit:
         pending: Commit = self._link.write(scripts.FORGET, execution_id, owner)
@@ -271,15 +261,7 @@ class RedisControlStore(TypedTables):
         }
 
     def adopt_session(self, dead_owner: str, owner: str, lease: Lease | None = None) -> int:
-        return self._adopt(dead_owner, owner, lease, everything=False)
-
-    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
-        return self._adopt(from_owner, to_owner, lease, everything=True)
-
-    def _adopt(self, dead_owner: str, owner: str, lease: Lease | None, *, everything: bool) -> int:
-        pending = self._link.write(
-            scripts.ADOPT, dead_owner, owner, int(everything), *fence(lease), read=in_time(lease)
-        )
+        pending = self._link.write(scripts.ADOPT, dead_owner, owner, *fence(lease), read=in_time(lease))
         return int(pending.value())
 
     def expire_executions(self, max_records: int = 0, limit: int = 1000) -> int:

@@ -292,18 +292,18 @@ for i, id in ipairs(ids) do found[i] = read(P, id) end
 return found
 """,
 )
-# P, dead owner, owner, queued ones too, lease, token → 'late' or how many
+# P, dead owner, owner, lease, token → 'late' or how many
 ADOPT = Script.of(
     _FENCE,
     _INDEX,
     """
-local P, dead, owner, all, lease, token = unpack(ARGV)
+local P, dead, owner, lease, token = unpack(ARGV)
 if too_late(P, lease, token) then return 'late' end
 local ids = redis.call('ZRANGE', P..'open:owner:'..dead, 0, -1)
 if dead == owner then return #ids end
 for _, id in ipairs(ids) do
   local e = open_entry(P, id)
-  local waits = e.phase == 'queued' and e.async == '1' and all == '0'
+  local waits = e.phase == 'queued' and e.async == '1'
   move(P, e, e.agent, e.phase, waits and '' or owner)
 end
 return #ids

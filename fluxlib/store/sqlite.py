@@ -276,12 +276,6 @@ class SqliteControlStore(TypedTables):
     def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
         return self._move(execution_id, attempt, owner, "", Phase.QUEUED, owner if claimed else "")
 
-    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        return self.assign_attempt(execution_id, 0, agent_id, owner)
-
-    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        return self.return_execution(execution_id, 0, owner, claimed=True)
-
     def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
         def write(db: sqlite3.Connection) -> None:
             found = db.execute(f"{_OPEN} AND owner = ?", (execution_id, attempt, attempt, owner)).fetchone()
@@ -320,9 +314,6 @@ class SqliteControlStore(TypedTables):
             return True
 
         return self._file.write(write, patient=True)
-
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
-        return self.end_attempt(record, 0, keep_until - time.time())
 
     def forget_execution(self, execution_id: str, owner: str) -> Commit:
         def write(db: sqlite3.Connection) -> None:
@@ -409,14 +400,6 @@ class SqliteControlStore(TypedTables):
                 _count(db, function, 0, count, 0)
             taken = db.execute(f"UPDATE executions SET owner = ? WHERE {of_dead}", (owner, dead_owner)).rowcount
             return returned.total() + taken
-
-        return int(self._file.write(write).value())
-
-    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
-        def write(db: sqlite3.Connection) -> int:
-            _check_lease(db, lease)
-            sql = "UPDATE executions SET owner = ? WHERE owner = ? AND status = 'running'"
-            return db.execute(sql, (to_owner, from_owner)).rowcount
 
         return int(self._file.write(write).value())
 

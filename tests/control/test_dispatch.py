@@ -253,7 +253,7 @@ class TestStops:
         (execution_id,) = store.all_open()
         entry = store.execution(execution_id)
         assert entry is not None
-        store.end_execution(entry.record.ended(ExecutionStatus.FAILED, at=1.0, error="by another"), 1e12)
+        store.end_attempt(entry.record.ended(ExecutionStatus.FAILED, at=1.0, error="by another"), 0, 1000.0)
         agent = plane.agent(script=accept)
         assert waiting.result(10).error == "by another"
         assert not agent.asked
@@ -267,7 +267,7 @@ def test_a_cancel_that_crossed_another_flux_sending_is_found(store: TrickyStore)
     execution_id = plane.submit()
     entry = store.execution(execution_id)
     assert entry is not None
-    store.end_execution(entry.record.ended(ExecutionStatus.CANCELLED, at=1.0), 1e12)
+    store.end_attempt(entry.record.ended(ExecutionStatus.CANCELLED, at=1.0), 0, 1000.0)
     plane.service.tick(entry.record.started_at + 60)
     assert agent.wait_cancelled()[0][0] == execution_id
     until(lambda: idle(plane))

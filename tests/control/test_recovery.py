@@ -393,6 +393,6 @@ def test_what_another_flux_ended_is_noticed_under_a_clock_that_was_set_back(plan
     execution_id = here.submit()
     here.service.tick(time.time() + 60)
     ended = entry(store, execution_id).ended(ExecutionStatus.CANCELLED, at=1.0, error="cancelled")
-    store.end_execution(ended, time.time() + 3600).wait()
+    store.end_attempt(ended, 0, 3600.0).wait()
     here.service.tick(time.time() - 3600)
     assert agent.wait_cancelled()[0][0] == execution_id

@@ -120,7 +120,7 @@ class TestNotAccepted:
         for number in range(1500):
             record = ExecutionRecord(f"old{number}", "f", asynchronous=True)
             store.create_execution(ExecutionEntry(record), durable=False)
-            store.end_execution(record.ended(ExecutionStatus.SUCCESS, at=1.0), 2.0)
+            store.end_attempt(record.ended(ExecutionStatus.SUCCESS, at=1.0), 0, 0.0)
         agent.script = refuse(ErrorKind.INVALID)
         with pytest.raises(FluxError):
             plane.submit(idempotency_key="k")

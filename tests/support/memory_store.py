@@ -170,12 +170,6 @@ class MemoryControlStore(TypedTables):
     def return_execution(self, execution_id: str, attempt: int, owner: str, *, claimed: bool = False) -> Commit:
         return self._move(execution_id, attempt, owner, "", Phase.QUEUED, owner if claimed else "")
 
-    def assign_execution(self, execution_id: str, agent_id: str, owner: str) -> Commit:
-        return self.assign_attempt(execution_id, 0, agent_id, owner)
-
-    def requeue_execution(self, execution_id: str, owner: str) -> Commit:
-        return self.return_execution(execution_id, 0, owner, claimed=True)
-
     def _move(self, execution_id: str, attempt: int, owner: str, agent_id: str, phase: Phase, new_owner: str) -> Commit:
         with self._lock:
             self.ping()
@@ -205,9 +199,6 @@ class MemoryControlStore(TypedTables):
                 keep_until=time.time() + keep_for,
             )
             return Committed(True)
-
-    def end_execution(self, record: ExecutionRecord, keep_until: float) -> Commit:
-        return self.end_attempt(record, 0, keep_until - time.time())
 
     def forget_execution(self, execution_id: str, owner: str) -> Commit:
         with self._lock:
@@ -278,18 +269,12 @@ class MemoryControlStore(TypedTables):
             return found
 
     def adopt_session(self, dead_owner: str, owner: str, lease: Lease | None = None) -> int:
-        return self._adopt(dead_owner, owner, lease, everything=False)
-
-    def adopt_executions(self, from_owner: str, to_owner: str, lease: Lease | None = None) -> int:
-        return self._adopt(from_owner, to_owner, lease, everything=True)
-
-    def _adopt(self, dead_owner: str, owner: str, lease: Lease | None, *, everything: bool) -> int:
         with self._lock:
             self._check(lease)
             ids = self.open_ids(dead_owner)
             for one in ids:
                 entry = self._entries[one]
-                waits = entry.record.phase is Phase.QUEUED and entry.record.asynchronous and not everything
+                waits = entry.record.phase is Phase.QUEUED and entry.record.asynchronous
                 self._entries[one] = replace(entry, owner="" if waits else owner)
             return len(ids)
 
