@@ -1,6 +1,6 @@
 """An agent's certificate files looked at with `cryptography`: for renewals, and for the words when something is wrong.
 
-Imported when it is needed: an agent whose files are in order needs it once a year.
+Imported when it is needed: an agent whose files are in order needs it every twenty days.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from fluxlib.pki.identity import (
     Identity,
     check_agent_id,
     check_authority_time,
+    is_agent_due,
     is_due,
-    outlives,
     utc_now,
 )
 from fluxlib.pki.reading import Read, normalised, read_authority, read_leaf
@@ -140,9 +140,9 @@ class Authority:
         with locked(self._directory):
             return kept_or_made(directory / "flux-agent.pem", directory / "flux-agent.pub", for_ec2=for_ec2)
 
-    def outlives(self, end: float) -> bool:
-        """Whether the CA lasts longer than ``end`` (epoch seconds), so that a renewal brings something."""
-        return outlives(self._ca_not_after, end)
+    def is_agent_due(self, end: float, now: float) -> bool:
+        """Whether to renew an agent's certificate that ends at ``end`` (epoch seconds)."""
+        return is_agent_due(end, self._ca_not_after, now)
 
     def expiries(self) -> list[Expiry]:
         """The CA's and Flux's own; agents tell theirs themselves."""

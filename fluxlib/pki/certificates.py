@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fluxlib.pki.identity import Identity, utc_now
+from fluxlib.pki.identity import AGENT_DAYS, Identity, utc_now
 
-CA_LIFE, FLUX_LIFE, AGENT_LIFE = timedelta(days=3650), timedelta(days=1825), timedelta(days=365)
+CA_LIFE, FLUX_LIFE, AGENT_LIFE = timedelta(days=3650), timedelta(days=1825), timedelta(days=AGENT_DAYS)
 # Flux calls and agents answer, never the other way round. An original agent obeys every client of its CA: an agent's
 # stolen key must not make one.
 FLUX_USES, AGENT_USES = [ExtendedKeyUsageOID.CLIENT_AUTH], [ExtendedKeyUsageOID.SERVER_AUTH]

@@ -18,7 +18,10 @@ FLUX_NAME = "flux"
 AGENT_NAME = "flux-agent"  # what the original checks; in every agent's certificate
 AGENT_DOMAIN = ".agent.flux.internal"
 _DAY = 86400.0
-RENEW_BEFORE = 30 * _DAY
+RENEW_BEFORE = 30 * _DAY  # Flux's own
+# An agent's certificate is renewed by itself, at two thirds of its life: a stolen one is not of use for long.
+AGENT_DAYS = 30
+RENEW_AGENT_BEFORE = AGENT_DAYS / 3 * _DAY
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,15 @@ def outlives(ca_end: float, end: float) -> bool:
 def is_due(end: float, ca_end: float, now: float) -> bool:
     """Whether to renew what ends at ``end``. One that ends with its CA cannot be had with a later end."""
     return end - now <= RENEW_BEFORE and outlives(ca_end, end)
+
+
+def is_agent_due(end: float, ca_end: float, now: float) -> bool:
+    """Whether to renew an agent's certificate that ends at ``end``: soon, or much later than any that is issued now.
+
+    Those of earlier versions were valid for a year, and for Flux's side of a connection too.
+    """
+    left = end - now
+    return (left <= RENEW_AGENT_BEFORE and outlives(ca_end, end)) or left > (AGENT_DAYS + 1) * _DAY
 
 
 def check_authority_time(ca: Path, not_before: float, not_after: float, now: float) -> None:

@@ -242,7 +242,7 @@ def test_a_wrong_argument_is_the_arguments_fault(home: Path) -> None:
 
 
 def test_an_agents_file_is_known_as_one(home: Path) -> None:
-    (home / "agent.yaml").write_text("agent_id: worker-1\ninsecure: true\n")
+    (home / "agent.yaml").write_text("agent_id: worker-1\ntls: {enabled: false}\ninsecure: true\n")
     done = run(home, "check-config", "agent.yaml")
     assert done.returncode == 1
     assert "--agent" in done.stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     own = OwnIdentity(authority)
     start = certs.utc_now().timestamp()
     fleet = Fleet(now=start)
-    machine = fleet.wire.add("w1", not_after=start + 100 * DAY)
+    machine = fleet.wire.add("w1", not_after=start + 30 * DAY)
     fleet.membership.register("w1:50052", legacy=False)
     renewal = Renewal(authority, own, fleet.agents, fleet.leadership, clock=fleet.clock)
     yield Place(fleet, machine, authority, own, renewal, tmp_path)
@@ -58,16 +58,37 @@ def later(place: Place, days: float) -> float:
     return place.fleet.now
 
 
-def test_it_renews_thirty_days_before_the_end_and_not_earlier(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agents_certificate_is_renewed_at_two_thirds_of_its_thirty_days(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = able(place, monkeypatch)
-    place.renewal.tick(later(place, 69))
+    place.renewal.tick(later(place, 19))
     assert given == []
     assert place.renewal.warnings() == []
-    now = later(place, 2)
-    assert place.renewal.warnings() != []
-    place.renewal.tick(now)
+    monkeypatch.setattr("fluxlib.pki.signer.utc_now", lambda: datetime.fromtimestamp(place.fleet.now, UTC))
+    place.renewal.tick(later(place, 2))
     assert len(given) == 1
     assert place.renewal.warnings() == []
+    place.renewal.tick(later(place, 8))
+    assert len(given) == 1
+
+
+def test_an_agent_that_is_away_is_warned_of_seven_days_before_its_certificate_ends(place: Place) -> None:
+    place.machine.up = False
+    later(place, 22)
+    assert place.renewal.warnings() == []
+    later(place, 2)
+    (warning,) = place.renewal.warnings()
+    assert warning.startswith("the certificate of agent w1 ends on ")
+
+
+def test_a_certificate_of_an_earlier_version_that_lasts_a_year_is_replaced_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = able(place, monkeypatch)
+    place.fleet.agents.update("w1", certificate_not_after=place.fleet.now + 300 * DAY)
+    place.renewal.tick(later(place, 0))
+    assert len(given) == 1
     place.renewal.tick(later(place, 1))
     assert len(given) == 1
 
@@ -90,7 +111,7 @@ def test_a_failure_is_told_with_its_reason_and_tried_again_after_a_while(
         raise AgentRefused("the disk is full")
 
     monkeypatch.setattr(connection, "create_certificate_request", refuse)
-    place.renewal.tick(later(place, 80))
+    place.renewal.tick(later(place, 21))
     (warning,) = place.renewal.warnings()
     assert "w1" in warning
     assert "the disk is full" in warning
@@ -111,7 +132,7 @@ def test_only_the_leader_renews_agents_and_nobody_renews_an_original(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = able(place, monkeypatch)
-    place.fleet.time[0] += 80 * DAY  # and the lease with it
+    place.fleet.time[0] += 21 * DAY  # and the lease with it
     place.renewal.tick(place.fleet.now)
     assert given == []
     place.fleet.leadership.tick(place.fleet.now)
@@ -178,4 +199,4 @@ def test_what_is_renewed_under_a_wrong_clock_is_good_once_it_is_right(place: Pla
         pem, _ = place.authority.sign_agent_csr(certs.make_csr(certs.new_key(), "w1"), "w1")
     certificate = x509.load_pem_x509_certificate(pem)
     assert certificate.not_valid_before_utc < now - timedelta(hours=12)
-    assert certificate.not_valid_after_utc > now + timedelta(days=364)
+    assert certificate.not_valid_after_utc > now + timedelta(days=428)

@@ -73,7 +73,7 @@ def test_what_the_certificates_say(tmp_path: Path) -> None:
     assert certs.dns_names(agent) == ["flux-agent", "worker-1.agent.flux.internal"]
     for leaf, days, use in (
         (flux, 1825, ExtendedKeyUsageOID.CLIENT_AUTH),
-        (agent, 365, ExtendedKeyUsageOID.SERVER_AUTH),
+        (agent, 30, ExtendedKeyUsageOID.SERVER_AUTH),
     ):
         assert certs.is_signed_by(leaf, ca)
         assert isinstance(leaf.public_key(), ec.EllipticCurvePublicKey)

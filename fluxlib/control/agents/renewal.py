@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 CHECK_EVERY = 60.0
 _RETRY_AFTER = 3600.0
+_WARN_AGENT_BEFORE = 7 * 86400.0
 # Seconds between the clocks of Flux and an agent from which on one of them is wrong, and nothing is to be dated by it.
 _CLOCKS_APART = 86400.0
 
@@ -62,7 +63,7 @@ class Renewal:
         self._failed: dict[str, tuple[float, str]] = {}  # agent → when, why
 
     def tick(self, now: float) -> None:
-        """Renew what ends within 30 days of ``now``."""
+        """Renew what is due at ``now``."""
         if self._own.reload():
             log.info("Flux has a new certificate of its own: connections are reopened under it")
             for state in self._fleet.agents():
@@ -72,18 +73,22 @@ class Renewal:
             return
         for state in self._fleet.agents():
             connection = state.connection
-            if connection is None or not _renewable(state) or state.certificate_not_after - now > RENEW_BEFORE:
+            if connection is None or not _renewable(state):
                 continue
-            if not self._authority.outlives(state.certificate_not_after):
-                continue  # it ends with the CA
+            if not self._authority.is_agent_due(state.certificate_not_after, now):
+                continue
             failed_at, _ = self._failed.get(state.agent_id, (0.0, ""))
             # Apart, in whichever direction: the wall clock, which certificates need, may have been set back.
             if abs(now - failed_at) >= _RETRY_AFTER:
                 self._renew(state, connection, now)
 
     def warnings(self) -> Sequence[str]:
-        """What ends within 30 days, and why it was not renewed; and certificates that cannot be read any more."""
-        limit = self._clock() + RENEW_BEFORE
+        """What ends soon, and why it was not renewed; and certificates that cannot be read any more.
+
+        "Soon" is 30 days for the CA and Flux, 7 for an agent: it is renewed 10 days before its end, so one that has
+        less was not there, or its renewal failed.
+        """
+        now = self._clock()
         found, ending = list[str](), list[tuple[str, float, str]]()
         try:
             ending += [(one.name, one.not_after, "") for one in self._authority.expiries()]
@@ -95,8 +100,8 @@ class Renewal:
                     (f"the certificate of agent {state.agent_id}", state.certificate_not_after, state.agent_id)
                 )
         for name, not_after, agent_id in ending:
-            if not_after <= limit:
-                _, reason = self._failed.get(agent_id, (0.0, ""))
+            _, reason = self._failed.get(agent_id, (0.0, ""))
+            if reason or not_after - now <= (_WARN_AGENT_BEFORE if agent_id else RENEW_BEFORE):
                 day = time.strftime("%Y-%m-%d", time.gmtime(not_after))
                 found.append(f"{name} ends on {day}" + (f" and was not renewed: {reason}" if reason else ""))
         return found
