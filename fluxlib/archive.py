@@ -364,6 +364,7 @@ def _check_for_system(contents: _Contents, system: str) -> None:
     paths = sorted({*contents.files, *contents.directories})
     if system == "win32":
         bad = [path for path in paths if _NOT_ON_WINDOWS.search(path) or _WINDOWS_DEVICE.search(path)]
+        bad = [path for path in bad if path in contents.files] or bad  # not the directories of a file as well
         if bad:
             raise InvalidInput(f"no file on Windows can have the name of {_some(bad)}: rename it in the zip")
     if system in ("win32", "darwin"):

@@ -49,7 +49,10 @@ def close_when_it_runs():
 threading.Thread(target=close_when_it_runs, daemon=True).start()
 sys.exit(serve(config, stop))
 """
-AGENT = "agent_id: local\nport: {port}\nlisten_host: 127.0.0.1\nstate_dir: state\nshutdown_sec: 60\n"
+AGENT = (
+    "agent_id: local\nport: {port}\nlisten_host: 127.0.0.1\nstate_dir: state\nshutdown_sec: 60\n"
+    "tls: {{enabled: false}}\ninsecure: true\n"
+)
 
 
 def test_closing_the_window_ends_what_runs_as_agent_stopped(tmp_path: Path) -> None:
