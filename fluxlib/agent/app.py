@@ -10,6 +10,7 @@ from pathlib import Path
 from fluxlib.agent.certificates import Certificates
 from fluxlib.agent.executor import build_executor, users_walk_to_code
 from fluxlib.agent.executor.base import Executor, Limits
+from fluxlib.agent.health import CHECK_EVERY, Health
 from fluxlib.agent.jobs import Settings
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
@@ -69,6 +70,7 @@ class Agent:
             state / "outputs",
             config.execution_ttl_sec,
             config.max_output_mb * _MB,
+            config.max_output_store_mb * _MB,
         )
         # Even when no time is left: what is not kept here is lost.
         parts.add("records", lambda deadline: records.close(max(_FLUSH, deadline.remaining())))
@@ -88,7 +90,12 @@ class Agent:
         parts.add("pulse", pulse.stop)
         expiry = Loop("record-expiry", records.tick, min(_EXPIRE_EVERY, config.execution_ttl_sec / 2)).start()
         parts.add("record expiry", expiry.stop)
+        records.over = expiry.wake
         self._runs = Runs(_settings(config), packages, records, executor, timers)
+        # Through the running table's lock: an agent that hangs there is not alive.
+        health = Health(executor, records, state, self._runs.open_ids)
+        checks = Loop("health", health.tick, CHECK_EVERY).start()
+        parts.add("health", checks.stop)
 
         from fluxlib.agent.listener import Listener
         from fluxlib.agent.server import MAX_FOLLOWERS, Agency, AgentService
@@ -105,6 +112,7 @@ class Agent:
             sessions=self._sessions,
             executor=executor,
             monitor=monitor,
+            health=health,
             certificates=certificates,
             notes=(config.open_door,) if config.open_door else (),
         )

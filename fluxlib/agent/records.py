@@ -7,18 +7,21 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from fluxlib.agent.journal import Journal
 from fluxlib.agent.output import IN_MEMORY, Output, read_file
+from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import RecordStore
 
 log = logging.getLogger(__name__)
 
+_CHECK = 5.0
+_REMOVED = "its output was removed: all outputs together exceeded max_output_store_mb of this agent"
 _CHUNK = 256 * 1024
 _CLOSE = 10.0
 # For clients that ask at once, and for a store whose disk is full.
@@ -27,9 +30,13 @@ _RECENT_BYTES = 16 * 1024 * 1024
 
 
 class Records:
-    """Records by execution ID. ``keep_for`` is in seconds, ``cap`` in bytes of output of one execution."""
+    """Records by execution ID. ``keep_for`` is in seconds, ``cap`` in bytes of output of one execution, ``total`` in
+    bytes of all ended ones together.
 
-    def __init__(self, store: RecordStore, directory: Path, keep_for: float, cap: int) -> None:
+    ``problem`` says why records cannot be kept now, empty when they can.
+    """
+
+    def __init__(self, store: RecordStore, directory: Path, keep_for: float, cap: int, total: int = 1 << 62) -> None:
         self._store = store
         self._journal = Journal(store)
         self._directory = os.fspath(directory)
@@ -39,7 +46,16 @@ class Records:
         self._open: dict[str, tuple[ExecutionRecord, Output]] = {}
         self._recent: OrderedDict[str, ExecutionRecord] = OrderedDict()
         self._recent_bytes = 0
+        self._total = total
+        self._outputs: OrderedDict[str, int] = OrderedDict()  # bytes kept of each ended execution, oldest first
+        self._outputs_bytes = 0
+        self._removed = 0
+        self.problem = ""
+        self.over: Callable[[], object] = lambda: None  # called when ``tick`` has outputs to remove
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files = sorted((entry.stat().st_mtime, entry.name, entry.stat().st_size) for entry in os.scandir(directory))
+        for _, name, size in files:
+            self._count(name, size)
 
     # -- while it runs -------------------------------------------------------------
 
@@ -75,6 +91,10 @@ class Records:
             # In one step: whoever asks finds it here or there, never nowhere.
             del self._open[record.execution_id]
             self._remember(record)
+            self._count(record.execution_id, output.size)
+            over = self._outputs_bytes > self._total
+        if over:
+            self.over()
         output.end()
         return record
 
@@ -169,10 +189,68 @@ class Records:
         for name in os.listdir(self._directory):
             if self._store.record(name) is None:
                 self._unlink(name)
+                self._uncount(name)
         return len(unfinished)
 
+    def check(self) -> None:
+        """Find out whether the store takes writes."""
+        try:
+            self._store.check(_CHECK)
+        except StoreUnavailable as error:
+            self.problem = error.message
+        else:
+            self.problem = ""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know of the outputs."""
+        if not self._removed:
+            return ()
+        most = self._total >> 20
+        return (
+            f"outputs of {self._removed} executions were removed early: together they exceed {most} MB"
+            " (max_output_store_mb)",
+        )
+
+    def _trim(self) -> None:
+        """Remove the oldest outputs until all of them together are within the limit."""
+        removed = 0
+        while True:
+            with self._lock:
+                if self._outputs_bytes <= self._total:
+                    break
+                execution_id = next(iter(self._outputs))
+                self._uncount(execution_id)
+                self._drop(execution_id)
+            found = self._ended(execution_id)
+            if found is not None:
+                warnings = (*found.warnings, _REMOVED)
+                kept = replace(found, output=b"", truncated=True, warnings=warnings)
+                self._journal.put(kept, found.status_at + self._keep_for)
+            self._unlink(execution_id)
+            removed += 1
+        if removed:
+            log.warning(
+                "removed the outputs of the %d oldest executions: all together exceeded %d MB (max_output_store_mb)",
+                removed,
+                self._total >> 20,
+            )
+            self._removed += removed
+
+    def _count(self, execution_id: str, size: int) -> None:
+        if size:
+            self._outputs[execution_id] = size
+            self._outputs_bytes += size
+
+    def _uncount(self, execution_id: str) -> None:
+        self._outputs_bytes -= self._outputs.pop(execution_id, 0)
+
     def tick(self, now: float) -> None:
-        """Forget what is over. ``now`` is epoch seconds."""
+        """Forget what is over, and the oldest outputs where there are too many. ``now`` is epoch seconds."""
+        self._expire(now)
+        self._trim()
+
+    def _expire(self, now: float) -> None:
         while True:
             over = self._store.expire(now)
             for execution_id in over:
@@ -180,6 +258,7 @@ class Records:
             with self._lock:
                 for execution_id in over:
                     self._drop(execution_id)
+                    self._uncount(execution_id)
             if not over:
                 return
 

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import fluxlib
 from fluxlib.agent.certificates import Certificates
 from fluxlib.agent.diagnosis import start_problem
 from fluxlib.agent.executor.base import Executor
+from fluxlib.agent.health import Health
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.outcomes import sendable
 from fluxlib.agent.packages import Installed, Packages
@@ -57,6 +58,7 @@ class Agency:
     sessions: Sessions
     executor: Executor
     monitor: Monitor
+    health: Health
     certificates: Certificates | None
     notes: tuple[str, ...] = ()  # what of its configuration is worth showing beside the isolation's
 
@@ -82,6 +84,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
         self._sessions = agency.sessions
         self._executor = agency.executor
         self._monitor = agency.monitor
+        self._health = agency.health
         self._certificates = agency.certificates
         self._notes = agency.notes
         self._followers = threading.BoundedSemaphore(MAX_FOLLOWERS)
@@ -232,12 +235,16 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
     # -- the node --------------------------------------------------------------------
 
     def HealthCheck(self, request: pb.HealthCheckRequest, context: grpc.ServicerContext) -> pb.HealthCheckResponse:
-        return pb.HealthCheckResponse(healthy=True, version=fluxlib.__version__)
+        return pb.HealthCheckResponse(healthy=not self._health.problem, version=fluxlib.__version__)
 
     def ReportNodeStatus(self, request: pb.NodeStatusRequest, context: grpc.ServicerContext) -> pb.NodeStatusResponse:
         report = codec.NodeReport(
             agent_id=self._agent_id,
-            figures=self._monitor.figures(self._runs.active, self._max_tasks),
+            figures=replace(
+                self._monitor.figures(self._runs.active, self._max_tasks),
+                problem=self._health.problem,
+                warnings=self._health.warnings,
+            ),
             instance_id=self._monitor.instance_id,
             platform=self._monitor.platform,
             isolation=self._executor.isolation.profile,

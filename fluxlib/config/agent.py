@@ -156,6 +156,14 @@ class AgentConfig:
         why="output kept of one execution; the rest is dropped",
         check=between(1, 1000),
     )
+    max_output_store_mb: int = setting(
+        "max_output_store_mb",
+        "integer",
+        2048,
+        unit="MB",
+        why="outputs kept of all ended executions together; the oldest are removed first",
+        check=between(1, 10**8),
+    )
     execution_ttl_sec: float = setting(
         "execution_ttl",
         "number",

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+# Where systemd hears of this process after its start; programs that it starts do not see it.
+_told_later: dict[str, str] = {}
+
 
 def config_path(variable: str, default: str) -> Path:
     """``FLUX_CONFIG`` or ``AGENT_CONFIG``, else ``default`` in the working directory."""
@@ -33,7 +36,12 @@ def under_journald() -> bool:
 def report_ready() -> None:
     """Tell systemd, when it started this process (Type=notify), that it now serves."""
     _notify("READY=1")
-    os.environ.pop("NOTIFY_SOCKET", None)
+    _told_later["socket"] = os.environ.pop("NOTIFY_SOCKET", "")
+
+
+def report_alive(status: str) -> None:
+    """Tell systemd that this process does not hang (WatchdogSec=), and what ``systemctl status`` is to show."""
+    _notify(f"WATCHDOG=1\nSTATUS={status}", to=_told_later.get("socket", ""))
 
 
 def inherited_sockets() -> dict[str, socket.socket]:
@@ -68,8 +76,8 @@ def keep_sockets(sockets: Mapping[str, socket.socket], unused: Iterable[str]) ->
         _notify(f"FDSTORE=1\nFDNAME={name}", one.fileno())
 
 
-def _notify(state: str, *descriptors: int) -> None:
-    path = os.environ.get("NOTIFY_SOCKET", "")
+def _notify(state: str, *descriptors: int, to: str = "") -> None:
+    path = to or os.environ.get("NOTIFY_SOCKET", "")
     if sys.platform == "win32" or not path:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:

@@ -102,6 +102,10 @@ class StatusService:
             found.append(
                 "agents are spoken to without TLS (disable_grpc_tls): whoever reaches them can run programs there"
             )
+        for agent in self._fleet.agents():
+            if agent.figures is not None and agent.record.status.present:
+                said = [f"can run no programs: {agent.figures.problem}"] if agent.figures.problem else []
+                found += [f"agent {agent.agent_id}: {warning}" for warning in (*said, *agent.figures.warnings)]
         for warnings in self._warnings:
             found += warnings()
         return found

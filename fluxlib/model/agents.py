@@ -70,11 +70,15 @@ class NodeFigures:
     uptime_seconds: int = 0
     collected_at: float = 0.0
     disk_free_mb: int = 0
+    problem: str = ""  # why the agent can run no programs now; empty = it can
+    warnings: tuple[str, ...] = ()  # what needs an operator's attention
 
     @classmethod
     def from_fields(cls, data: Mapping[str, Any]) -> NodeFigures:
         """What another process made of it with ``asdict``, perhaps of another version."""
-        return cls(**known_fields(cls, data))
+        known = known_fields(cls, data)
+        known["warnings"] = tuple(known.get("warnings", ()))
+        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -368,6 +368,8 @@ def report_to_message(report: NodeReport) -> pb.NodeStatusResponse:
         architecture=report.platform.architecture,
         isolation=report.isolation,
         inventory_revision=report.inventory_revision,
+        problem=figures.problem,
+        warnings=figures.warnings,
     )
 
 
@@ -382,6 +384,8 @@ def report_from_message(message: pb.NodeStatusResponse, at: float) -> NodeReport
         uptime_seconds=message.uptime_seconds,
         collected_at=at,
         disk_free_mb=message.disk_free_mb,
+        problem=message.problem,
+        warnings=tuple(message.warnings),
     )
     platform = Platform(message.os, message.architecture)
     return NodeReport(

@@ -318,6 +318,9 @@ class RecordStore(Protocol):
     def record(self, execution_id: str) -> ExecutionRecord | None:
         """With the output that was given to ``end``; None in ``output`` when that was None."""
 
+    def check(self, timeout: float) -> None:
+        """Raises StoreUnavailable unless a write holds now."""
+
     def unfinished(self) -> list[ExecutionRecord]:
         """Begun and not ended: after a start, what the previous run of the agent was running."""
 

@@ -102,6 +102,9 @@ class RedisRecordStore:
             output or b"",
         )
 
+    def check(self, timeout: float) -> None:
+        self.flush(timeout)
+
     def flush(self, timeout: float = COMMIT_TIMEOUT) -> None:
         self._link.write(_NOTHING).wait(timeout)
 

@@ -69,6 +69,9 @@ class SqliteRecordStore:
     def flush(self, timeout: float = COMMIT_TIMEOUT) -> None:
         self._file.write(lambda db: None, durable=True).wait(timeout)
 
+    def check(self, timeout: float) -> None:
+        self._file.check(timeout)
+
     def record(self, execution_id: str) -> ExecutionRecord | None:
         found = self._file.read("SELECT record, output FROM records WHERE id = ?", (execution_id,))
         if not found:

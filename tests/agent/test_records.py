@@ -189,3 +189,37 @@ def test_whoever_asks_at_any_moment_finds_it(tmp_path: Path) -> None:
     asking.join(10)
     records.close()
     assert missing == []
+
+
+def test_all_outputs_together_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
+    def opened() -> Records:
+        store = SqliteRecordStore(tmp_path / "agent.db")
+        return Records(store, tmp_path / "outputs", 60, 1 << 20, total=700_000)
+
+    calls: list[str] = []
+    records = opened()
+    records.over = lambda: calls.append("over")
+    for name in ("one", "two"):
+        run(records, name, b"x" * 300_000)
+    records.tick(1000)
+    assert (calls, records.warnings) == ([], ())
+    run(records, "three", b"x" * 300_000)
+    assert calls == ["over"]
+    records.tick(1000)
+    oldest = records.get("one")
+    assert oldest is not None
+    assert (oldest.status, oldest.output, oldest.truncated) == (ExecutionStatus.SUCCESS, b"", True)
+    assert "max_output_store_mb" in oldest.warnings[-1]
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["three", "two"]
+    assert "outputs of 1 executions were removed early" in records.warnings[0]
+    records.close()
+    # What lies there already counts after a restart, and small outputs, which have no file, count too.
+    records = opened()
+    for number in range(3):
+        run(records, f"small-{number}", b"x" * IN_MEMORY)
+    records.tick(1000)
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["three"]
+    kept = records.get("one")
+    assert kept is not None
+    assert "max_output_store_mb" in kept.warnings[-1]
+    records.close()

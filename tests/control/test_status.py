@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from dataclasses import asdict
 
 import pytest
 
@@ -10,6 +12,9 @@ from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.status import StatusService
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline, Loop
+from fluxlib.model import NodeFigures
+from fluxlib.model.agents import AgentStatus
+from tests.support.fake_agents import join
 from tests.support.memory_store import MemoryControlStore
 
 
@@ -128,3 +133,25 @@ def test_the_machines_figures_are_sampled() -> None:
     assert figures.collected_at == 2_000_000_000.0
     assert 0 < figures.memory_used_mb < figures.memory_total_mb
     assert 0 <= figures.cpu_percent <= 100
+
+
+def test_an_agent_that_can_run_no_programs_is_given_none_and_health_warns() -> None:
+    fleet = Fleet()
+    join(fleet, "w1")
+    status = StatusService(MemoryControlStore(), fleet, tls=True, stopping=lambda: False, leads=lambda: True)
+    assert fleet.place("hello", lambda candidates: next(candidates, None), slots=0) is not None
+    sick = NodeFigures(problem="the spawner cannot be started", warnings=("the disk is nearly full",))
+    fleet.report("w1", sick, at=1.0)
+    assert fleet.place("hello", lambda candidates: next(candidates, None), slots=0) is None
+    agent = fleet.get("w1")
+    assert agent is not None
+    assert agent.shown_status is AgentStatus.OFFLINE
+    assert [warning for warning in status.warnings() if "w1" in warning] == [
+        "agent w1: can run no programs: the spawner cannot be started",
+        "agent w1: the disk is nearly full",
+    ]
+    # Shared with the processes that do not lead, as JSON.
+    assert NodeFigures.from_fields(json.loads(json.dumps(asdict(sick)))) == sick
+    fleet.report("w1", NodeFigures(), at=2.0)
+    assert fleet.place("hello", lambda candidates: next(candidates, None), slots=0) is not None
+    assert not any("w1" in warning for warning in status.warnings())

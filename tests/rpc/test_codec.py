@@ -201,7 +201,7 @@ def test_a_deployment_in_pieces(archive: bytes, size: int) -> None:
 
 
 def test_what_a_node_says_of_itself() -> None:
-    figures = NodeFigures(12.5, 40.25, 8192, 4096, 3, 16, 99, 5.0, 1000)
+    figures = NodeFigures(12.5, 40.25, 8192, 4096, 3, 16, 99, 5.0, 1000, "no spawner", ("nearly full",))
     report = codec.NodeReport("w", figures, "instance", Platform("linux", "amd64"), "linux", 7)
     assert codec.report_from_message(codec.report_to_message(report), 5.0) == report
     inventory = Inventory(

@@ -27,6 +27,9 @@ class MemoryRecordStore:
         with self._open():
             self._records[record.execution_id] = (replace(record, output=output), keep_until)
 
+    def check(self, timeout: float) -> None:
+        return
+
     def flush(self, timeout: float = 10.0) -> None:
         return
 

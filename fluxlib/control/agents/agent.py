@@ -74,7 +74,10 @@ class Agent:
 
     @property
     def takes_work(self) -> bool:
-        return self.record.status.takes_work and self.in_step and self.reachable and self.connection is not None
+        able = self.figures is None or not self.figures.problem
+        return (
+            able and self.record.status.takes_work and self.in_step and self.reachable and self.connection is not None
+        )
 
     @property
     def max_tasks(self) -> int:

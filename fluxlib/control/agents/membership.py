@@ -240,6 +240,8 @@ def _view(state: Agent) -> AgentView:
     problem = state.problem
     if not problem and state.record.status.present and not state.reachable:
         problem = "its connection for executions is not up"
+    if not problem and state.figures is not None and state.figures.problem:
+        problem = f"can run no programs: {state.figures.problem}"
     if not problem and state.lacking:
         name, reason = sorted(state.lacking.items())[0]
         more = f" (and {len(state.lacking) - 1} more)" if len(state.lacking) > 1 else ""

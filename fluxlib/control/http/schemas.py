@@ -74,6 +74,7 @@ _AGENT = _object(
         "legacy": _YES_NO,
         "in_step": _YES_NO,
         "problem": _TEXT,
+        "warnings": _TEXTS,
         "registered_at": _or_null(_TIME),
         "certificate_expires_at": _or_null(_TIME),
     },

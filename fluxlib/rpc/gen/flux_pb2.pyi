@@ -287,7 +287,7 @@ class NodeStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatusResponse(_message.Message):
-    __slots__ = ("agent_id", "cpu_percent", "memory_percent", "memory_total_mb", "memory_used_mb", "active_tasks", "max_tasks", "uptime_seconds", "instance_id", "os", "architecture", "isolation", "disk_free_mb", "inventory_revision")
+    __slots__ = ("agent_id", "cpu_percent", "memory_percent", "memory_total_mb", "memory_used_mb", "active_tasks", "max_tasks", "uptime_seconds", "instance_id", "os", "architecture", "isolation", "disk_free_mb", "inventory_revision", "problem", "warnings")
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     CPU_PERCENT_FIELD_NUMBER: _ClassVar[int]
     MEMORY_PERCENT_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +302,8 @@ class NodeStatusResponse(_message.Message):
     ISOLATION_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_MB_FIELD_NUMBER: _ClassVar[int]
     INVENTORY_REVISION_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
     cpu_percent: float
     memory_percent: float
@@ -316,7 +318,9 @@ class NodeStatusResponse(_message.Message):
     isolation: str
     disk_free_mb: int
     inventory_revision: int
-    def __init__(self, agent_id: _Optional[str] = ..., cpu_percent: _Optional[float] = ..., memory_percent: _Optional[float] = ..., memory_total_mb: _Optional[int] = ..., memory_used_mb: _Optional[int] = ..., active_tasks: _Optional[int] = ..., max_tasks: _Optional[int] = ..., uptime_seconds: _Optional[int] = ..., instance_id: _Optional[str] = ..., os: _Optional[str] = ..., architecture: _Optional[str] = ..., isolation: _Optional[str] = ..., disk_free_mb: _Optional[int] = ..., inventory_revision: _Optional[int] = ...) -> None: ...
+    problem: str
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent_id: _Optional[str] = ..., cpu_percent: _Optional[float] = ..., memory_percent: _Optional[float] = ..., memory_total_mb: _Optional[int] = ..., memory_used_mb: _Optional[int] = ..., active_tasks: _Optional[int] = ..., max_tasks: _Optional[int] = ..., uptime_seconds: _Optional[int] = ..., instance_id: _Optional[str] = ..., os: _Optional[str] = ..., architecture: _Optional[str] = ..., isolation: _Optional[str] = ..., disk_free_mb: _Optional[int] = ..., inventory_revision: _Optional[int] = ..., problem: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FunctionState(_message.Message):
     __slots__ = ("name", "spec_digest", "code_digest")

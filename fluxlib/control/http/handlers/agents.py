@@ -109,6 +109,7 @@ def _agent(view: AgentView, with_all: bool) -> dict[str, Any]:
             "legacy": record.legacy_certificate,
             "in_step": view.in_step,
             "problem": view.problem,
+            "warnings": list(view.figures.warnings) if view.figures else [],
             "registered_at": _time(record.registered_at),
             "certificate_expires_at": _time(view.certificate_not_after),
         }
