@@ -14,6 +14,9 @@ from fluxlib.listening import listen_problem, try_to_listen
 from fluxlib.rpc import tls
 from fluxlib.rpc.gen import flux_pb2_grpc
 
+HANDSHAKE_MS = 5_000
+MAX_CONNECTIONS = 1_000
+
 _OPTIONS = [
     *tls.SIZE_OPTIONS,
     # Our Flux pings every 10 s to notice a vanished host; C-core's default answers that with GOAWAY.
@@ -22,6 +25,10 @@ _OPTIONS = [
     # And the other way round: a Flux whose host has vanished must not keep its session.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Whoever reaches the port can connect without a certificate: such a connection is held for a moment only, and
+    # there are not many of them. Each costs 20 to 50 KB, and a Flux needs less than ten.
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
     # Two agents on one port would share its connections by chance.
     ("grpc.so_reuseport", 0),
 ]
