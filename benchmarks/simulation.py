@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fluxlib.config.control import AutoscalingConfig, NodeType
-from fluxlib.control.agents.fleet import Agent, Fleet, Reservation
+from fluxlib.control.agents.fleet import Agent, Fleet, Reservation, SyncState
 from fluxlib.control.executions.placement import chooser, need_of
 from fluxlib.control.nodes.scaler_state import ScalerState
 from fluxlib.control.nodes.scaling import Action, Decision, FleetView, NodeCondition, NodeView, Sample, Wait, decide
@@ -200,7 +200,7 @@ class Simulation:
         node.condition = NodeCondition.ONLINE
         record = AgentRecord(node.agent.agent_id, "", status=AgentStatus.ONLINE, max_tasks=SLOTS)
         node.agent = Agent(record, _Connection())  # type: ignore[arg-type]
-        node.agent.in_step = True
+        node.agent.state = SyncState.READY
         self.fleet.add(node.agent)
         self._report(node)
         self._serve()
@@ -217,7 +217,7 @@ class Simulation:
         """Its work is lost; callers send it again, which counts as waiting from the start."""
         if node.condition is not NodeCondition.LEAVING:
             node.condition, node.away_since = NodeCondition.OFFLINE, self.now
-        self.fleet.update(node.agent.agent_id, in_step=False)
+        self.fleet.set_reachable(node.agent, False)
         for number in sorted(node.running):
             self.outcome.lost_executions += 1
             self.fleet.release(self.places.pop(number)[1])
@@ -233,7 +233,7 @@ class Simulation:
 
     def _drain(self, node: Node) -> None:
         node.condition = NodeCondition.LEAVING
-        self.fleet.update(node.agent.agent_id, in_step=False)
+        self.fleet.set_reachable(node.agent, False)
         self._look_drained(node)
 
     def _look_drained(self, node: Node) -> None:

@@ -53,14 +53,13 @@ class Control:
         from fluxlib.control.agents.client.connector import AgentConnector
         from fluxlib.control.agents.enrolment import EnrolmentService
         from fluxlib.control.agents.fleet import Fleet
-        from fluxlib.control.agents.health import HealthPoller
+        from fluxlib.control.agents.health import Health
         from fluxlib.control.agents.leadership import RENEW_EVERY, Leadership
         from fluxlib.control.agents.membership import Membership
-        from fluxlib.control.agents.pushes import Pusher
-        from fluxlib.control.agents.reconciler import Joiner
+        from fluxlib.control.agents.pushes import FunctionPusher
+        from fluxlib.control.agents.reconciler import AgentReconciler
         from fluxlib.control.agents.renewal import CHECK_EVERY, OwnIdentity, Renewal
-        from fluxlib.control.agents.replication import Sharing
-        from fluxlib.control.agents.roster import Roster
+        from fluxlib.control.agents.replication import Replication
         from fluxlib.control.executions.service import ExecutionService
         from fluxlib.control.functions.deploy import REFRESH_EVERY, FunctionService
         from fluxlib.control.http import Api
@@ -81,8 +80,8 @@ class Control:
         self._parts.add("timers", timers.stop)
 
         leadership = self._leadership = Leadership(store, session, shared=shared)
-        fleet = Fleet()
-        pusher = Pusher(fleet, store.archive)
+        fleet = Fleet(store, leadership)
+        pusher = FunctionPusher(fleet, store.archive)
         self._parts.add("pushes", pusher.stop)
         functions = self._functions = FunctionService(
             store, fleet, pusher, max_archive_bytes=config.max_archive_mb * _MB
@@ -102,27 +101,33 @@ class Control:
             lease=lambda: leadership.lease,
         )
         connector = AgentConnector(own.current if own is not None else lambda: None, session, timers)
-        roster = Roster(store, fleet, leadership)
-        joiner = Joiner(store, fleet, roster, connector, executions, functions, pusher, leadership, tls=with_tls)
-        membership = self._membership = Membership(fleet, roster, joiner, connector, executions, pusher)
-        sharing = Sharing(store, fleet, roster, joiner, membership, leadership)
-        poller = HealthPoller(
+        reconciler = AgentReconciler(
+            store,
             fleet,
-            roster,
-            joiner,
+            connector,
             executions,
             functions,
             pusher,
             leadership,
-            sharing,
-            interval=config.health_interval_sec,
+            tls=with_tls,
             lost_after=config.agent_lost_after_sec,
         )
+        membership = self._membership = Membership(fleet, reconciler, connector, executions)
+        replication = Replication(
+            store, fleet, reconciler, membership, executions, leadership, interval=config.health_interval_sec
+        )
+        health = Health(fleet, reconciler, leadership, interval=config.health_interval_sec)
 
         status = self._status = StatusService(
-            store, fleet, tls=with_tls, leads=lambda: leadership.leads, stopping=lambda: self._stopping
+            store,
+            fleet,
+            tls=with_tls,
+            leads=lambda: leadership.leads,
+            connecting=fleet.untried,
+            stopping=lambda: self._stopping,
         )
-        self._add_loop(poller.loop)
+        self._add_loop(health.loop)
+        self._add_loop(replication.loop)
         self._add_loop(Loop("leadership", leadership.tick, RENEW_EVERY))
         self._add_loop(Loop("executions", executions.tick, _EXECUTIONS_EVERY))
         self._add_loop(Loop("own-figures", status.tick, SAMPLE_EVERY))

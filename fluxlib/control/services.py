@@ -202,6 +202,9 @@ class Status(Protocol):
     def figures(self) -> NodeFigures:
         """Of the machine Flux itself runs on."""
 
+    def connecting(self) -> Sequence[str]:
+        """The agents that were online before this Flux started, and that it has not tried to reach yet."""
+
     def leads(self) -> bool:
         """Whether this Flux is the one that polls, expires and scales."""
 

@@ -20,6 +20,8 @@ from fluxlib.store.base import ControlStore
 log = logging.getLogger(__name__)
 
 SAMPLE_EVERY = 5.0
+# Seconds after its start for which a Flux asks clients to wait for agents that it has not reached yet.
+CONNECT_SECONDS = 10.0
 # /health is public: however often it is asked, the store is asked once in this time.
 _STORE_SECONDS = 1.0
 _PERSISTENCE_SECONDS = 60.0
@@ -48,6 +50,7 @@ class StatusService:
         *,
         tls: bool,
         leads: Callable[[], bool] = lambda: True,
+        connecting: Callable[[], Sequence[str]] = lambda: (),
         stopping: Callable[[], bool],
         loops: Sequence[Watchable] = (),
         warnings: Sequence[Warnings] = (),
@@ -57,6 +60,7 @@ class StatusService:
         self._fleet = fleet
         self._tls = tls
         self._leads = leads
+        self._connecting = connecting
         self._stopping = stopping
         self._loops = list(loops)
         self._warnings = list(warnings)
@@ -115,6 +119,9 @@ class StatusService:
 
     def leads(self) -> bool:
         return self._leads()
+
+    def connecting(self) -> Sequence[str]:
+        return self._connecting() if self._clock() - self._started < CONNECT_SECONDS else ()
 
     def stopping(self) -> bool:
         return self._stopping()

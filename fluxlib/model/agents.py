@@ -157,4 +157,6 @@ class Inventory:
     revision: int = 0  # counts changes of its functions
     features: tuple[str, ...] = ()
     certificate_not_after: float = 0.0  # 0 = no TLS
-    open_executions: tuple[str, ...] = ()
+    open_executions: tuple[str, ...] | None = ()  # None = it does not say
+    # When an agent that does not say what it runs was seen to have restarted, epoch seconds; what ran before is lost.
+    restarted_at: float = 0.0

@@ -502,7 +502,7 @@ def test_a_follower_decides_nothing_and_takes_over_with_what_the_leader_knew() -
         follower.time[0] += 10
         follower.leadership.tick(follower.now)
         assert follower.leadership.leads
-        follower.health.tick(follower.now)
+        follower.replication.tick(follower.now)
         follower.settle()
         follower.autoscaler.tick(follower.now)
         remembered = follower.autoscaler._fleets["aws"].state
@@ -525,7 +525,7 @@ def test_a_leader_that_has_not_read_the_last_ones_nodes_yet_makes_none() -> None
         with pytest.raises(Unavailable, match="taken over"):
             follower.nodes.initialize()
         assert len(follower.cloud().running()) == 2
-        follower.health.tick(follower.now)
+        follower.replication.tick(follower.now)
         follower.settle()
         follower.autoscaler.tick(follower.now)
         assert follower.nodes.initialize()["nodes"] == {"spawned": 0, "failed": 0}

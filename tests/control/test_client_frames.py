@@ -22,7 +22,7 @@ from tests.support.threads import none_left
 def attached(agent: ScriptedAgent, timers: Timers) -> Iterator[tuple[Client, Attachment]]:
     side = Side(None, timers)
     told = Told()
-    connection = side.connector.connect(side.connector.introduce(agent.address), told.events())
+    connection = side.connector.connect(side.connector.probe(agent.address), told.events())
     try:
         attachment = agent.attachment()
         told.attached()
@@ -34,7 +34,7 @@ def attached(agent: ScriptedAgent, timers: Timers) -> Iterator[tuple[Client, Att
 def test_nothing_is_taken_before_the_greeting(agent: ScriptedAgent, timers: Timers) -> None:
     side = Side(None, timers)
     told = Told()
-    connection = side.connector.connect(side.connector.introduce(agent.address), told.events())
+    connection = side.connector.connect(side.connector.probe(agent.address), told.events())
     client = Client(connection, told)
     try:
         assert isinstance(client.start("e-1").get(0), AgentUnreachable)
@@ -50,7 +50,7 @@ def test_nothing_is_taken_before_the_greeting(agent: ScriptedAgent, timers: Time
 def test_a_cancel_does_not_wait_for_the_greeting(agent: ScriptedAgent, timers: Timers) -> None:
     """What runs at an agent that comes back may have been given up: it is ended before the stream stands."""
     side = Side(None, timers)
-    connection = side.connector.connect(side.connector.introduce(agent.address), Told().events())
+    connection = side.connector.connect(side.connector.probe(agent.address), Told().events())
     try:
         assert connection.cancel("e-1", reason="given up", timeout=5) is ExecutionStatus.CANCELLED
         assert connection.cancel("e-2", reason="given up", timeout=0) is ExecutionStatus.RUNNING
@@ -227,7 +227,7 @@ def test_an_event_that_fails_breaks_nothing(agent: ScriptedAgent, timers: Timers
 
     side, told = Side(None, timers), Told()
     events = replace(told.events(), full=fail, freed=fail)
-    connection = side.connector.connect(side.connector.introduce(agent.address), events)
+    connection = side.connector.connect(side.connector.probe(agent.address), events)
     client = Client(connection, told)
     try:
         attachment = agent.attachment()

@@ -48,9 +48,9 @@ def client(address: str, side: Side) -> Iterator[Client]:
 
 
 def test_it_is_recognised(client: Client, side: Side, address: str) -> None:
-    introduction = side.connector.introduce(address)
-    assert introduction.inventory is None
-    assert introduction.agent_id == "old-1"
+    probe = side.connector.probe(address)
+    assert probe.inventory is None
+    assert probe.agent_id == "old-1"
     assert client.connection.original
     assert client.connection.inventory() is None
 

@@ -21,7 +21,7 @@ from tests.support.scripted_agent import ScriptedAgent, ended
 def client(agent: ScriptedAgent, timers: Timers) -> Iterator[Client]:
     """Its first stream is there, and not greeted yet."""
     side, told = Side(None, timers), Told()
-    connection = side.connector.connect(side.connector.introduce(agent.address), told.events())
+    connection = side.connector.connect(side.connector.probe(agent.address), told.events())
     yield Client(connection, told)
     connection.close(Deadline(0))
 

@@ -73,7 +73,7 @@ def test_each_agent_has_an_answer_of_its_own(fleet: Fleet) -> None:
     assert (result.done, result.total_agents) == (1, 5)
     # It is deployed all the same; who cannot have it gets no such work, and says why.
     assert fleet.functions.lookup("hello").code_digest
-    assert "cannot enforce" in fleet.state("strict").lacking["hello"]
+    assert "cannot enforce" in fleet.state("strict").missing_functions["hello"]
     assert "hello" in fleet.view("strict").problem
     assert fleet.state("strict").takes_work
     seen: list[str] = []
@@ -119,7 +119,7 @@ def test_what_is_refused_is_not_pushed_again_until_something_changes(fleet: Flee
     machine.restart()
     fleet.round()
     assert "hello" in machine.functions
-    assert fleet.state("strict").lacking == {}
+    assert fleet.state("strict").missing_functions == {}
 
 
 def test_pushes_run_in_parallel_and_within_their_bound(fleet: Fleet) -> None:

@@ -18,7 +18,7 @@ from fluxlib.errors import AgentLost, AgentUnreachable, FluxError, InvalidInput,
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import AgentStatus, ErrorKind, ExecutionStatus, NodeFigures
 from fluxlib.store.base import ExecutionFilter
-from tests.support.fake_agents import Asked, FakeConnection, FakeFunctions, accept, fail, join, refuse, succeed
+from tests.support.fake_agents import Asked, FakeConnection, FakeFunctions, accept, change, fail, join, refuse, succeed
 from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Client, Plane, until
 
@@ -94,7 +94,7 @@ def test_a_refusal_names_each_agent_once(plane: Plane) -> None:
     plane.agent("a2", script=succeed)
     plane.execute()
     for state in list(plane.fleet.agents()):
-        plane.fleet.update(state.agent_id, record=replace(state.record, status=AgentStatus.DRAINING))
+        change(plane.fleet, state.agent_id, record=replace(state.record, status=AgentStatus.DRAINING))
     with pytest.raises(NoAgentFits) as refused:
         plane.execute()
     assert refused.value.message.count("a1") == refused.value.message.count("a2") == 1

@@ -33,7 +33,7 @@ from fluxlib.model import (
 )
 from fluxlib.store.base import ControlStore, ExecutionFilter
 from fluxlib.store.sqlite import SqliteControlStore
-from tests.support.fake_agents import FakeConnection, accept, fail, join, refuse, succeed
+from tests.support.fake_agents import FakeConnection, accept, change, fail, join, refuse, succeed
 from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Client, Plane, until
 
@@ -461,7 +461,7 @@ class TestReading:
         state = plane.fleet.get("a1")
         assert state is not None
         agent.down = None
-        plane.fleet.update("a1", record=type(state.record)("a1", "x", status=AgentStatus.OFFLINE))
+        change(plane.fleet, "a1", record=type(state.record)("a1", "x", status=AgentStatus.OFFLINE))
         with pytest.raises(AgentAway):
             plane.service.get(execution_id)
         with pytest.raises(AgentAway):

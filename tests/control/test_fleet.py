@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from fluxlib.control.agents.fleet import Agent, Fleet, Reservation, free_share
-from fluxlib.model import AgentRecord, AgentStatus, NodeFigures, Platform
+from fluxlib.control.agents.fleet import Agent, Fleet, Reservation, SyncState, free_share
+from fluxlib.model import AgentRecord, AgentStatus, Inventory, NodeFigures, Platform
 
 AGENTS = [f"w{number}" for number in range(5)]
 FUNCTIONS = ["f", "g", "h"]
@@ -37,7 +36,7 @@ def state(agent_id: str, max_tasks: int = 0, platform: Platform = LINUX) -> Agen
         AgentRecord(agent_id, f"{agent_id}:1", status=AgentStatus.ONLINE, max_tasks=max_tasks, platform=platform),
         SimpleNamespace(agent_id=agent_id),  # type: ignore[arg-type]
     )
-    made.in_step = True
+    made.state = SyncState.READY
     return made
 
 
@@ -62,19 +61,27 @@ class FleetMachine(RuleBasedStateMachine):
     def reinstall(self, agent_id: str, platform: Platform) -> None:
         known = self.fleet.get(agent_id)
         if known is not None:
-            self.fleet.update(agent_id, record=replace(known.record, platform=platform))
+            self.fleet.take_inventory(known, Inventory(agent_id, "1", platform=platform))
 
     @rule(agent_id=agents)
     def remove(self, agent_id: str) -> None:
         self.fleet.remove(agent_id)
 
-    @rule(agent_id=agents, in_step=st.booleans(), reachable=st.booleans())
-    def change(self, agent_id: str, in_step: bool, reachable: bool) -> None:
-        self.fleet.update(agent_id, in_step=in_step, reachable=reachable)
+    @rule(agent_id=agents, restarted=st.booleans(), reachable=st.booleans())
+    def change(self, agent_id: str, restarted: bool, reachable: bool) -> None:
+        known = self.fleet.get(agent_id)
+        if known is not None:
+            self.fleet.set_reachable(known, reachable)
+            if restarted:
+                self.fleet.greeted(known, "another process")
+            else:
+                self.fleet.synced(known, 1, 1.0)
 
     @rule(agent_id=agents, names=st.sets(functions))
     def lack(self, agent_id: str, names: set[str]) -> None:
-        self.fleet.update(agent_id, lacking=dict.fromkeys(names, "refused"))
+        known = self.fleet.get(agent_id)
+        if known is not None:
+            self.fleet.set_functions(known, {}, dict.fromkeys(names, "refused"))
 
     @rule(
         agent_id=agents,
@@ -93,7 +100,9 @@ class FleetMachine(RuleBasedStateMachine):
     def place(self, name: str, wanted: tuple[Platform, ...], only: str) -> Any:
         slots = SLOTS[name]
         able = [
-            one for one in self.able() if on(one, wanted) and name not in one.lacking and only in ("", one.agent_id)
+            one
+            for one in self.able()
+            if on(one, wanted) and name not in one.missing_functions and only in ("", one.agent_id)
         ]
         roomy = [one for one in able if not {name, ""} & one.full]
         best = max(roomy, key=lambda one: one._key, default=None)
@@ -210,7 +219,7 @@ def test_choosing_among_ten_thousand_agents_looks_at_few() -> None:
         ranked += 1
         return free_share(agent)
 
-    fleet = Fleet(headroom)
+    fleet = Fleet(headroom=headroom)
     for number in range(10_000):
         fleet.add(state(f"w{number:05}", 8))
     ranked = 0

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxlib.control.agents.member import Wanted
+from fluxlib.control.agents.fleet import MISSES
 from fluxlib.errors import LeaseLost, NotFound, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import AgentRecord, AgentStatus
@@ -182,9 +182,8 @@ def test_a_life_greeted_on_a_connection_that_was_replaced_says_nothing(fleet: Fl
     machine.features = ("attach", "deploy_stream")
     fleet.membership.register("w2:50052", legacy=False)
     former = fleet.connection("w2")
-    member = fleet.roster.get("w2")
-    assert member is not None
-    fleet.joiner.want(member, Wanted.RECONNECT)
+    fleet.agents.must_connect(fleet.state("w2"))
+    fleet.reconciler.reconcile(fleet.state("w2"))
     fleet.settle()
     assert fleet.connection("w2") is not former
     fleet.executions.calls.clear()
@@ -219,7 +218,7 @@ def test_an_original_that_took_a_deploy_badly_gets_its_former_code_again(fleet: 
     """It may have unpacked half of the new one over it."""
     old.refuses["hello"] = "no space left on device"
     fleet.functions.deploy("hello", make_zip({"run.sh": "#!/bin/sh\necho other"}))
-    assert "hello" in fleet.state("old").lacking
+    assert "hello" in fleet.state("old").missing_functions
     old.refuses.clear()
     old.calls.clear()
     fleet.functions.deploy("hello", CODE)
@@ -230,10 +229,10 @@ def test_an_original_that_runs_the_program_to_be_replaced_gets_it_later(fleet: F
     new = make_zip({"run.sh": "#!/bin/sh\necho other\n"})
     old.refuses["hello"] = "open /home/flux-runner/apps/hello/run.sh: text file busy"
     fleet.functions.deploy("hello", new)
-    assert "text file busy" in fleet.state("old").lacking["hello"]
+    assert "text file busy" in fleet.state("old").missing_functions["hello"]
     old.refuses.clear()
     fleet.round()
-    assert fleet.state("old").lacking == {}
+    assert fleet.state("old").missing_functions == {}
     assert old.functions["hello"].code_digest == hashlib.sha256(new).hexdigest()
 
 
@@ -281,11 +280,11 @@ def test_a_push_that_was_missed_is_made_up_for(fleet: Fleet, machine: Machine) -
     machine.up = False
     result = fleet.functions.put(spec())
     assert [agent.status for agent in result.agents] == ["failed"]
-    assert "hello" in fleet.state("w1").lacking
+    assert "hello" in fleet.state("w1").missing_functions
     machine.up = True
     fleet.round()
     assert "hello" in machine.functions
-    assert fleet.state("w1").lacking == {}
+    assert fleet.state("w1").missing_functions == {}
 
 
 def test_another_agent_at_the_address_is_a_miss_with_the_reason(fleet: Fleet, machine: Machine) -> None:
@@ -379,6 +378,45 @@ def test_a_fault_at_one_agent_hides_no_others_death(
     assert fleet.view("w2").record.status is AgentStatus.OFFLINE
 
 
+def test_deaths_are_seen_while_the_store_is_away_and_nobody_waits_for_it(
+    fleet: Fleet, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [fleet.wire.add(f"x{number}") for number in range(5)]
+    for other in others:
+        fleet.membership.register(other.address, legacy=False)
+    written: list[str] = []
+    judging = threading.current_thread()
+
+    def away(record: AgentRecord, *_: object) -> None:
+        assert threading.current_thread() is not judging or replicating, "health checks wait for the store"
+        written.append(record.agent_id)
+        raise StoreUnavailable("away")
+
+    replicating = False
+    fleet.time[0] += 60  # and with it the lease: nobody leads
+    monkeypatch.setattr(fleet.store, "update_agent", away)
+    for one in (machine, *others):
+        one.up = False
+    for _ in range(4):
+        fleet.time[0] += 10
+        fleet.health.tick(fleet.now)
+        fleet.health.tick(fleet.now)
+        fleet.settle()
+    assert fleet.leadership.lease is None
+    for one in (machine, *others):
+        assert fleet.view(one.agent_id).record.status is AgentStatus.OFFLINE
+        assert fleet.connection(one.agent_id).failed
+    assert written == []
+    fleet.leadership.tick(fleet.now)
+    replicating = True
+    with pytest.raises(StoreUnavailable):
+        fleet.replication.tick(fleet.now)
+    assert len(written) == 1, "an outage costs one timeout, not one for each agent"
+    monkeypatch.undo()
+    fleet.round()
+    assert {fleet.stored(one.agent_id).status for one in (machine, *others)} == {AgentStatus.OFFLINE}
+
+
 # ---- several Flux on one store ---------------------------------------------------
 
 
@@ -409,7 +447,7 @@ def writes_of(fleet: Fleet) -> list[str]:
             written.append(record.agent_id)
             return fleet.store.update_agent(record, lease)  # type: ignore[arg-type]
 
-    fleet.roster._store = Watched()  # type: ignore[assignment]
+    fleet.agents._records.store = Watched()  # type: ignore[assignment]
     return written
 
 
@@ -488,9 +526,9 @@ def test_the_leaders_judgement_brings_nobody_back_who_was_deregistered_elsewhere
     follower.membership.deregister("w1")
     # Judged by what was asked before, without a look at the store in between.
     machine.up = False
-    member = leader.roster.get("w1")
-    assert member is not None
-    leader.roster.observe(member, lambda record: replace(record, status=AgentStatus.OFFLINE))
+    for _ in range(MISSES):
+        leader.agents.missed(leader.state("w1"), "it did not answer", leader.now)
+    leader.agents.write_changes()
     assert leader.stored("w1") is None
     both(leader, follower, 2)
     assert leader.membership.views() == follower.membership.views() == []
@@ -534,6 +572,7 @@ def test_a_leader_that_was_frozen_writes_nothing_on_waking(pair: tuple[Fleet, Fl
         leader.time[0] += 10
         leader.health.tick(leader.now)
         leader.health.tick(leader.now)
+        leader.replication.tick(leader.now)
     assert leader.stored("w1") == before
     assert leader.leadership.lease is None
 
@@ -567,7 +606,7 @@ def test_what_a_follower_was_asked_while_it_read_the_store_is_not_undone_by_that
     with monkeypatch.context() as slow:
         slow.setattr(follower.store, "agents", slowly)
         follower.time[0] += 10
-        follower.health.tick(follower.now)
+        follower.replication.tick(follower.now)
     assert follower.view("w1").record.status is AgentStatus.ONLINE
     follower.round(0.001)
     assert follower.stored("w1").status is AgentStatus.ONLINE
@@ -620,7 +659,7 @@ def test_what_was_saved_while_the_store_was_read_is_not_undone(
     leader.leadership.tick(leader.now)
     with monkeypatch.context() as slow:
         slow.setattr(leader.store, "agents", slowly)
-        asked.health.tick(asked.now)
+        asked.replication.tick(asked.now)
     assert told
     assert asked.view("w1").record.status is AgentStatus.DRAINING
     asked.round()
@@ -658,9 +697,8 @@ def test_one_that_leads_again_reads_at_once_what_the_other_left(pair: tuple[Flee
         follower.wire.add("w1")
         follower.membership.register("w1:50052", legacy=False)
         follower.leadership.resign()
-        # Between two looks of its loops it lost the lease and has it again, and nobody else lives.
+        # Between two looks of its loops it lost the lease and has it again.
         frozen.round(1)
-        assert frozen.leadership.others == frozenset()
         assert [view.record.agent_id for view in frozen.membership.views()] == ["w1"]
     finally:
         frozen.close()
@@ -674,7 +712,7 @@ def test_what_is_asked_of_a_follower_changes_nothing_else(pair: tuple[Fleet, Fle
     # A third that has just started has reached no agent yet, and heard nothing of what the leader notes now.
     third = Fleet(leader.store, leader.wire, session="s3", shared=True, clock=leader.time)
     try:
-        third.roster.load(third.now)
+        third.agents.load(third.now)
         leader.membership.save("w1", lambda record: replace(record, extra={"node": {"reason": "it was asked for"}}))
         third.membership.drain("w1")
         stored = leader.stored("w1")
@@ -722,14 +760,13 @@ def test_a_wall_clock_that_is_set_back_does_not_stop_the_rounds(monkeypatch: pyt
     fleet = Fleet(interval=0.01)
     fleet.wire.add("w1")
     fleet.membership.register("w1:50052", legacy=False)
-    member = fleet.roster.get("w1")
-    assert member is not None
+    agent = fleet.state("w1")
     try:
         fleet.health.start()
-        wait_until(lambda: member.polled.question > 0, "the first question")
+        wait_until(lambda: agent.question > 0, "the first question")
         set_back[0] = 3600.0
-        asked = member.polled.question
-        wait_until(lambda: member.polled.question > asked + 2, "further questions")
+        asked = agent.question
+        wait_until(lambda: agent.question > asked + 2, "further questions")
     finally:
         fleet.health.stop(Deadline(5))
         fleet.close()

@@ -116,3 +116,32 @@ def test_a_refused_write_ends_it(store: MemoryControlStore, clock: Clock) -> Non
     first = process(store, clock, "a")
     first.lost(LeaseLost("another process holds leader now"))
     assert first.lease is None
+
+
+def test_one_that_could_not_renew_its_own_lease_buries_nobody_before_a_whole_lease(
+    store: MemoryControlStore, clock: Clock
+) -> None:
+    """The store was paused for everybody: whoever asks it first finds the leases of all others run out."""
+    first, second = process(store, clock, "a"), process(store, clock, "b")
+    first.tick(clock.now)
+    clock.now += LEASE_SECONDS + 1
+    first.tick(clock.now)
+    assert first.gone == set()
+    assert first.others == {"b"}
+    second.tick(clock.now)
+    assert second.gone == set()
+    while first.gone != {"b"}:
+        clock.now += RENEW_EVERY
+        first.tick(clock.now)
+        assert clock.now < 1000 + 4 * LEASE_SECONDS, "one that died in the outage is found in the end"
+
+
+def test_health_checks_count_without_a_lease_unless_another_leads(store: MemoryControlStore, clock: Clock) -> None:
+    first, second = process(store, clock, "a"), process(store, clock, "b")
+    term = first.term
+    assert term is not None
+    assert second.term is None
+    clock.now += LEASE_SECONDS + 1  # the store answers nobody
+    assert first.lease is second.lease is None
+    assert first.term == term
+    assert second.term is not None

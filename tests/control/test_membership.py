@@ -267,12 +267,50 @@ def test_a_host_that_swallows_everything_does_not_hold_up_the_end(monkeypatch: p
         given_up.wait(10)
         raise AgentUnreachable("it does not answer")
 
-    monkeypatch.setattr(fleet.wire, "introduce", swallow)
+    monkeypatch.setattr(fleet.wire, "probe", swallow)
     fleet.membership.start()
     try:
         assert begun.wait(10)
         fleet.membership.stop(Deadline(0.02))
-        assert daemons("join") == [True]
+        assert daemons("agent-reconciler") == [True]
     finally:
         given_up.set()
         fleet.close()
+
+
+def test_an_agent_that_joins_is_probed_once(fleet: Fleet) -> None:
+    fleet.wire.add("w1")
+    fleet.membership.register("w1:50052", legacy=False)
+    assert fleet.wire.probes == ["w1:50052"]
+    assert fleet.state("w1").takes_work
+
+
+def test_an_agent_whose_address_has_changed_is_registered_there_with_what_it_runs(fleet: Fleet) -> None:
+    machine = fleet.wire.add("w1")
+    fleet.membership.register("w1:50052", legacy=False)
+    machine.runs = {"e1"}
+    fleet.executions.calls.clear()
+    del fleet.wire.machines["w1:50052"]
+    machine.address = "moved:50052"
+    fleet.wire.machines["moved:50052"] = machine
+    view = fleet.membership.register("moved:50052", legacy=False)
+    assert (view.record.address, view.record.status) == ("moved:50052", AgentStatus.ONLINE)
+    assert fleet.stored("w1").address == "moved:50052"
+    assert fleet.executions.calls == [("reconcile", "w1")]
+    assert fleet.executions.reconciled["w1"] == ("e1",)
+
+
+def test_agents_that_were_online_are_awaited_until_each_was_tried_once(fleet: Fleet) -> None:
+    for agent_id in ("w1", "w2"):
+        fleet.wire.add(agent_id)
+        fleet.membership.register(f"{agent_id}:50052", legacy=False)
+    fleet.wire.machines["w2:50052"].up = False
+    restarted = again(fleet)
+    try:
+        restarted.agents.load(restarted.now)
+        assert restarted.agents.untried() == ["w1", "w2"]
+        restarted.start()
+        assert restarted.agents.untried() == []
+        assert restarted.state("w1").takes_work
+    finally:
+        restarted.close()

@@ -155,7 +155,7 @@ class FleetMachine(RuleBasedStateMachine):
                 draining = state.record.status is AgentStatus.DRAINING
                 assert state.takes_work != draining
                 assert state.problem == ""
-                assert state.lacking.keys() == (wanted.keys() - expected.keys())
+                assert state.missing_functions.keys() == (wanted.keys() - expected.keys())
             stored = {record.agent_id: record.status for record in self.store.agents()}
             assert stored == {state.agent_id: state.record.status for state in self.fleet.agents.agents()}
         finally:

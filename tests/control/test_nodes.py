@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fluxlib.control.agents.reconciler import shown_id_fact
+from fluxlib.control.agents.reconciler import shown_id_note
 from fluxlib.control.nodes.notes import NodePhase
 from fluxlib.control.nodes.parts import forget_node
 from fluxlib.control.nodes.provisioner import new_agent_id
@@ -650,7 +650,7 @@ def test_forgetting_a_node_takes_what_it_has_shown() -> None:
     store = MemoryControlStore()
     kept = {}
     for agent_id in ("web-1", "web-2"):
-        kept[agent_id] = shown_id_fact(agent_id)
+        kept[agent_id] = shown_id_note(agent_id)
         store.set_note(kept[agent_id], "yes")
     forget_node(store, "web-1")
     assert (store.note(kept["web-1"]), store.note(kept["web-2"])) == (None, "yes")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxlib.control.agents.fleet import Agent, Fleet, free_share
+from fluxlib.control.agents.fleet import Agent, Fleet, SyncState, free_share
 from fluxlib.control.executions.placement import BUSY_CPU_PERCENT, Need, chooser, fits, need_of, refusal, reject_reason
 from fluxlib.errors import AgentUnreachable, AtCapacity, NoAgentFits
 from fluxlib.model import AgentStatus, Behavior, Function, FunctionSpec, Network, NodeFigures, Platform
-from tests.support.fake_agents import join
+from tests.support.fake_agents import change, join
 
 LINUX, WINDOWS = Platform("linux", "amd64"), Platform("windows", "amd64")
 NEED = need_of(Function(FunctionSpec("f", "run.sh"), "d", "c"))
@@ -72,7 +72,7 @@ def test_cpu_matters_only_to_those_that_ask_for_it() -> None:
 def test_unknown_figures_and_platforms_fit_all() -> None:
     fleet = Fleet()
     state = join(fleet, "original", platform=Platform())
-    fleet.update("original", figures=None)
+    change(fleet, "original", figures=None)
     assert fits(replace(NEED, memory_mb=10**6, cpu_millicores=1, platforms=(WINDOWS,)), state)
 
 
@@ -115,9 +115,9 @@ class TestRefusals:
     def test_one_full_agent_that_fits_means_at_capacity(self) -> None:
         fleet = Fleet()
         agents(fleet, 3)
-        fleet.update("a00000", record=replace(fleet.agents()[0].record, platform=WINDOWS))
+        change(fleet, "a00000", record=replace(fleet.agents()[0].record, platform=WINDOWS))
         fleet.mark_full("a00002", "f")
-        fleet.update("a00001", in_step=False)
+        change(fleet, "a00001", state=SyncState.SYNCING)
         for behavior in Behavior:
             refused = refusal(replace(NEED, when_full=behavior, platforms=(LINUX,)), fleet.agents(), {})
             assert isinstance(refused.error, AtCapacity)
@@ -125,17 +125,17 @@ class TestRefusals:
             assert refused.wait is (behavior is Behavior.WAIT)
 
     @pytest.mark.parametrize(
-        ("change", "words"),
+        ("fields", "words"),
         [
-            ({"in_step": False}, "synchronizing functions"),
+            ({"state": SyncState.SYNCING}, "synchronizing functions"),
             ({"reachable": False}, "not reachable"),
-            ({"lacking": {"f": "the disk is full"}}, "the disk is full"),
+            ({"missing_functions": {"f": "the disk is full"}}, "the disk is full"),
         ],
     )
-    def test_lasting_and_passing_reasons_are_told(self, change: dict[str, object], words: str) -> None:
+    def test_lasting_and_passing_reasons_are_told(self, fields: dict[str, object], words: str) -> None:
         fleet = Fleet()
         agents(fleet, 1)
-        fleet.update("a00000", **change)
+        change(fleet, "a00000", **fields)
         refused = refusal(replace(NEED, when_resources_exhausted=Behavior.WAIT), fleet.agents(), {})
         assert words in refused.error.message
         assert refused.wait
@@ -145,7 +145,7 @@ class TestRefusals:
         assert "none is registered" in refusal(NEED, fleet.agents(), {}).error.message
         agents(fleet, 1)
         record = replace(fleet.agents()[0].record, status=AgentStatus.OFFLINE)
-        fleet.update("a00000", record=record)
+        change(fleet, "a00000", record=record)
         assert "offline" in refusal(NEED, fleet.agents(), {}).error.message
 
     def test_an_agent_nobody_reaches_is_an_error_of_its_own(self) -> None:
@@ -185,7 +185,12 @@ def test_what_is_placed_fits_and_a_refusal_is_true(
     fleet = Fleet()
     for number, (seen, platform, in_step, lacks) in enumerate(members):
         state = join(fleet, f"a{number}", figures=seen, platform=platform)
-        fleet.update(state.agent_id, in_step=in_step, lacking={"f": "no"} if lacks else {})
+        change(
+            fleet,
+            state.agent_id,
+            state=SyncState.READY if in_step else SyncState.SYNCING,
+            missing_functions={"f": "no"} if lacks else {},
+        )
     taken: list[str] = []
     for _ in range(calls):
         before = {agent.agent_id: reject_reason(need, agent, {}) for agent in fleet.agents()}

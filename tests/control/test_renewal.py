@@ -86,7 +86,7 @@ def test_a_certificate_of_an_earlier_version_that_lasts_a_year_is_replaced_once(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = able(place, monkeypatch)
-    place.fleet.agents.update("w1", certificate_not_after=place.fleet.now + 300 * DAY)
+    place.fleet.agents.set_certificate_end(place.fleet.state("w1"), place.fleet.now + 300 * DAY)
     place.renewal.tick(later(place, 0))
     assert len(given) == 1
     place.renewal.tick(later(place, 1))
@@ -178,7 +178,7 @@ def test_a_flux_whose_clock_is_wrong_renews_nothing_and_says_so(
 ) -> None:
     given = able(place, monkeypatch)
     connection = place.fleet.connection("w1")
-    place.fleet.agents.update("w1", certificate_not_after=place.fleet.now + 5 * DAY)
+    place.fleet.agents.set_certificate_end(place.fleet.state("w1"), place.fleet.now + 5 * DAY)
     right = place.fleet.now
     request, _ = connection.create_certificate_request()
     monkeypatch.setattr(connection, "create_certificate_request", lambda: (request, right))

@@ -246,6 +246,7 @@ class FakeStatus:
     def __init__(self) -> None:
         self.store_error = ""
         self.is_stopping = False
+        self.connecting_to: list[str] = []
 
     def check_store(self) -> None:
         if self.store_error:
@@ -259,6 +260,9 @@ class FakeStatus:
 
     def figures(self) -> NodeFigures:
         return FIGURES
+
+    def connecting(self) -> list[str]:
+        return self.connecting_to
 
     def leads(self) -> bool:
         return True

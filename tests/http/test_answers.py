@@ -308,6 +308,14 @@ class TestHealth:
         assert client("GET", "/health").status == 503
         assert client("GET", "/health").json["status"] == "stopping"
 
+    def test_is_503_with_retry_after_until_each_agent_was_tried_once(self, client: Client, fakes: Fakes) -> None:
+        fakes.status.connecting_to = ["w1", "w2"]
+        reply = client("GET", "/health", key=None)
+        assert (reply.status, reply.json["status"], reply.headers["Retry-After"]) == (503, "connecting", "1")
+        assert "2 agents" in reply.json["error"]
+        fakes.status.connecting_to = []
+        assert client("GET", "/health").status == 200
+
 
 class TestBrowsers:
     def test_are_let_in_nowhere_by_default(self, client: Client) -> None:

@@ -154,11 +154,11 @@ class Side:
     @contextmanager
     def connected(self, address: str, **how: Any) -> Iterator[Client]:
         """A client of the agent there, attached if it is one of ours."""
-        introduction = self.connector.introduce(address, **how)
+        probe = self.connector.probe(address, **how)
         told = Told()
-        connection = self.connector.connect(introduction, told.events())
+        connection = self.connector.connect(probe, told.events())
         try:
-            if introduction.inventory is not None:
+            if probe.inventory is not None:
                 told.attached()
             yield Client(connection, told)
         finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxlib.config.control import AutoscalingConfig, AwsConfig, GcpConfig, NodeType
+from fluxlib.control.agents.leadership import RENEW_EVERY
 from fluxlib.control.nodes.autoscaler import Autoscaler
 from fluxlib.control.nodes.demand import Demand
 from fluxlib.control.nodes.notes import NodeNotes, notes_of
@@ -188,7 +189,7 @@ class CloudFleet(Fleet):
         """In steps that keep the leader's lease: jobs under way look at it at any moment."""
         end = self.now + seconds
         while self.now < end:
-            self.time[0] = min(end, self.now + 10)
+            self.time[0] = min(end, self.now + RENEW_EVERY)
             self.leadership.tick(self.now)
 
     def later(self, seconds: float = 10) -> None:

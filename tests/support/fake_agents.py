@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from fluxlib.control.agents.connection import OnAnswer, refusal
-from fluxlib.control.agents.fleet import Agent, Fleet
+from fluxlib.control.agents.fleet import Agent, Fleet, SyncState
 from fluxlib.errors import FluxError, NotFound
 from fluxlib.model import (
     AgentRecord,
@@ -233,7 +233,16 @@ def join(
     """An agent that takes work."""
     values: dict[str, object] = {"status": AgentStatus.ONLINE, "platform": Platform("linux", "amd64"), **record}
     state = Agent(AgentRecord(agent_id, f"{agent_id}:50052", **values), connection or FakeConnection(agent_id))  # type: ignore[arg-type]
-    state.in_step = True
+    state.state = SyncState.READY
     state.figures = figures or NodeFigures(10.0, 20.0, 4096, 1024, 0, 256)
     fleet.add(state)
     return state
+
+
+def change(fleet: Fleet, agent_id: str, **fields: object) -> None:
+    """Make an agent look as a test needs it, and rank it anew."""
+    agent = fleet.get(agent_id)
+    assert agent is not None
+    for name, value in fields.items():
+        setattr(agent, name, value)
+    fleet.add(agent)

@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,23 +14,23 @@ from fluxlib.control.agents.connection import (
     AgentConnection,
     ConnectionEvents,
     Connector,
-    Introduction,
     OnAnswer,
     OnReport,
+    ProbeResult,
     Taken,
 )
 from fluxlib.control.agents.fleet import Agent
 from fluxlib.control.agents.fleet import Fleet as AgentFleet
-from fluxlib.control.agents.health import HealthPoller
-from fluxlib.control.agents.leadership import Leadership
+from fluxlib.control.agents.health import Health
+from fluxlib.control.agents.leadership import RENEW_EVERY, Leadership
+from fluxlib.control.agents.legacy import LegacyAgent
 from fluxlib.control.agents.membership import Membership
-from fluxlib.control.agents.pushes import Pusher
-from fluxlib.control.agents.reconciler import Joiner
-from fluxlib.control.agents.replication import Sharing
-from fluxlib.control.agents.roster import Roster
+from fluxlib.control.agents.pushes import FunctionPusher
+from fluxlib.control.agents.reconciler import AgentReconciler
+from fluxlib.control.agents.replication import Replication
 from fluxlib.control.functions.deploy import FunctionService
 from fluxlib.control.services import AgentView
-from fluxlib.errors import AgentRefused, AgentUnreachable
+from fluxlib.errors import AgentRefused, AgentUnreachable, StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import (
     ExecutionRecord,
@@ -216,14 +217,16 @@ class Wire:
         self._clock = clock
         self.machines: dict[str, Machine] = {}
         self.connections: list[Connection] = []
+        self.probes: list[str] = []
 
     def add(self, agent_id: str, address: str = "", **fields: Any) -> Machine:
         machine = Machine(agent_id, address or f"{agent_id}:50052", clock=self._clock, **fields)
         self.machines[machine.address] = machine
         return machine
 
-    def introduce(self, address: str, *, legacy: bool = False, expected_id: str = "") -> Introduction:
+    def probe(self, address: str, *, legacy: bool = False, expected_id: str = "") -> ProbeResult:
         machine = self.machines.get(address)
+        self.probes.append(address)
         if machine is None:
             raise AgentUnreachable(f"{address} refused the connection")
         machine.check_up()
@@ -232,10 +235,10 @@ class Wire:
         if expected_id and expected_id != machine.agent_id:
             raise AgentRefused(f"the agent at {address} is {machine.agent_id}, not {expected_id}")
         inventory = None if machine.original else machine.inventory()
-        return Introduction(machine.agent_id, address, machine.report(), inventory, machine.legacy_certificate)
+        return ProbeResult(machine.agent_id, address, machine.report(), inventory, machine.legacy_certificate)
 
-    def connect(self, introduction: Introduction, events: ConnectionEvents) -> Connection:
-        connection = Connection(self.machines[introduction.address], events)
+    def connect(self, probe: ProbeResult, events: ConnectionEvents) -> Connection:
+        connection = Connection(self.machines[probe.address], events)
         self.connections.append(connection)
         if "attach" in connection.machine.features:
             events.attached(True)
@@ -289,10 +292,10 @@ class Fleet:
         self.store = store if store is not None else MemoryControlStore()
         self.wire: Any = wire if wire is not None else Wire(self.clock)
         self.executions = Executions()
-        self.agents = AgentFleet()
         self.leadership = Leadership(self.store, session, shared=shared, clock=self.clock)
         self.leadership.tick(self.now)
-        self.pusher = Pusher(self.agents, self.store.archive, at_a_time=4)
+        self.agents = AgentFleet(self.store, self.leadership)
+        self.pusher = FunctionPusher(self.agents, self.store.archive, at_a_time=4)
         self.functions = FunctionService(
             self.store,
             self.agents,
@@ -301,36 +304,31 @@ class Fleet:
             clock=self.clock,
         )
         self.functions.refresh()
-        self.roster = Roster(self.store, self.agents, self.leadership)
-        self.joiner = Joiner(
+        self.reconciler = AgentReconciler(
             self.store,
             self.agents,
-            self.roster,
             self.wire,
             self.executions,
             self.functions,
             self.pusher,
             self.leadership,
             tls=tls,
-            at_a_time=4,
+            lost_after=lost_after,
+            threads=4,
             clock=self.clock,
         )
-        self.membership = Membership(
-            self.agents, self.roster, self.joiner, self.wire, self.executions, self.pusher, clock=self.clock
-        )
-        self.sharing = Sharing(self.store, self.agents, self.roster, self.joiner, self.membership, self.leadership)
-        self.health = HealthPoller(
+        self.membership = Membership(self.agents, self.reconciler, self.wire, self.executions, clock=self.clock)
+        self.replication = Replication(
+            self.store,
             self.agents,
-            self.roster,
-            self.joiner,
+            self.reconciler,
+            self.membership,
             self.executions,
-            self.functions,
-            self.pusher,
             self.leadership,
-            self.sharing,
             interval=interval,
-            lost_after=lost_after,
+            clock=self.clock,
         )
+        self.health = Health(self.agents, self.reconciler, self.leadership, interval=interval)
 
     @property
     def now(self) -> float:
@@ -345,18 +343,35 @@ class Fleet:
 
     def round(self, seconds: float = 10, *, lead: bool = True) -> None:
         """Time passes, one round of questions, and whatever follows from the answers."""
-        self.time[0] += seconds
-        if lead:
-            self.leadership.tick(self.now)
+        for passed in self.steps(seconds):
+            self.time[0] += passed
+            if lead:
+                self.lead()
         self.functions.refresh()
+        self.replicate()
         self.health.tick(self.now)
         self.health.tick(self.now)
         self.settle()
+        self.replicate()
+
+    @staticmethod
+    def steps(seconds: float) -> list[float]:
+        """A lease is renewed every few seconds, however much time passes."""
+        whole = int(seconds // RENEW_EVERY)
+        return [RENEW_EVERY] * whole + [seconds - whole * RENEW_EVERY]
+
+    def lead(self) -> None:
+        with suppress(StoreUnavailable):
+            self.leadership.tick(self.now)
+
+    def replicate(self) -> None:
+        with suppress(StoreUnavailable):
+            self.replication.tick(self.now)
 
     def settle(self) -> None:
-        """Until no worker is at an agent."""
-        for member in self.roster.all():
-            assert self.joiner.wait(member, 10), f"{member.agent_id} is still being brought in"
+        """Until nothing is done for any agent."""
+        for agent in self.agents.agents():
+            assert self.reconciler.wait(agent, 10), f"{agent.agent_id} is still being synchronized"
 
     def view(self, agent_id: str) -> AgentView:
         return next(view for view in self.membership.views() if view.record.agent_id == agent_id)
@@ -373,6 +388,8 @@ class Fleet:
 
     def connection(self, agent_id: str) -> Connection:
         connection = self.connection_of(agent_id)
+        if isinstance(connection, LegacyAgent):
+            connection = connection.connection
         assert isinstance(connection, Connection)
         return connection
 

@@ -97,7 +97,7 @@ def timers() -> Iterator[Timers]:
 def told(agent: Agent, identity: Identity | None, timers: Timers) -> str:
     """What a Flux with this identity says of the agent."""
     with pytest.raises(AgentError) as caught:
-        AgentConnector(lambda: identity, "s", timers).introduce(agent.address)
+        AgentConnector(lambda: identity, "s", timers).probe(agent.address)
     return caught.value.message
 
 

@@ -1,8 +1,11 @@
-"""One agent as this Flux sees it this second, and how much headroom it has."""
+"""One agent as this Flux knows it: its record, its connection, what it holds and runs, and how much headroom it has."""
 
 from __future__ import annotations
 
-from fluxlib.control.agents.connection import AgentConnection
+import threading
+from enum import Enum, auto
+
+from fluxlib.control.agents.connection import AgentConnection, ProbeResult
 from fluxlib.control.agents.ranking import Key, Ranking
 from fluxlib.model import AgentRecord, FunctionState, NodeFigures, Platform
 from fluxlib.model.agents import AgentStatus
@@ -12,48 +15,102 @@ from fluxlib.model.agents import AgentStatus
 _CPU_PER_TASK = 0.1
 
 
+class SyncState(Enum):
+    """How far an agent is on its way to taking work. Draining is beside it: it is in the record."""
+
+    OFFLINE = auto()  # does not answer, or was not reached yet
+    CONNECTING = auto()  # has to be probed and connected to
+    SYNCING = auto()  # connected; what it runs and holds is compared before it gets work
+    READY = auto()  # holds what it should, as far as it can be given it
+
+
 class Agent:
-    """One agent. Written only by :class:`Fleet` (under its lock); reading attributes needs no lock."""
+    """One agent. Changed only by :class:`Fleet`, under its lock; reading attributes needs no lock.
+
+    ``lock`` is another one: whoever sends the agent a function holds it, so that two versions cannot cross.
+    """
 
     __slots__ = (
         "_key",
         "_memory_at_report",
         "_ranking",
         "_total_at_report",
+        "asked_at",
+        "behind",
         "certificate_not_after",
         "connection",
+        "connection_number",
+        "executions_compared",
+        "failures",
+        "features",
         "figures",
         "full",
+        "given_up",
         "holds",
         "in_flight",
-        "in_step",
         "instance_id",
         "isolation_notes",
-        "lacking",
         "last_heartbeat",
+        "lock",
+        "misses",
+        "missing_functions",
+        "probe",
         "problem",
+        "question",
         "reachable",
         "record",
+        "removed",
         "reserved_memory_mb",
+        "retry_at",
         "revision",
         "slots",
+        "state",
+        "stored",
+        "synced_revision",
         "total",
+        "tried",
+        "unsaved",
+        "unstartable",
     )
 
     def __init__(self, record: AgentRecord, connection: AgentConnection | None = None) -> None:
+        self.lock = threading.Lock()
+        # The record: as it is here, and as the store has it.
         self.record = record
+        self.stored = record
+        self.unsaved = False  # this process has judged something that is not in the store yet
+        self.removed = False
+        # The connection.
         self.connection = connection
+        self.connection_number = 0  # events of an earlier connection are ignored
+        self.probe: ProbeResult | None = None  # of whoever has just asked it who it is; the next connection uses it
+        self.features: tuple[str, ...] = ()
+        self.reachable = True  # executions can be sent now
+        self.tried = False  # this process has synchronized it, or failed to, at least once
+        # Synchronization: what is desired is in the store, what is observed is here.
+        self.state = SyncState.OFFLINE
+        self.problem = ""  # why it takes no work, for people
+        self.executions_compared = False  # what it runs was compared since it joined, came back or restarted
+        self.given_up = False  # what it ran was failed, because it was offline for too long
+        self.holds: dict[str, FunctionState] = {}  # what it has of each function, by digest
+        self.missing_functions: dict[str, str] = {}  # functions it could not be given, and why
+        self.unstartable: frozenset[str] = frozenset()  # functions it took and cannot start
+        self.revision = -1  # of its functions, as it last reported; -1 = never asked
+        self.synced_revision = -1  # of the desired functions it was last compared with
+        self.behind = False  # something did not reach it: to be tried again at ``retry_at``
+        self.failures = 0  # in a row
+        self.retry_at = 0.0
+        # Metrics.
         self.figures: NodeFigures | None = None
         self.last_heartbeat = record.last_heartbeat
         self.instance_id = ""
-        self.revision = -1  # of its functions, as it last reported; -1 = never asked
-        self.in_step = False  # holds what it should, as far as it can be given it
-        self.reachable = True  # executions can be sent now
-        self.problem = ""  # why it is offline or out of step, for people
         self.isolation_notes: tuple[str, ...] = ()
         self.certificate_not_after = 0.0
-        self.holds: dict[str, FunctionState] = {}  # what it has of each function, by digest
-        self.lacking: dict[str, str] = {}  # functions it must not get, and why (a push failed)
+        # Health checks. The health loop's thread only.
+        self.misses = 0  # questions in a row that had no good answer
+        self.question = 0  # the number of the last one: an answer to an earlier one is ignored
+        self.asked_at = 0.0  # 0 = none is open
+        # Capacity.
         self.in_flight: dict[str, int] = {}  # by function, as this Flux sent them
         self.slots: dict[str, int] = {}  # the limits of those in flight, where they have one
         self.total = 0
@@ -73,15 +130,22 @@ class Agent:
         return self.record.platform
 
     @property
+    def present(self) -> bool:
+        """Whether it answers, as far as is known."""
+        return self.record.status.present
+
+    @property
+    def synced(self) -> bool:
+        return self.state is SyncState.READY
+
+    @property
     def takes_work(self) -> bool:
         able = self.figures is None or not self.figures.problem
-        return (
-            able and self.record.status.takes_work and self.in_step and self.reachable and self.connection is not None
-        )
+        return able and self.record.status.takes_work and self.synced and self.reachable and self.connection is not None
 
     @property
     def max_tasks(self) -> int:
-        """0 = unknown (an original agent)."""
+        """0 = unknown (a legacy agent)."""
         return (self.figures.max_tasks if self.figures is not None else 0) or self.record.max_tasks
 
     @property
@@ -114,7 +178,7 @@ class Agent:
     def shown_status(self) -> AgentStatus:
         """The stored status; ``busy`` while every slot is taken, ``offline`` while executions cannot be sent.
 
-        That is also while it is brought in step: whoever sees it online may call.
+        That is also while it is synchronized: whoever sees it online may call.
         """
         status = self.record.status
         if status.takes_work and not self.takes_work:

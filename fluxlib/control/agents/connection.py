@@ -128,7 +128,7 @@ class AgentConnection(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Introduction:
+class ProbeResult:
     """What an agent showed of itself when it was asked under an address."""
 
     agent_id: str
@@ -141,7 +141,7 @@ class Introduction:
 class Connector(Protocol):
     """Makes connections to agents. Every method may be called from any thread."""
 
-    def introduce(self, address: str, *, legacy: bool = False, expected_id: str = "") -> Introduction:
+    def probe(self, address: str, *, legacy: bool = False, expected_id: str = "") -> ProbeResult:
         """Ask who is there: by the name every agent's certificate has, then again by the ID's own name.
 
         ``legacy`` accepts a certificate without an ID's name (and nothing but that is skipped).
@@ -150,7 +150,7 @@ class Connector(Protocol):
         none or is not the one expected.
         """
 
-    def connect(self, introduction: Introduction, events: ConnectionEvents) -> AgentConnection:
+    def connect(self, probe: ProbeResult, events: ConnectionEvents) -> AgentConnection:
         """A connection to keep; for an agent of ours it attaches the stream in the background."""
 
 

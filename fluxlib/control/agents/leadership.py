@@ -24,6 +24,8 @@ LEADER = "leader"
 SESSIONS = "flux/"
 LEASE_SECONDS = 15.0
 RENEW_EVERY = 5.0
+# A renewal later than this was kept from being made: no loop is late by so much.
+_LATE = 1.5 * RENEW_EVERY
 
 OnChange = Callable[[bool], object]
 
@@ -45,6 +47,10 @@ class Leadership:
         self._lock = threading.Lock()
         self._lease: Lease | None = None
         self._until = 0.0  # when the lease runs out, by our clock
+        self._token = 0  # of the lease it holds, or held last
+        self._follows_until = 0.0  # so long another process leads, as far as is known
+        self._renewed_at: float | None = None  # when its own lease was last renewed
+        self._unsure_until = 0.0  # before this, a lease of another that ran out says nothing
         self._living: frozenset[str] = frozenset()
         self._gone: frozenset[str] = frozenset()
         self._listeners: list[OnChange] = []
@@ -58,6 +64,16 @@ class Leadership:
     @property
     def leads(self) -> bool:
         return self.lease is not None
+
+    @property
+    def term(self) -> int | None:
+        """Whose health checks count: None while another process leads, else a number that changes with the leader.
+
+        It needs no lease: while the store is away, and nobody can know who leads, each judges for itself.
+        """
+        if not self.leads and self._clock() < self._follows_until:
+            return None
+        return self._token
 
     @property
     def others(self) -> frozenset[str]:
@@ -77,26 +93,31 @@ class Leadership:
         """Prolong both leases and look who else lives. StoreUnavailable leaves the leases to run out."""
         now = self._clock()
         if self._lease is not None and self._until <= now:
-            log.warning("held no lease for %.0f s: another process may have led meanwhile", now - self._until)
+            log.warning("leader lease expired %.0f s ago: another process may have led meanwhile", now - self._until)
             self._set(None)
         if self._shared:
             self._store.acquire_lease(SESSIONS + self.session, self.session, LEASE_SECONDS, now)
+            self._renewed()
             leases = self._store.leases(SESSIONS, now)
             others = {lease.owner: lease for lease in leases if lease.owner != self.session}
-            self._living = frozenset(owner for owner, lease in others.items() if lease.seconds_left > 0)
-            self._gone = frozenset(others) - self._living
+            expired = frozenset(owner for owner, lease in others.items() if lease.seconds_left <= 0)
+            self._gone = expired if self._clock() >= self._unsure_until else frozenset()
+            self._living = frozenset(others) - self._gone
         else:
-            self._bury(now)
+            self._release_stale_lease(now)
         # Counted from before the store was asked: it has run out here before it has there.
         asked_at = self._clock()
         lease = self._store.acquire_lease(LEADER, self.session, LEASE_SECONDS, asked_at)
         if lease is not None:
-            self._until = asked_at + lease.seconds_left
+            self._until, self._token = asked_at + lease.seconds_left, lease.token
+        else:
+            self._follows_until = asked_at + LEASE_SECONDS
         self._set(lease)
 
     def lost(self, error: LeaseLost) -> None:
         """A write was refused: this process does not lead any more."""
-        log.warning("%s: this process follows from now on", error)
+        log.warning("leader lease lost, this process follows from now on: %s", error)
+        self._follows_until = self._clock() + LEASE_SECONDS
         self._set(None)
 
     def resign(self) -> None:
@@ -108,7 +129,21 @@ class Leadership:
             if held is not None:
                 self._store.release_lease(held)
 
-    def _bury(self, now: float) -> None:
+    def _renewed(self) -> None:
+        """What kept this process from its own lease (the store was away, the machine was frozen) kept others from
+        theirs: they get a whole lease more before one that ran out counts as stale.
+        """
+        now = self._clock()
+        if self._renewed_at is not None and now - self._renewed_at > _LATE:
+            log.warning(
+                "own lease was not renewed for %.0f s: stale leases of others count in %.0f s at the earliest",
+                now - self._renewed_at,
+                LEASE_SECONDS,
+            )
+            self._unsure_until = now + LEASE_SECONDS
+        self._renewed_at = now
+
+    def _release_stale_lease(self, now: float) -> None:
         held = self._store.lease(LEADER, now)
         # Whatever it says of its end: that was counted on a clock that may have begun anew.
         if held is not None and held.owner != self.session:

@@ -1,7 +1,6 @@
 """Functions on their way to agents: what differs by digest, to many agents at a time, one at a time to each.
 
-What an agent holds and what it cannot be given is written to the fleet here
-and nowhere else.
+What an agent holds and what it could not be given is told to the fleet here and nowhere else.
 """
 
 from __future__ import annotations
@@ -68,29 +67,19 @@ class Pushed:
     unfit: str = ""
 
 
-class Pusher:
+class FunctionPusher:
     """Brings agents what they should hold. Every method may be called from any thread."""
 
     def __init__(self, fleet: Fleet, archive: Callable[[str], bytes | None], *, at_a_time: int = 16) -> None:
         self._fleet = fleet
         self._archives = Archives(archive)
         self._pool = Pool("push", at_a_time)
-        self._lock = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
-        self._cannot_start: set[tuple[str, str]] = set()  # (agent ID, function name) it took and will not start
-        self._missed: set[str] = set()  # agents that did not answer a push: what they lack is worth a retry
 
     def differs(self, agent: Agent, functions: Iterable[Function]) -> bool:
         """Whether the agent, as far as is known, holds something else than it should and can be given."""
-        if agent.agent_id in self._missed:
-            return True
         wanted = {function.spec.name: function for function in functions if fits(agent, function)}
-        if agent.record.original:
-            return any(
-                _state(one) != agent.holds.get(name) for name, one in wanted.items() if name not in agent.lacking
-            )
         return agent.holds.keys() - wanted.keys() != set() or any(
-            _state(one) != agent.holds.get(name) for name, one in wanted.items() if name not in agent.lacking
+            _state(one) != agent.holds.get(name) for name, one in wanted.items() if name not in agent.missing_functions
         )
 
     def push_all(self, agents: Sequence[Agent], function: Function) -> list[Pushed]:
@@ -114,14 +103,14 @@ class Pusher:
         connection = agent.connection
         if connection is None or not agent.record.status.present:
             return Pushed(AgentResult(agent.agent_id, SKIPPED, "is offline: gets it when it is back"), again=True)
-        with self._lock_of(agent.agent_id):
+        with agent.lock:
             if agent.record.original and not function.code_digest:
                 # It may still have the code of a deleted function of that name, and would run it.
                 self._note(agent, name, None, "its code is not deployed yet")
                 return Pushed(AgentResult(agent.agent_id, SKIPPED, "an original agent: gets it with its code"))
             # What could not start there is sent again: its answer says whether that has changed.
-            unfit = (agent.agent_id, name) in self._cannot_start
-            if agent.holds.get(name) == _state(function) and name not in agent.lacking and not unfit:
+            unfit = name in agent.unstartable
+            if agent.holds.get(name) == _state(function) and name not in agent.missing_functions and not unfit:
                 return Pushed(AgentResult(agent.agent_id, SUCCESS, "has it already"))
             try:
                 taken = self._send(agent, connection, function)
@@ -131,12 +120,7 @@ class Pusher:
                 self._note(agent, name, held, error.message)
                 log.warning("agent %s did not take %s: %s", agent.agent_id, name, error)
                 return self._failed(agent, error)
-            self._note(agent, name, _state(function), "")
-            with self._lock:
-                if taken.cannot_start:
-                    self._cannot_start.add((agent.agent_id, name))
-                else:
-                    self._cannot_start.discard((agent.agent_id, name))
+            self._note(agent, name, _state(function), "", unstartable=bool(taken.cannot_start))
             result = AgentResult(agent.agent_id, SUCCESS, "; ".join(taken.warnings))
             return Pushed(result, taken.warnings, unfit=taken.cannot_start)
 
@@ -145,8 +129,8 @@ class Pusher:
         connection = agent.connection
         if connection is None or not agent.record.status.present:
             return Pushed(AgentResult(agent.agent_id, SKIPPED, "is offline: loses it when it is back"), again=True)
-        with self._lock_of(agent.agent_id):
-            if not agent.record.original and name not in agent.holds and name not in agent.lacking:
+        with agent.lock:
+            if not agent.record.original and name not in agent.holds and name not in agent.missing_functions:
                 return Pushed(AgentResult(agent.agent_id, SUCCESS, "did not have it"))
             try:
                 removed = connection.remove_function(name)
@@ -164,40 +148,31 @@ class Pusher:
             AgentResult(agent.agent_id, SKIPPED, "an original agent: it keeps the code, but is not asked to run it")
         )
 
-    def bring_in_step(self, agent: Agent, functions: Iterable[Function], held: Iterable[FunctionState] | None) -> int:
-        """Push and remove until the agent holds what it should; how many changes are worth a retry.
+    def sync(self, agent: Agent, functions: Iterable[Function], held: Iterable[FunctionState] | None) -> None:
+        """Push and remove until the agent holds what it should. What did not reach it leaves it ``behind``.
 
         ``held`` is what its inventory says; None = unknown, it gets everything. Raises AgentUnreachable
         when it does not answer any more.
         """
         wanted = {function.spec.name: function for function in functions}
-        with self._lock_of(agent.agent_id):
+        with agent.lock:
             holds = {} if held is None else {state.name: state for state in held}
-            # What failed before stays lacking until it is tried again below: the agent or its host may have changed.
-            lacking = {name: reason for name, reason in agent.lacking.items() if name in wanted}
-            self._fleet.update(agent.agent_id, holds=holds, lacking=lacking)
-            self._missed.discard(agent.agent_id)
-        failed = in_a_row = 0
+            # What failed before stays missing until it is tried again below: the agent or its host may have changed.
+            missing = {name: reason for name, reason in agent.missing_functions.items() if name in wanted}
+            self._fleet.set_functions(agent, holds, missing, anew=True)
+        in_a_row = 0
         for pushed in self._steps(agent, sorted(holds.keys() - wanted.keys()), wanted.values()):
             in_a_row = in_a_row + 1 if pushed.again else 0
-            failed += pushed.again
             if in_a_row >= _GIVE_UP_AFTER:
                 raise AgentUnreachable(f"agent {agent.agent_id} takes no functions: {pushed.result.message}")
-        return failed
-
-    def forget(self, agent_id: str) -> None:
-        with self._lock:
-            self._locks.pop(agent_id, None)
-            self._missed.discard(agent_id)
-            self._cannot_start = {one for one in self._cannot_start if one[0] != agent_id}
 
     def stop(self, deadline: Deadline) -> None:
-        """What is queued is dropped: agents get it when they are next brought in step."""
+        """What is queued is dropped: agents get it when they are next synchronized."""
         self._pool.stop(deadline)
 
     def _side_by_side(self, agents: Sequence[Agent], act: Callable[[Agent], Pushed]) -> list[Pushed]:
         done = self._pool.map(lambda agent: _guarded(agent, lambda: act(agent)), agents)
-        left = "Flux is stopping: it is brought in step later"
+        left = "Flux is stopping: it is synchronized later"
         return [
             pushed or Pushed(AgentResult(agent.agent_id, SKIPPED, left), again=True)
             for agent, pushed in zip(agents, done, strict=True)
@@ -225,24 +200,23 @@ class Pusher:
         busy = agent.record.original and "text file busy" in error.message.lower()
         again = busy or isinstance(error, AgentUnreachable | AgentLost)
         if again:
-            self._missed.add(agent.agent_id)
+            self._fleet.missed_a_function(agent)
         return Pushed(
             AgentResult(agent.agent_id, FAILED, error.message), again=again, unfit="" if again else error.message
         )
 
-    def _note(self, agent: Agent, name: str, held: FunctionState | None, problem: str) -> None:
-        """Under the agent's lock: new mappings, because the fleet's readers take no lock."""
+    def _note(
+        self, agent: Agent, name: str, held: FunctionState | None, problem: str, *, unstartable: bool = False
+    ) -> None:
+        """Under the agent's lock."""
         holds = {one: state for one, state in agent.holds.items() if one != name}
-        lacking = {one: reason for one, reason in agent.lacking.items() if one != name}
+        missing = {one: reason for one, reason in agent.missing_functions.items() if one != name}
         if held is not None:
             holds[name] = held
         if problem:
-            lacking[name] = problem
-        self._fleet.update(agent.agent_id, holds=holds, lacking=lacking)
-
-    def _lock_of(self, agent_id: str) -> threading.Lock:
-        with self._lock:
-            return self._locks.setdefault(agent_id, threading.Lock())
+            missing[name] = problem
+        refused = agent.unstartable | {name} if unstartable else agent.unstartable - {name}
+        self._fleet.set_functions(agent, holds, missing, unstartable=refused)
 
 
 def fits(agent: Agent, function: Function) -> bool:

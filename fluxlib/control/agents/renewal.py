@@ -66,21 +66,21 @@ class Renewal:
         """Renew what is due at ``now``."""
         if self._own.reload():
             log.info("Flux has a new certificate of its own: connections are reopened under it")
-            for state in self._fleet.agents():
-                if state.connection is not None:
-                    state.connection.reopen()
+            for agent in self._fleet.agents():
+                if agent.connection is not None:
+                    agent.connection.reopen()
         if not self._leadership.leads:
             return
-        for state in self._fleet.agents():
-            connection = state.connection
-            if connection is None or not _renewable(state):
+        for agent in self._fleet.agents():
+            connection = agent.connection
+            if connection is None or not _renewable(agent):
                 continue
-            if not self._authority.is_agent_due(state.certificate_not_after, now):
+            if not self._authority.is_agent_due(agent.certificate_not_after, now):
                 continue
-            failed_at, _ = self._failed.get(state.agent_id, (0.0, ""))
+            failed_at, _ = self._failed.get(agent.agent_id, (0.0, ""))
             # Apart, in whichever direction: the wall clock, which certificates need, may have been set back.
             if abs(now - failed_at) >= _RETRY_AFTER:
-                self._renew(state, connection, now)
+                self._renew(agent, connection, now)
 
     def warnings(self) -> Sequence[str]:
         """What ends soon, and why it was not renewed; and certificates that cannot be read any more.
@@ -94,10 +94,10 @@ class Renewal:
             ending += [(one.name, one.not_after, "") for one in self._authority.expiries()]
         except FluxError as error:
             found.append(error.message)
-        for state in self._fleet.agents():
-            if state.certificate_not_after:
+        for agent in self._fleet.agents():
+            if agent.certificate_not_after:
                 ending.append(
-                    (f"the certificate of agent {state.agent_id}", state.certificate_not_after, state.agent_id)
+                    (f"the certificate of agent {agent.agent_id}", agent.certificate_not_after, agent.agent_id)
                 )
         for name, not_after, agent_id in ending:
             _, reason = self._failed.get(agent_id, (0.0, ""))
@@ -106,7 +106,7 @@ class Renewal:
                 found.append(f"{name} ends on {day}" + (f" and was not renewed: {reason}" if reason else ""))
         return found
 
-    def _renew(self, state: Agent, connection: AgentConnection, now: float) -> None:
+    def _renew(self, agent: Agent, connection: AgentConnection, now: float) -> None:
         try:
             request, agent_now = connection.create_certificate_request()
             if agent_now and abs(agent_now - now) > _CLOCKS_APART:
@@ -115,21 +115,21 @@ class Renewal:
                     f"Flux's clock is {abs(days):.1f} days {'ahead of' if days > 0 else 'behind'} the agent's:"
                     " set the wrong one right"
                 )
-            certificate, not_after = self._authority.sign_agent_csr(request, state.agent_id)
+            certificate, not_after = self._authority.sign_agent_csr(request, agent.agent_id)
             connection.install_certificate(certificate, self._authority.ca_pem)
         except FluxError as error:
-            log.warning("the certificate of agent %s could not be renewed: %s", state.agent_id, error)
-            self._failed[state.agent_id] = (now, error.message)
+            log.warning("the certificate of agent %s could not be renewed: %s", agent.agent_id, error)
+            self._failed[agent.agent_id] = (now, error.message)
             return
-        self._failed.pop(state.agent_id, None)
-        self._fleet.update(state.agent_id, certificate_not_after=not_after)
+        self._failed.pop(agent.agent_id, None)
+        self._fleet.set_certificate_end(agent, not_after)
         log.info(
             "agent %s has a new certificate, good until %s",
-            state.agent_id,
+            agent.agent_id,
             time.strftime("%Y-%m-%d", time.gmtime(not_after)),
         )
 
 
-def _renewable(state: Agent) -> bool:
+def _renewable(agent: Agent) -> bool:
     """Agents of ours that are there and use TLS."""
-    return state.record.status.present and not state.record.original and state.certificate_not_after > 0
+    return agent.record.status.present and not agent.record.original and agent.certificate_not_after > 0

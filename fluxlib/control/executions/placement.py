@@ -150,7 +150,7 @@ def reject_reason(need: Need, agent: Agent, excluded: Excluded) -> RejectReason 
         return never
     if not agent.takes_work:
         return RejectReason.UNAVAILABLE
-    if need.function_name in agent.lacking:
+    if need.function_name in agent.missing_functions:
         return RejectReason.MISSING
     if _exclusion(excluded, agent.agent_id, need.function_name):
         return RejectReason.EXCLUDED
@@ -221,7 +221,7 @@ def _explanation(need: Need, found: Mapping[RejectReason, list[Agent]], excluded
             sorted({error.message for one in agents if (error := _exclusion(excluded, one.agent_id, name))})
         ),
         RejectReason.MISSING: lambda agents: (
-            f"it is not on {agents[0].agent_id}: {agents[0].lacking.get(name, 'being sent')}"
+            f"it is not on {agents[0].agent_id}: {agents[0].missing_functions.get(name, 'being sent')}"
         ),
         RejectReason.UNAVAILABLE: lambda agents: f"{_some(agents)} cannot take work now ({_states(agents)})",
         RejectReason.ENFORCEMENT: lambda agents: (
@@ -248,7 +248,7 @@ def _states(agents: list[Agent]) -> str:
     def state(agent: Agent) -> str:
         status = agent.record.status
         if status in (AgentStatus.ONLINE, AgentStatus.BUSY):
-            return "synchronizing functions" if not agent.in_step else "not reachable"
+            return "synchronizing functions" if not agent.synced else "not reachable"
         return str(status.value)
 
     return ", ".join(sorted({state(agent) for agent in agents}))
@@ -421,7 +421,7 @@ class Placement:
     def _is_awaited(self, agent_id: str) -> bool:
         agent = self._fleet.get(agent_id)
         # Not in the fleet yet: membership starts after executions.
-        return agent is None or not (agent.takes_work or agent.problem or not agent.record.status.takes_work)
+        return agent is None or not agent.tried
 
     # -- giving back ---------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fluxlib import archive as archives
 from fluxlib.control.agents.fleet import Agent, Fleet
-from fluxlib.control.agents.pushes import Pushed, Pusher
+from fluxlib.control.agents.pushes import FunctionPusher, Pushed
 from fluxlib.control.services import PushResult
 from fluxlib.errors import Conflict, InvalidInput, NotFound, TooLarge
 from fluxlib.model import AgentStatus, Function, FunctionSpec
@@ -36,7 +36,7 @@ class FunctionService:
         self,
         store: ControlStore,
         fleet: Fleet,
-        pusher: Pusher,
+        pusher: FunctionPusher,
         *,
         max_archive_bytes: int,
         count_open: Callable[[str], int] | None = None,

@@ -178,7 +178,7 @@ COMPONENTS: dict[str, Schema] = {
     ),
     "Health": _object(
         {
-            "status": {"type": "string", "enum": ["ok", "stopping", "store unreachable"]},
+            "status": {"type": "string", "enum": ["ok", "connecting", "stopping", "store unreachable"]},
             "version": _TEXT,
             "store": {"type": "string", "enum": ["ok", "unreachable"]},
             "stopping": _YES_NO,

@@ -13,7 +13,7 @@ from fluxlib.config.control import ControlConfig
 from fluxlib.control.agents.fleet import Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
-from fluxlib.control.agents.reconciler import shown_id_fact
+from fluxlib.control.agents.reconciler import shown_id_note
 from fluxlib.control.executions.service import ExecutionService
 from fluxlib.control.functions.deploy import FunctionService
 from fluxlib.control.nodes.autoscaler import Autoscaler
@@ -135,4 +135,4 @@ def build_nodes(
 
 def forget_node(store: ControlStore, agent_id: str) -> None:
     """The note that it has shown its ID. Raises StoreUnavailable."""
-    store.delete_note(shown_id_fact(agent_id))
+    store.delete_note(shown_id_note(agent_id))

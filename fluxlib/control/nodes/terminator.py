@@ -11,10 +11,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from fluxlib.clock import steady_time
-from fluxlib.control.agents.fleet import Fleet
+from fluxlib.control.agents.fleet import DRAINING, Fleet
 from fluxlib.control.agents.leadership import Leadership
 from fluxlib.control.agents.membership import Membership
-from fluxlib.control.agents.roster import DRAINING
 from fluxlib.control.nodes.notes import NodePhase, noted, notes_of
 from fluxlib.errors import FluxError, LeaseLost, NotFound, ProviderError, StoreUnavailable
 from fluxlib.model import AgentRecord

@@ -37,7 +37,7 @@ _MB = 1024 * 1024
 class AgentClient:
     """One agent. ``new_line`` opens a channel under the identity Flux has at that moment.
 
-    ``inventory`` is what the agent said when it was introduced; None = an original agent.
+    ``inventory`` is what the agent said when it was probed; None = an original agent.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from fluxlib.control.agents.client.channels import Line, check_address, server_name
 from fluxlib.control.agents.client.client import AgentClient
-from fluxlib.control.agents.connection import ConnectionEvents, Introduction
+from fluxlib.control.agents.connection import ConnectionEvents, ProbeResult
 from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, InvalidInput
 from fluxlib.lifecycle import Timers
 from fluxlib.model import Inventory
@@ -34,12 +34,12 @@ class AgentConnector:
         self._session = session
         self._timers = timers
 
-    def introduce(self, address: str, *, legacy: bool = False, expected_id: str = "") -> Introduction:
+    def probe(self, address: str, *, legacy: bool = False, expected_id: str = "") -> ProbeResult:
         check_address(address)
         identity = self._identity()
         if identity is None:
             with self._opened(address, None, AGENT_NAME) as line:
-                return self._introduction(address, line, expected_id, legacy_certificate=legacy)
+                return self._probe_result(address, line, expected_id, legacy_certificate=legacy)
         agent_id = expected_id
         if not agent_id:
             # By the name every agent of this Flux has: only to learn the ID it claims.
@@ -49,7 +49,7 @@ class AgentConnector:
         name = server_name(agent_id, legacy=False)
         try:
             with self._opened(address, identity, name) as line:
-                return self._introduction(address, line, agent_id, legacy_certificate=False)
+                return self._probe_result(address, line, agent_id, legacy_certificate=False)
         except AgentUnreachable as error:
             shown = names_shown(address, identity, AGENT_NAME, _TIMEOUT)
             if not shown or name in shown:
@@ -66,21 +66,21 @@ class AgentConnector:
                     f' `flux enroll {agent_id}`, or register it with "legacy": true'
                 ) from error
         with self._opened(address, identity, AGENT_NAME) as line:
-            return self._introduction(address, line, agent_id, legacy_certificate=True)
+            return self._probe_result(address, line, agent_id, legacy_certificate=True)
 
-    def connect(self, introduction: Introduction, events: ConnectionEvents) -> AgentClient:
+    def connect(self, probe: ProbeResult, events: ConnectionEvents) -> AgentClient:
         def new_line() -> Line:
-            agent_id, legacy = introduction.agent_id, introduction.legacy_certificate
+            agent_id, legacy = probe.agent_id, probe.legacy_certificate
             return Line(
-                introduction.address,
+                probe.address,
                 self._identity(),
                 server_name(agent_id, legacy=legacy),
                 self._timers,
                 agent_id=agent_id,
-                keepalive=introduction.inventory is not None,
+                keepalive=probe.inventory is not None,
             )
 
-        return AgentClient(introduction.agent_id, introduction.inventory, new_line, self._session, events)
+        return AgentClient(probe.agent_id, probe.inventory, new_line, self._session, events)
 
     @contextmanager
     def _opened(self, address: str, identity: Identity | None, name: str) -> Iterator[Line]:
@@ -94,12 +94,12 @@ class AgentConnector:
         finally:
             line.close()
 
-    def _introduction(self, address: str, line: Line, expected_id: str, *, legacy_certificate: bool) -> Introduction:
+    def _probe_result(self, address: str, line: Line, expected_id: str, *, legacy_certificate: bool) -> ProbeResult:
         report = self._report(line)
         _check_id(report.agent_id, address)
         if expected_id and report.agent_id != expected_id:
             raise AgentRefused(f"the agent at {address} is {report.agent_id}, not {expected_id}")
-        return Introduction(report.agent_id, address, report, self._inventory(line), legacy_certificate)
+        return ProbeResult(report.agent_id, address, report, self._inventory(line), legacy_certificate)
 
     def _report(self, line: Line) -> NodeReport:
         with line.call() as stub:

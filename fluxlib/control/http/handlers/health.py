@@ -12,7 +12,9 @@ from fluxlib.lifecycle import LoopReport
 
 
 def get(request: Request) -> Answer:
-    """503 when the store is away or the process is stopping: a balancer sends its requests elsewhere then.
+    """503 when the store is away, the process is stopping, or it has just started and has not reached its agents yet.
+
+    A balancer sends its requests elsewhere then.
 
     Warnings and errors in words only with a key: they tell strangers what is weak here.
     """
@@ -23,10 +25,11 @@ def get(request: Request) -> Answer:
     except StoreUnavailable as fault:
         error = fault.message
     stopping = status.stopping()
+    connecting = list(status.connecting())
     warnings = list(status.warnings())
     with_all = request.may_see_all
     data: dict[str, Any] = {
-        "status": "store unreachable" if error else "stopping" if stopping else "ok",
+        "status": "store unreachable" if error else "stopping" if stopping else "connecting" if connecting else "ok",
         "version": fluxlib.__version__,
         "store": "unreachable" if error else "ok",
         "stopping": stopping,
@@ -38,9 +41,14 @@ def get(request: Request) -> Answer:
         data["error"] = f"the store cannot be reached: {error}" if with_all else "the store cannot be reached"
     elif stopping:
         data["error"] = "this Flux is stopping"
+    elif connecting:
+        data["error"] = f"this Flux has just started and is still connecting to {len(connecting)} agents"
     if with_all:
         data["warnings"] = warnings
-    return json_answer(503 if error or stopping else 200, data, (("Cache-Control", "no-store"),))
+    headers: tuple[tuple[str, str], ...] = (("Cache-Control", "no-store"),)
+    if connecting:
+        headers += (("Retry-After", "1"),)
+    return json_answer(503 if error or stopping or connecting else 200, data, headers)
 
 
 def _loop(report: LoopReport, with_all: bool) -> dict[str, Any]:

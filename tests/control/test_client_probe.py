@@ -67,18 +67,18 @@ def made(place: Place, into: Path, names: list[str], start: timedelta, life: tim
 
 
 def test_an_agent_of_ours(place: Place, agent: Agent) -> None:
-    found = place.side.connector.introduce(agent.address)
+    found = place.side.connector.probe(agent.address)
     assert (found.agent_id, found.address, found.legacy_certificate) == ("worker-1", agent.address, False)
     assert found.inventory is not None
     assert "attach" in found.inventory.features
-    assert place.side.connector.introduce(agent.address, expected_id="worker-1").agent_id == "worker-1"
+    assert place.side.connector.probe(agent.address, expected_id="worker-1").agent_id == "worker-1"
     # Asked for as a legacy one it is still held to the name it has.
-    assert place.side.connector.introduce(agent.address, legacy=True).legacy_certificate is False
+    assert place.side.connector.probe(agent.address, legacy=True).legacy_certificate is False
 
 
 def test_another_id_than_expected(place: Place, agent: Agent) -> None:
     with pytest.raises((AgentRefused, AgentUnreachable), match="worker-1") as caught:
-        place.side.connector.introduce(agent.address, expected_id="worker-2")
+        place.side.connector.probe(agent.address, expected_id="worker-2")
     assert isinstance(caught.value, AgentRefused)
 
 
@@ -89,7 +89,7 @@ def test_one_agent_cannot_play_another(place: Place, original_agent: OriginalAge
         original_agent("worker-1", tls=tls) as (_, address),
         pytest.raises(AgentRefused, match="calls itself worker-1, but its certificate is that of worker-2"),
     ):
-        place.side.connector.introduce(address, legacy=True)
+        place.side.connector.probe(address, legacy=True)
 
 
 def test_a_certificate_without_an_id_only_where_it_is_asked_for(
@@ -98,8 +98,8 @@ def test_a_certificate_without_an_id_only_where_it_is_asked_for(
     tls = made(place, tmp_path / "certs", ["flux-agent"], timedelta(), timedelta(days=30))
     with original_agent("old-1", tls=tls) as (_, address):
         with pytest.raises(AgentRefused, match=r'carries no ID.*"legacy": true'):
-            place.side.connector.introduce(address)
-        found = place.side.connector.introduce(address, legacy=True)
+            place.side.connector.probe(address)
+        found = place.side.connector.probe(address, legacy=True)
         assert (found.legacy_certificate, found.inventory) == (True, None)
         with place.side.connected(address, legacy=True) as client:
             client.deploy()
@@ -109,7 +109,7 @@ def test_a_certificate_without_an_id_only_where_it_is_asked_for(
 def test_an_id_that_is_none(place: Place, original_agent: OriginalAgent) -> None:
     for claimed in ("flux", "..", "A_b"):
         with original_agent(claimed) as (_, address), pytest.raises(AgentRefused, match="cannot be an agent's ID"):
-            place.plain.connector.introduce(address)
+            place.plain.connector.probe(address)
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_a_certificate_out_of_its_time(
     names = ["flux-agent", "worker-9.agent.flux.internal"]
     tls = made(place, tmp_path / "certs", names, start, life)
     with original_agent("worker-9", tls=tls) as (_, address), pytest.raises(AgentUnreachable, match=said):
-        place.side.connector.introduce(address)
+        place.side.connector.probe(address)
 
 
 def test_an_agent_of_another_ca(place: Place, original_agent: OriginalAgent, tmp_path: Path) -> None:
     files = enrolled(tmp_path / "other", "worker-1", tmp_path / "certs")
     tls = (files["ca_cert"], files["cert_file"], files["key_file"])
     with original_agent("worker-1", tls=tls) as (_, address), pytest.raises(AgentUnreachable, match="another CA"):
-        place.side.connector.introduce(address)
+        place.side.connector.probe(address)
 
 
 def test_a_flux_of_another_ca_is_told_so(place: Place, agent: Agent, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_flux_of_another_ca_is_told_so(place: Place, agent: Agent, tmp_path: P
         side = Side(None, timers)
         side.identify(mixed)
         with pytest.raises(AgentUnreachable, match="Flux's own certificate, which is from another CA"):
-            side.connector.introduce(agent.address)
+            side.connector.probe(agent.address)
 
 
 def test_an_agent_is_no_flux(place: Place, agent: Agent) -> None:
@@ -152,22 +152,22 @@ def test_an_agent_is_no_flux(place: Place, agent: Agent) -> None:
         side.identify(Authority.open(place.flux.certs).issue_agent("worker-3"))
         # Its certificate is not a client's. One for both sides, as earlier versions made them, is refused by its names.
         with pytest.raises(AgentUnreachable, match="refuses Flux's certificate"):
-            side.connector.introduce(agent.address)
+            side.connector.probe(agent.address)
 
 
 def test_tls_on_one_side_only_is_named(place: Place, agent: Agent, bare_agent: Agent) -> None:
     with pytest.raises(AgentUnreachable, match=r"speaks TLS and Flux does not.*disable_grpc_tls"):
-        place.plain.connector.introduce(agent.address)
+        place.plain.connector.probe(agent.address)
     with pytest.raises(AgentUnreachable, match=r"does not speak TLS.*tls.enabled"):
-        place.side.connector.introduce(bare_agent.address)
-    assert place.plain.connector.introduce(bare_agent.address).agent_id == "bare"
+        place.side.connector.probe(bare_agent.address)
+    assert place.plain.connector.probe(bare_agent.address).agent_id == "bare"
 
 
 def test_nobody_there(place: Place) -> None:
     with pytest.raises(AgentUnreachable, match="nothing listens at"):
-        place.side.connector.introduce(f"127.0.0.1:{free_port()}")
+        place.side.connector.probe(f"127.0.0.1:{free_port()}")
     with pytest.raises(AgentUnreachable, match="no known host name"):
-        place.side.connector.introduce("no-such-host.invalid:50052")
+        place.side.connector.probe("no-such-host.invalid:50052")
 
 
 def test_something_else_there(place: Place) -> None:
@@ -188,9 +188,9 @@ def test_something_else_there(place: Place) -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         try:
             with pytest.raises(AgentUnreachable, match="a web server answers"):
-                place.plain.connector.introduce(address)
+                place.plain.connector.probe(address)
             with pytest.raises(AgentUnreachable, match="a web server answers"):
-                place.side.connector.introduce(address)
+                place.side.connector.probe(address)
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join(5)
@@ -215,4 +215,4 @@ def test_something_else_there(place: Place) -> None:
 )
 def test_addresses_that_are_none(place: Place, address: str) -> None:
     with pytest.raises(InvalidInput, match="no address of an agent"):
-        place.side.connector.introduce(address)
+        place.side.connector.probe(address)
