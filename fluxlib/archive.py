@@ -22,6 +22,7 @@ from calendar import timegm
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from fluxlib.errors import InvalidInput
 from fluxlib.handlers import HEAD, Head, unix_hint, unix_problem
@@ -49,6 +50,13 @@ _DRIVE = re.compile(r"[A-Za-z]:(?:/|$)")
 # What Windows alone refuses. CONIN$ and CONOUT$ are devices only by the whole name.
 _NOT_ON_WINDOWS = re.compile(r'[\x00-\x1f\\<>:"|?*]|(?:^|/)(?i:conin\$|conout\$)(?:/|$)|[. ](?:/|$)')
 _WINDOWS_DEVICE = re.compile(r"(?:^|/)(?i:con|prn|aux|nul|(?:com|lpt)[1-9\u00b9\u00b2\u00b3]) *(?:\.[^/]*)?(?:/|$)")
+
+
+Archive = bytes | BinaryIO
+"""A zip in memory, or a file that can be read and sought: one of two gigabytes need not be in memory."""
+# What tells a zip from what people send in its place.
+_BEGINNING = 1024
+_PIECE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +94,14 @@ class _Contents:
     old_names: list[str] = field(default_factory=list)  # read in the code page
 
 
-def digest_of(archive: bytes) -> str:
-    return hashlib.sha256(archive).hexdigest()
+def digest_of(archive: Archive) -> str:
+    if isinstance(archive, bytes):
+        return hashlib.sha256(archive).hexdigest()
+    archive.seek(0)
+    digest = hashlib.sha256()
+    while piece := archive.read(_PIECE):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def inspect(archive: bytes, handler: str, limits: Limits = DEFAULT_LIMITS) -> ArchiveInfo:
@@ -108,7 +122,7 @@ def inspect(archive: bytes, handler: str, limits: Limits = DEFAULT_LIMITS) -> Ar
 
 
 def unpack(
-    archive: bytes,
+    archive: Archive,
     handler: str,
     directory: Path,
     limits: Limits = DEFAULT_LIMITS,
@@ -121,7 +135,7 @@ def unpack(
     code asks for. Raises InvalidInput; the caller removes the directory then.
     """
     with _open(archive, limits.entries) as opened:
-        contents = _check(opened, len(archive), limits)
+        contents = _check(opened, _size_of(archive), limits)
         _head(opened, contents, handler)
         _check_for_system(contents, system)
         made = [directory]
@@ -144,9 +158,9 @@ def unpack(
 class _Zip(zipfile.ZipFile):
     """A zip whose entries are counted as they are read: each takes ten times the memory of its place in the zip."""
 
-    def __init__(self, archive: bytes, most: int) -> None:
+    def __init__(self, archive: Archive, most: int) -> None:
         self._entries = _Entries(most)
-        super().__init__(io.BytesIO(archive))
+        super().__init__(io.BytesIO(archive) if isinstance(archive, bytes) else archive)
 
     @property
     def filelist(self) -> list[zipfile.ZipInfo]:
@@ -168,13 +182,24 @@ class _Entries(list[zipfile.ZipInfo]):
         super().append(entry)
 
 
-def _open(archive: bytes, most: int) -> zipfile.ZipFile:
+def _size_of(archive: Archive) -> int:
+    return len(archive) if isinstance(archive, bytes) else archive.seek(0, os.SEEK_END)
+
+
+def _beginning(archive: Archive) -> bytes:
+    if isinstance(archive, bytes):
+        return archive
+    archive.seek(0)
+    return archive.read(_BEGINNING)
+
+
+def _open(archive: Archive, most: int) -> zipfile.ZipFile:
     try:
         return _Zip(archive, most)
     except UnicodeDecodeError as error:
         raise InvalidInput("the body is not a usable zip: it says that its names are UTF-8, and one is not") from error
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, struct.error, NotImplementedError) as error:
-        raise InvalidInput(f"the body is not a usable zip: {_what_instead(archive) or error}") from error
+        raise InvalidInput(f"the body is not a usable zip: {_what_instead(_beginning(archive)) or error}") from error
 
 
 def _what_instead(data: bytes) -> str:

@@ -12,6 +12,7 @@ a power cut left incomplete counts as not deployed: Flux sends it again.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from fluxlib import archive as archives
 from fluxlib.agent.diagnosis import head_of, this_platform
@@ -57,7 +59,8 @@ class Packages:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held while a disk is waited for: every start takes it
+        self._changing = threading.Lock()  # one change at a time; taken before the other
         self._installed: dict[str, Installed] = {}
         self._in_use: Counter[Path] = Counter()
         self._obsolete: set[Path] = set()
@@ -75,6 +78,11 @@ class Packages:
         self._doomed.put(None)
         self._remover.join(deadline.remaining())
 
+    def spool(self) -> BinaryIO:
+        """A file for an archive on its way here, gone when it is closed. On this disk: /tmp may be memory."""
+        directory = None if sys.platform == "win32" else self._directory
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=directory))
+
     def get(self, name: str) -> Installed | None:
         return self._installed.get(name)
 
@@ -89,7 +97,7 @@ class Packages:
         is for another system.
         """
         check_names(spec)
-        with self._lock:
+        with self._changing:
             known = self._installed.get(spec.name)
             code_dir = known.code_dir if known else None
             if code_dir is not None and not _is_file(code_dir, spec.handler):
@@ -100,7 +108,7 @@ class Packages:
             self._save(installed)
             return installed
 
-    def deploy(self, spec: FunctionSpec, spec_digest: str, code_digest: str, archive: bytes) -> Installed:
+    def deploy(self, spec: FunctionSpec, spec_digest: str, code_digest: str, archive: archives.Archive) -> Installed:
         """New code with its spec. Raises InvalidInput, OSError; then nothing has changed."""
         check_names(spec)
         actual = archives.digest_of(archive)
@@ -120,14 +128,15 @@ class Packages:
             else:
                 _check_handler(spec, target)
             files, size = _measure(target)
-            with self._lock:
+            with self._changing:
                 before = self._installed.get(spec.name)
                 installed = Installed(spec, spec_digest, actual, target, files, size)
                 self._save(installed)
-                self._obsolete.discard(target)
-                if before is not None and before.code_dir is not None and before.code_dir != target:
-                    self._obsolete.add(before.code_dir)
-                    self._remove_if_unused(before.code_dir)
+                with self._lock:
+                    self._obsolete.discard(target)
+                    if before is not None and before.code_dir is not None and before.code_dir != target:
+                        self._obsolete.add(before.code_dir)
+                        self._remove_if_unused(before.code_dir)
             return installed
         except BaseException:
             with self._lock:
@@ -140,7 +149,7 @@ class Packages:
 
     def remove(self, name: str) -> None:
         """Raises NotFound. What runs from it goes on to its end."""
-        with self._lock:
+        with self._changing, self._lock:
             known = self._installed.pop(name, None)
             if known is None:
                 raise NotFound(f"function {name} is not here")
@@ -200,11 +209,13 @@ class Packages:
             with self._lock:
                 self._remove_home(doomed.parent)
 
-    def _unpack(self, spec: FunctionSpec, archive: bytes, target: Path) -> None:
+    def _unpack(self, spec: FunctionSpec, archive: archives.Archive, target: Path) -> None:
         fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=_FRESH))
         try:
             archives.unpack(archive, spec.handler, fresh)
             _check_handler(spec, fresh)
+            # A power cut must not leave files of the right names and sizes that are full of zeros.
+            sync_file_system(fresh)
             with self._lock:
                 if not target.is_dir():  # else the same code came twice at once
                     os.rename(fresh, target)
@@ -227,7 +238,6 @@ class Packages:
 
     def _save(self, installed: Installed) -> None:
         home = self._directory / installed.spec.name
-        self._make_home(home)
         data = {
             "spec": installed.spec.to_json(),
             "spec_digest": installed.spec_digest,
@@ -235,18 +245,22 @@ class Packages:
             "files": installed.files,
             "bytes": installed.bytes,
         }
-        descriptor, temporary = tempfile.mkstemp(dir=home, prefix=".spec-")
+        with self._lock:
+            self._make_home(home)
+            # Nobody removes a home that has something in it.
+            descriptor, temporary = tempfile.mkstemp(dir=home, prefix=".spec-")
         try:
             with os.fdopen(descriptor, "w") as file:
                 json.dump(data, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, home / _SPEC)
+            with self._lock:
+                os.replace(temporary, home / _SPEC)
+                self._installed[installed.spec.name] = installed
+                self.revision += 1
         except BaseException:
             os.unlink(temporary)
             raise
-        self._installed[installed.spec.name] = installed
-        self.revision += 1
 
     def _load(self) -> None:
         for home in sorted(self._directory.iterdir()):
@@ -308,6 +322,19 @@ def _measure(directory: Path) -> tuple[int, int]:
     """(files, their bytes together): what an incomplete copy does not have."""
     sizes = [os.lstat(os.path.join(top, name)).st_size for top, _, names in os.walk(directory) for name in names]
     return len(sizes), sum(sizes)
+
+
+def sync_file_system(directory: Path) -> None:
+    """Until what was written below ``directory`` is on the disk: one call, whatever the number of files."""
+    if not sys.platform.startswith("linux"):
+        return
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), os.fspath(directory))
+    finally:
+        os.close(fd)
 
 
 def _folds_case() -> bool:

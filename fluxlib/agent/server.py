@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from fluxlib.agent.packages import Installed, Packages
 from fluxlib.agent.records import Records
 from fluxlib.agent.runs import Runs
 from fluxlib.agent.server_stream import Sessions, cancel_response
+from fluxlib.archive import Archive
 from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound
 from fluxlib.model import ErrorKind, ExecutionRecord, Inventory, kind_of
 from fluxlib.rpc import codec
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 FEATURES = ("attach", "deploy_stream", "get_executions", "read_output", "renew")
 # An original Flux waits 5 s for a cancel; what takes longer is dying all the same.
 _CANCEL_ANSWER = 4.0
-_SPOOL = 8 * 1024 * 1024
 # Each follower holds a thread of the server while it waits.
 MAX_FOLLOWERS = 200
 
@@ -110,7 +109,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             abort(context, InvalidInput("the first chunk must carry the header"))
         if first.total_bytes > self._max_archive:
             return _failed(pb.DeploymentAck, InvalidInput(f"the archive is larger than {self._max_archive >> 20} MiB"))
-        with tempfile.SpooledTemporaryFile(_SPOOL) as spool:
+        with self._packages.spool() as spool:
             size = 0
             for chunk in request_iterator:
                 size += len(chunk.data)
@@ -119,10 +118,9 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
                 spool.write(chunk.data)
             if size != first.total_bytes:
                 return _failed(pb.DeploymentAck, InvalidInput("the archive did not arrive whole"))
-            spool.seek(0)
-            return self._deploy(first.header, spool.read())
+            return self._deploy(first.header, spool)
 
-    def _deploy(self, package: pb.DeploymentPackage, archive: bytes) -> pb.DeploymentAck:
+    def _deploy(self, package: pb.DeploymentPackage, archive: Archive) -> pb.DeploymentAck:
         def deploy() -> Done:
             if package.HasField("config") and package.config.name:
                 spec, digest = codec.spec_from_message(package.config)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fluxlib.agent import packages as module
 from fluxlib.agent.packages import Packages
 from fluxlib.errors import InvalidInput, NotFound
 from fluxlib.lifecycle import Deadline
@@ -223,3 +226,66 @@ def test_deploys_at_once_leave_one_whole_version(packages: Packages, tmp_path: P
     name = current.code_dir.name
     wait_until(lambda: versions(tmp_path) == [name], "every other version to go", 5)
     assert reopened(tmp_path).states() == packages.states()
+
+
+def test_an_archive_in_a_file_is_not_read_into_memory(packages: Packages) -> None:
+    size = 24 * 1024 * 1024
+    with packages.spool() as spool:
+        with zipfile.ZipFile(spool, "w", zipfile.ZIP_STORED) as made:
+            made.writestr("main.sh", "#!/bin/sh\n")
+            made.writestr("data", os.urandom(size))
+        tracemalloc.start()
+        try:
+            installed = packages.deploy(SPEC, SPEC.digest(), "", spool)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert installed.code_dir is not None
+    assert (installed.code_dir / "data").stat().st_size == size
+    assert peak < size / 4
+
+
+def test_code_counts_as_deployed_once_it_is_on_the_disk(
+    packages: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def fails(directory: Path) -> None:
+        synced.extend(sorted(path.name for path in directory.iterdir()))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "sync_file_system", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        deploy(packages, ONE)
+    assert synced == ["data", "main.sh"]
+    assert packages.get("hello") is None
+    monkeypatch.undo()
+    deploy(packages, ONE)
+
+
+def test_a_start_does_not_wait_for_the_disk_of_a_change(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    deploy(packages, ONE)
+    syncing, go_on = threading.Event(), threading.Event()
+
+    def slow(fd: int) -> None:
+        syncing.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(module.os, "fsync", slow)
+    change = threading.Thread(target=packages.register, args=(SPEC, "another"))
+    change.start()
+    got: list[object] = []
+    start = threading.Thread(target=lambda: got.append(packages.acquire("hello")))
+    try:
+        assert syncing.wait(10)
+        start.start()
+        start.join(5)
+        assert got
+        assert got[0] is not None
+    finally:
+        go_on.set()
+        change.join(10)
+        start.join(10)
+    changed = packages.get("hello")
+    assert changed is not None
+    assert changed.spec_digest == "another"
