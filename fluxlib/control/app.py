@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fluxlib.config.control import ControlConfig
@@ -57,7 +58,7 @@ class Control:
         from fluxlib.control.agents.leadership import RENEW_EVERY, Leadership
         from fluxlib.control.agents.membership import Membership
         from fluxlib.control.agents.pushes import FunctionPusher
-        from fluxlib.control.agents.reconciler import AgentReconciler
+        from fluxlib.control.agents.reconciler import AgentReconciler, revoked_at
         from fluxlib.control.agents.renewal import CHECK_EVERY, OwnIdentity, Renewal
         from fluxlib.control.agents.replication import Replication
         from fluxlib.control.executions.service import ExecutionService
@@ -100,7 +101,8 @@ class Control:
             shared=shared,
             lease=lambda: leadership.lease,
         )
-        connector = AgentConnector(own.current if own is not None else lambda: None, session, timers)
+        revoked = partial(revoked_at, store)
+        connector = AgentConnector(own.current if own is not None else lambda: None, session, timers, revoked)
         reconciler = AgentReconciler(
             store,
             fleet,
@@ -162,7 +164,7 @@ class Control:
             membership,
             status,
             nodes=self._nodes.service if self._nodes is not None else None,
-            enrolment=EnrolmentService(authority, fleet, config.agent_port) if authority is not None else None,
+            enrolment=EnrolmentService(authority, fleet, config.agent_port, revoked) if authority is not None else None,
         )
         api = Api(self.services)
         reload = KeyReload(config.path, api.pipeline.keys.take)

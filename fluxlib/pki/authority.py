@@ -111,15 +111,21 @@ class Authority:
         due = is_due(found.not_after, self._ca_not_after, now)
         return not due and found.not_before <= now and FLUX_NAME in found.names
 
-    def issue_agent(self, agent_id: str) -> Identity:
-        """A new certificate and key for an agent; neither is kept. Raises InvalidInput for a bad ID."""
-        check_agent_id(agent_id)
-        return self._signer.new_agent(agent_id)
+    def issue_agent(self, agent_id: str, *, after: int = 0) -> Identity:
+        """A new certificate and key for an agent; neither is kept. Raises InvalidInput for a bad ID.
 
-    def sign_agent_csr(self, csr_pem: bytes, agent_id: str) -> tuple[bytes, float]:
-        """(certificate PEM, not_after) for the key an agent made itself. Raises InvalidInput."""
+        It is enrolled now, or just after ``after`` (epoch milliseconds) when the clock was set back since.
+        """
         check_agent_id(agent_id)
-        return self._signer.agent_of_request(csr_pem, agent_id)
+        return self._signer.new_agent(agent_id, max(_now_ms(), after + 1))
+
+    def sign_agent_csr(self, csr_pem: bytes, agent_id: str, *, enrolled: int = 0) -> tuple[bytes, float]:
+        """(certificate PEM, not_after) for the key an agent made itself. Raises InvalidInput.
+
+        ``enrolled``: when it was enrolled, to be kept; 0 = now.
+        """
+        check_agent_id(agent_id)
+        return self._signer.agent_of_request(csr_pem, agent_id, enrolled or _now_ms())
 
     def installation_id(self) -> str:
         """Made once: tells this installation's cloud nodes from everybody else's."""
@@ -175,6 +181,10 @@ def enrolment_files(identity: Identity, agent_id: str, port: int) -> dict[str, b
         "ca.pem": identity.ca_pem,
         "agent.yaml": config.encode(),
     }
+
+
+def _now_ms() -> int:
+    return int(utc_now().timestamp() * 1000)
 
 
 def _signer_class() -> type[Signer]:

@@ -6,6 +6,7 @@ signs certificates, when it does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,21 @@ class Identity:
 def agent_server_name(agent_id: str) -> str:
     """The name by which Flux knows one agent from another."""
     return agent_id + AGENT_DOMAIN
+
+
+def enrolment_name(agent_id: str, enrolled: int) -> str:
+    """The name that says when the agent was enrolled (epoch milliseconds). Renewed certificates keep it.
+
+    By it, certificates from before an agent was deregistered are told from later ones.
+    """
+    return f"e{enrolled}.{agent_server_name(agent_id)}"
+
+
+def enrolled_at(names: Sequence[str], agent_id: str) -> int:
+    """When the certificate with these names was enrolled; 0 for those of earlier versions."""
+    suffix = "." + agent_server_name(agent_id)
+    labels = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    return min((int(one[1:]) for one in labels if one[:1] == "e" and one[1:].isdecimal()), default=0)
 
 
 def check_agent_id(agent_id: str) -> None:

@@ -24,6 +24,7 @@ from fluxlib.pki.identity import (
     Identity,
     agent_server_name,
     check_authority_time,
+    enrolment_name,
     is_due,
     utc_now,
 )
@@ -104,22 +105,22 @@ class Signer:
             return f"lacks the name {FLUX_NAME}, by which agents know Flux"
         return ""
 
-    def new_agent(self, agent_id: str) -> Identity:
+    def new_agent(self, agent_id: str, enrolled: int) -> Identity:
         """With a key made here."""
         key = certs.new_key()
-        return self._identity(self._sign_agent(key.public_key(), agent_id), key)
+        return self._identity(self._sign_agent(key.public_key(), agent_id, enrolled), key)
 
-    def agent_of_request(self, csr_pem: bytes, agent_id: str) -> tuple[bytes, float]:
+    def agent_of_request(self, csr_pem: bytes, agent_id: str, enrolled: int) -> tuple[bytes, float]:
         """(certificate PEM, not_after) for the key an agent made itself. Raises InvalidInput."""
         try:
             public_key = certs.public_key_of_csr(csr_pem)
         except ValueError as error:
             raise InvalidInput(f"the certificate request of {agent_id} cannot be signed: {error}") from error
-        certificate = self._sign_agent(public_key, agent_id)
+        certificate = self._sign_agent(public_key, agent_id, enrolled)
         return certs.cert_pem(certificate), certificate.not_valid_after_utc.timestamp()
 
-    def _sign_agent(self, public_key: ec.EllipticCurvePublicKey, agent_id: str) -> x509.Certificate:
-        names = [AGENT_NAME, agent_server_name(agent_id)]
+    def _sign_agent(self, public_key: ec.EllipticCurvePublicKey, agent_id: str, enrolled: int) -> x509.Certificate:
+        names = [AGENT_NAME, agent_server_name(agent_id), enrolment_name(agent_id, enrolled)]
         # A common name holds 64 characters; IDs fit.
         return self._sign(public_key, agent_id, names, certs.AGENT_LIFE, utc_now(), certs.AGENT_USES)
 

@@ -518,6 +518,22 @@ def test_who_joins_and_leaves_at_one_is_known_at_the_others_before_their_next_ro
         assert there.membership.views() == []
 
 
+def test_an_agent_that_was_deregistered_and_came_back_elsewhere_is_connected_to_anew(pair: tuple[Fleet, Fleet]) -> None:
+    """Its former connection could go on with a certificate that is revoked by now."""
+    leader, follower = pair
+    leader.wire.add("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    former = follower.connection("w1")
+    leader.time[0] += 1
+    leader.membership.deregister("w1")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    assert former.closed
+    assert follower.connection("w1") is not former
+    assert follower.state("w1").takes_work
+
+
 def test_the_leaders_judgement_brings_nobody_back_who_was_deregistered_elsewhere(pair: tuple[Fleet, Fleet]) -> None:
     leader, follower = pair
     machine = leader.wire.add("w1")

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cryptography import x509
 from fluxlib.control.agents.client.connector import AgentConnector
 from fluxlib.control.agents.enrolment import EnrolmentService
 from fluxlib.control.agents.leadership import RENEW_EVERY
+from fluxlib.control.agents.reconciler import revoked_at
 from fluxlib.control.agents.renewal import OwnIdentity, Renewal
 from fluxlib.errors import AgentRefused, AgentUnreachable, Conflict, InvalidInput
 from fluxlib.lifecycle import Deadline, Loop, Timers
@@ -51,7 +53,7 @@ class Lab:
         self.lives += 1
         session = f"life-{self.lives}"
         timers = Timers("test-timers").start()
-        connector = AgentConnector(self.own.current, session, timers)
+        connector = AgentConnector(self.own.current, session, timers, partial(revoked_at, self.store))
         fleet = Fleet(self.store, connector, session=session, clock=Now(), interval=0.2, lost_after=60)
         leading = Loop("leadership", fleet.leadership.tick, RENEW_EVERY).start()
         fleet.health.start()
@@ -214,7 +216,7 @@ def test_flux_takes_a_new_certificate_of_its_own_without_a_restart(lab: Lab) -> 
 
 def test_an_enrolled_directory_starts_an_agent(lab: Lab, tmp_path: Path) -> None:
     with lab.life() as fleet:
-        service = EnrolmentService(lab.authority, fleet.agents, 50052)
+        service = EnrolmentService(lab.authority, fleet.agents, 50052, lambda agent_id: 0)
         for bad in ("flux", "flux-agent", "*.x", "../x", "Upper", ""):
             with pytest.raises(InvalidInput):
                 service.bundle(bad)
@@ -246,3 +248,41 @@ def test_what_is_remembered_of_an_agent_is_what_the_store_answers(lab: Lab) -> N
         fleet.membership.drain("worker-7")
         assert fleet.stored("worker-7") == fleet.state("worker-7").stored
         fleet.membership.deregister("worker-7")
+
+
+def test_a_deregistered_agents_certificate_is_refused_by_every_flux_until_it_is_enrolled_again(lab: Lab) -> None:
+    agent = lab.agent("worker-8")
+    files = [agent.home / "certs" / name for name in ("cert_file.pem", "key_file.pem")]
+    revoked = [file.read_bytes() for file in files]
+    said = "was revoked when the agent was deregistered: enrol it again"
+    with agent:
+        with lab.life() as fleet:
+            fleet.membership.register(agent.address, legacy=False)
+            fleet.membership.deregister("worker-8")
+            with pytest.raises(AgentRefused, match=said):
+                fleet.membership.register(agent.address, legacy=False)
+        with lab.life() as other, pytest.raises(AgentRefused, match=said):
+            other.membership.register(agent.address, legacy=False)
+
+        def restart_with(*contents: bytes) -> None:
+            agent.stop()
+            for file, content in zip(files, contents, strict=True):
+                file.write_bytes(content)
+            agent.start()
+
+        enrolled = lab.authority.issue_agent("worker-8")
+        restart_with(enrolled.cert_pem, enrolled.key_pem)
+        with lab.life() as fleet:
+            fleet.membership.register(agent.address, legacy=False)
+            # A renewed certificate is that of the same enrolment: connections are made anew under it.
+            soon = time.time() + 5 * DAY
+            fleet.agents.set_certificate_end(fleet.state("worker-8"), soon)
+            Renewal(lab.authority, lab.own, fleet.agents, fleet.leadership).tick(time.time())
+            assert fleet.state("worker-8").certificate_not_after > soon
+            fleet.connection_of("worker-8").reopen()
+            assert fleet.connection_of("worker-8").inventory() is not None
+            # The thief's turn, at the same address: a connection that is kept does not take it either.
+            connection = fleet.connection_of("worker-8")
+            restart_with(*revoked)
+            with pytest.raises(AgentUnreachable):
+                connection.inventory()

@@ -126,6 +126,7 @@ class Connection:
     def __init__(self, machine: Machine, events: ConnectionEvents) -> None:
         self.machine, self.events = machine, events
         self.original = machine.original
+        self.enrolled = 0
         self.failed: list[str] = []
         self.closed = False
         self.reopened = 0

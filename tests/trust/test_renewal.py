@@ -78,7 +78,7 @@ def started(running: Running, *args: str) -> Callable[[], dict[str, object]]:
 def test_both_sides_get_new_certificates_while_they_work(running: Running, directory: Path) -> None:
     forge = Forge(running.flux.certs)
     agent = Agent(directory, running.flux, "worker-1")
-    soon = forge.identity(*names("worker-1"), life=10 * DAY)
+    soon = forge.identity(*names("worker-1"), life=5 * DAY)
     (agent.home / "certs" / "cert_file.pem").write_bytes(soon.cert_pem)
     (agent.home / "certs" / "key_file.pem").write_bytes(soon.key_pem)
     go = directory / "go"
@@ -88,12 +88,12 @@ def test_both_sides_get_new_certificates_while_they_work(running: Running, direc
         running.flux.register(agent)
         running.api.deploy({"name": "slow", "handler": "run.sh"}, {"run.sh": script})
         assert "the certificate of agent worker-1 ends on" in running.warnings()
-        assert days_left(shown(agent.address, forge, name)) < 11
+        assert days_left(shown(agent.address, forge, name)) < 6
         before_all = started(running)
 
         running.renew()
         assert "worker-1" not in running.warnings()
-        assert days_left(shown(agent.address, forge, name)) > 360
+        assert days_left(shown(agent.address, forge, name)) > 29
         key = (agent.home / "certs" / "key_file.pem").read_bytes()
         assert key != soon.key_pem
         assert (agent.home / "certs" / "key_file.pem").stat().st_mode & 0o777 == 0o600

@@ -63,6 +63,10 @@ class AgentConnection(Protocol):
     def agent_id(self) -> str: ...
 
     @property
+    def enrolled(self) -> int:
+        """See ProbeResult.enrolled: a renewed certificate must keep it."""
+
+    @property
     def original(self) -> bool:
         """Whether it answers the original contract only."""
 
@@ -136,6 +140,8 @@ class ProbeResult:
     report: NodeReport
     inventory: Inventory | None  # None: an original agent
     legacy_certificate: bool = False  # its certificate carries no ID
+    # When its certificate was enrolled (epoch milliseconds), where only later ones than a revocation are taken.
+    enrolled: int = 0
 
 
 class Connector(Protocol):

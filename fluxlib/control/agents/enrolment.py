@@ -18,11 +18,17 @@ class EnrolmentService:
     """services.Enrolment."""
 
     def __init__(
-        self, authority: Authority, fleet: Fleet, agent_port: int, clock: Callable[[], float] = time.time
+        self,
+        authority: Authority,
+        fleet: Fleet,
+        agent_port: int,
+        revoked_at: Callable[[str], int],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._authority = authority
         self._fleet = fleet
         self._agent_port = agent_port
+        self._revoked_at = revoked_at
         self._clock = clock
 
     def bundle(self, agent_id: str) -> bytes:
@@ -31,7 +37,8 @@ class EnrolmentService:
         if self._fleet.get(agent_id) is not None:
             # A second key for the ID of a living agent would let its holder play that agent.
             raise Conflict(f"agent {agent_id} is registered: deregister it first to give its ID to another machine")
-        files = enrolment_files(self._authority.issue_agent(agent_id), agent_id, self._agent_port)
+        identity = self._authority.issue_agent(agent_id, after=self._revoked_at(agent_id))
+        files = enrolment_files(identity, agent_id, self._agent_port)
         written = time.gmtime(self._clock())[:6]
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:

@@ -49,6 +49,10 @@ class LegacyAgent:
         return self.connection.agent_id
 
     @property
+    def enrolled(self) -> int:
+        return self.connection.enrolled
+
+    @property
     def instance_id(self) -> str:
         return f"legacy-{self._restarts}"
 

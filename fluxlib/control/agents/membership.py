@@ -133,6 +133,12 @@ class Membership:
         )
 
     def deregister(self, agent_id: str) -> None:
+        # First: an agent that is gone while its certificate is still taken could not be deregistered again.
+        self._reconciler.revoke_certificates(self._agent(agent_id).record)
+        self.remove(agent_id)
+
+    def remove(self, agent_id: str) -> None:
+        """As :meth:`deregister`, for a node whose machine ends with its key: nothing is revoked."""
         agent = self._agent(agent_id)
         self._fleet.delete(agent)
         log.info("agent %s deregistered", agent_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
@@ -23,7 +24,7 @@ from fluxlib.control.agents.pushes import FunctionPusher
 from fluxlib.control.functions.deploy import FunctionService
 from fluxlib.errors import AgentRefused, AgentUnreachable, Conflict, FluxError
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import AgentStatus, FunctionState, Inventory
+from fluxlib.model import AgentRecord, AgentStatus, FunctionState, Inventory
 from fluxlib.pool import KeyedPool
 from fluxlib.store.base import ControlStore, Lease
 
@@ -36,6 +37,15 @@ ATTACH = "attach"
 
 def shown_id_note(agent_id: str) -> str:
     return f"agent-shown-id/{agent_id}"
+
+
+def revoked_at(store: ControlStore, agent_id: str) -> int:
+    """Certificates of this agent enrolled at or before that time (epoch milliseconds) are refused; 0 = none."""
+    return int(store.note(_revoked_note(agent_id)) or 0)
+
+
+def _revoked_note(agent_id: str) -> str:
+    return f"agent-revoked/{agent_id}"
 
 
 class ExecutionsPart(Protocol):
@@ -145,6 +155,14 @@ class AgentReconciler:
         if not probe.legacy_certificate and not shown:
             self._store.set_note(note, "yes")
         return probe
+
+    def revoke_certificates(self, record: AgentRecord) -> None:
+        """Refuse at every Flux the certificates the agent has, from its next connection on. Raises StoreUnavailable.
+
+        A certificate without an ID is not the agent's own: it cannot be told from other agents' and stays good.
+        """
+        if self._tls and not record.legacy_certificate:
+            self._store.set_note(_revoked_note(record.agent_id), str(time.time_ns() // 1_000_000))
 
     # -- one agent's steps -----------------------------------------------------------
 

@@ -115,7 +115,9 @@ class Renewal:
                     f"Flux's clock is {abs(days):.1f} days {'ahead of' if days > 0 else 'behind'} the agent's:"
                     " set the wrong one right"
                 )
-            certificate, not_after = self._authority.sign_agent_csr(request, agent.agent_id)
+            certificate, not_after = self._authority.sign_agent_csr(
+                request, agent.agent_id, enrolled=connection.enrolled
+            )
             connection.install_certificate(certificate, self._authority.ca_pem)
         except FluxError as error:
             log.warning("the certificate of agent %s could not be renewed: %s", agent.agent_id, error)

@@ -143,6 +143,13 @@ class Replication:
         leads = self._leadership.leads
         for record in self._store.agents():
             agent, stored = known.pop(record.agent_id, (None, record))
+            if agent is not None and stored.registered_at and record.registered_at != stored.registered_at:
+                # Deregistered and registered again since: its former connection may be one to a revoked certificate.
+                if self._fleet.get(record.agent_id) is not agent:
+                    continue  # by this process, a moment ago
+                self._fleet.remove(record.agent_id)
+                self._membership.let_go(agent, kill=False)
+                agent = None
             if agent is None:
                 agent = self._fleet.admit(record, now)
                 self._join(agent, now)

@@ -183,7 +183,7 @@ class NodeProvisioner:
             raise
         except ProviderError:
             if not creation.resumed:
-                self._membership.deregister(agent_id)
+                self._membership.remove(agent_id)
             # When a previous process asked for it, the refusal says nothing: it may run.
             raise
         creation.provider_id = node.provider_id

@@ -127,7 +127,7 @@ class NodeTerminator:
             self._fleet.set_problem(agent_id, f"termination failed, retrying: {error.message}")
             log.warning("node %s: termination failed, retrying: %s", agent_id, error.message)
             raise
-        self._membership.deregister(agent_id)
+        self._membership.remove(agent_id)
         self._retry_at.pop(agent_id, None)
         if record.provider:
             self.forget(agent_id)

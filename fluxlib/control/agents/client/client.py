@@ -47,8 +47,10 @@ class AgentClient:
         new_line: Callable[[], Line],
         session: str,
         events: ConnectionEvents,
+        enrolled: int = 0,
     ) -> None:
         self._agent_id = agent_id
+        self._enrolled = enrolled
         self._original = inventory is None
         self._features = frozenset(inventory.features) if inventory is not None else frozenset()
         self._lines = Lines(new_line)
@@ -62,6 +64,10 @@ class AgentClient:
     @property
     def agent_id(self) -> str:
         return self._agent_id
+
+    @property
+    def enrolled(self) -> int:
+        return self._enrolled
 
     @property
     def original(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from fluxlib.control.agents.client.channels import Line, check_address, server_name
 from fluxlib.control.agents.client.client import AgentClient
@@ -13,7 +14,7 @@ from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, InvalidInp
 from fluxlib.lifecycle import Timers
 from fluxlib.model import Inventory
 from fluxlib.pki import Identity
-from fluxlib.pki.identity import AGENT_DOMAIN, AGENT_NAME, check_agent_id
+from fluxlib.pki.identity import AGENT_DOMAIN, AGENT_NAME, check_agent_id, enrolled_at, enrolment_name
 from fluxlib.rpc import codec
 from fluxlib.rpc.codec import NodeReport
 from fluxlib.rpc.diagnosis import diagnose, names_shown
@@ -26,11 +27,19 @@ _TIMEOUT = 5.0  # seconds, of each call and of the handshake that finds a reason
 class AgentConnector:
     """See connection.Connector. ``identity`` answers the certificate Flux has now; None = plain text.
 
-    ``session`` names this life of Flux to the agents.
+    ``session`` names this life of Flux to the agents. ``revoked_at(agent_id)``: certificates of this agent enrolled at
+    or before that time (epoch milliseconds) are refused; 0 = none. It may raise StoreUnavailable.
     """
 
-    def __init__(self, identity: Callable[[], Identity | None], session: str, timers: Timers) -> None:
+    def __init__(
+        self,
+        identity: Callable[[], Identity | None],
+        session: str,
+        timers: Timers,
+        revoked_at: Callable[[str], int] = lambda agent_id: 0,
+    ) -> None:
         self._identity = identity
+        self._revoked_at = revoked_at
         self._session = session
         self._timers = timers
 
@@ -47,7 +56,10 @@ class AgentConnector:
                 agent_id = self._report(line).agent_id
             _check_id(agent_id, address)
         name = server_name(agent_id, legacy=False)
+        revoked_at = self._revoked_at(agent_id)
         try:
+            if revoked_at:
+                return self._probe_enrolled_after(revoked_at, address, identity, agent_id)
             with self._opened(address, identity, name) as line:
                 return self._probe_result(address, line, agent_id, legacy_certificate=False)
         except AgentUnreachable as error:
@@ -68,19 +80,38 @@ class AgentConnector:
         with self._opened(address, identity, AGENT_NAME) as line:
             return self._probe_result(address, line, agent_id, legacy_certificate=True)
 
+    def _probe_enrolled_after(self, revoked_at: int, address: str, identity: Identity, agent_id: str) -> ProbeResult:
+        """Where certificates were revoked: by the name of one enrolled later, which every handshake checks anew."""
+        name = server_name(agent_id, legacy=False)
+        shown = names_shown(address, identity, name, _TIMEOUT)
+        if not shown:
+            raise AgentUnreachable(
+                diagnose(address, identity, name, _TIMEOUT) or f"the certificate of the agent at {address} is not shown"
+            )
+        enrolled = enrolled_at(shown, agent_id)
+        if enrolled <= revoked_at:
+            raise AgentRefused(
+                f"the certificate of agent {agent_id} at {address} was revoked when the agent was deregistered:"
+                f" enrol it again (flux enroll {agent_id}), and restart it with the new files"
+            )
+        with self._opened(address, identity, enrolment_name(agent_id, enrolled)) as line:
+            found = self._probe_result(address, line, agent_id, legacy_certificate=False)
+            return replace(found, enrolled=enrolled)
+
     def connect(self, probe: ProbeResult, events: ConnectionEvents) -> AgentClient:
         def new_line() -> Line:
-            agent_id, legacy = probe.agent_id, probe.legacy_certificate
+            agent_id, enrolled = probe.agent_id, probe.enrolled
+            name = server_name(agent_id, legacy=probe.legacy_certificate)
             return Line(
                 probe.address,
                 self._identity(),
-                server_name(agent_id, legacy=legacy),
+                enrolment_name(agent_id, enrolled) if enrolled else name,
                 self._timers,
                 agent_id=agent_id,
                 keepalive=probe.inventory is not None,
             )
 
-        return AgentClient(probe.agent_id, probe.inventory, new_line, self._session, events)
+        return AgentClient(probe.agent_id, probe.inventory, new_line, self._session, events, probe.enrolled)
 
     @contextmanager
     def _opened(self, address: str, identity: Identity | None, name: str) -> Iterator[Line]:
