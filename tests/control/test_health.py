@@ -177,6 +177,28 @@ def test_a_life_that_is_greeted_brings_nobody_back_before_the_leader_says_so(pai
     assert follower.state("w1").instance_id == machine.instance
 
 
+def test_a_follower_tries_again_what_failed_while_the_store_was_away(
+    pair: tuple[Fleet, Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, follower = pair
+    machine = leader.wire.add("w1")
+    machine.features = ("attach", "deploy_stream")
+    leader.membership.register("w1:50052", legacy=False)
+    both(leader, follower, 2)
+    machine.restart()
+
+    def away() -> int:
+        raise StoreUnavailable("away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(follower.functions, "refresh", away)
+        follower.connection("w1").events.greeted(machine.instance)
+        follower.settle()
+    assert not follower.state("w1").takes_work
+    both(leader, follower, 2)
+    assert follower.state("w1").takes_work
+
+
 def test_a_life_greeted_on_a_connection_that_was_replaced_says_nothing(fleet: Fleet) -> None:
     machine = fleet.wire.add("w2")
     machine.features = ("attach", "deploy_stream")

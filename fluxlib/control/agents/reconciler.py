@@ -106,14 +106,17 @@ class AgentReconciler:
             return False
         if self._overdue(agent, now):
             return True
-        if agent.connection is None or agent.state is SyncState.CONNECTING:
+        follows = self._leadership.term is None
+        if agent.connection is None:
             # Nobody has been reached there: failures to connect stand for missed health checks.
-            return self._leadership.term is not None and now >= agent.retry_at
+            return not follows and now >= agent.retry_at
+        if agent.state is SyncState.CONNECTING:
+            return now >= agent.retry_at
         if agent.synced and agent.present and self._functions_differ(agent):
             return True
-        return (
-            answered and now >= agent.retry_at and (not agent.synced or agent.behind or not agent.executions_compared)
-        )
+        differs = not agent.synced or agent.behind or not agent.executions_compared
+        # A follower asks nobody: that an agent answers is what the leader says.
+        return differs and now >= agent.retry_at and (answered or (follows and agent.present))
 
     def wait(self, agent: Agent, seconds: float) -> bool:
         """Until there is nothing to do for the agent, and executions can be sent; False when that takes longer."""
