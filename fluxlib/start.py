@@ -12,8 +12,13 @@ import sys
 _SPAWNER = "--flux-spawner"
 
 
-def start(arguments: list[str], default: str = "serve") -> int:
-    """Run the command that ``arguments`` name; ``default`` when they name none. The exit code."""
+def start(arguments: list[str] | None = None, default: str = "serve") -> int:
+    """Run the command that ``arguments`` name; ``default`` when they name none. The exit code.
+
+    Without ``arguments`` those of this process, as the installed command calls it.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
     if arguments and arguments[0] == _SPAWNER and sys.platform != "win32":
         from fluxlib.spawner import main as spawner
 

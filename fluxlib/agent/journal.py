@@ -29,6 +29,7 @@ class Journal:
         self._waiting: dict[str, tuple[ExecutionRecord, float | None]] = {}
         self._being_written: dict[str, tuple[ExecutionRecord, float | None]] = {}
         self._stopping = False
+        self.written = 0  # how many records the store was told
         self._thread = threading.Thread(target=self._run, name="record-journal", daemon=True)
         self._thread.start()
 
@@ -67,6 +68,7 @@ class Journal:
                 except Exception:
                     log.exception("the record of %s cannot be kept", record.execution_id)
             with self._condition:
+                self.written += len(self._being_written)
                 self._being_written = {}
 
     def stop(self, deadline: Deadline) -> None:

@@ -50,6 +50,7 @@ class Records:
         self._outputs: OrderedDict[str, int] = OrderedDict()  # bytes kept of each ended execution, oldest first
         self._outputs_bytes = 0
         self._removed = 0
+        self._flushed = 0  # so many of the journal's records were in the store for certain
         self.problem = ""
         self.over: Callable[[], object] = lambda: None  # called when ``tick`` has outputs to remove
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -162,9 +163,11 @@ class Records:
         with self._lock:
             found = self._recent.get(execution_id)
         found = found or self._journal.find(execution_id) or self._store.record(execution_id)
-        if found is None:
-            # It may be on its way through the store's own queue.
+        written = self._journal.written
+        if found is None and written != self._flushed:
+            # It may be on its way through the store's own queue. Asking for what never was must not cost a write each.
             self._store.flush(5)
+            self._flushed = written
             found = self._store.record(execution_id)
         return None if found is None or found.error_kind.nothing_started else found
 
@@ -221,11 +224,14 @@ class Records:
                     break
                 execution_id = next(iter(self._outputs))
                 self._uncount(execution_id)
-                self._drop(execution_id)
             found = self._ended(execution_id)
             if found is not None:
                 warnings = (*found.warnings, _REMOVED)
                 kept = replace(found, output=b"", truncated=True, warnings=warnings)
+                with self._lock:
+                    # The store has the old one until the new one is through its queue.
+                    self._drop(execution_id)
+                    self._remember(kept)
                 self._journal.put(kept, found.status_at + self._keep_for)
             self._unlink(execution_id)
             removed += 1

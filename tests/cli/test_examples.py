@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,12 @@ def test_the_example_functions_are_functions(top: Path, name: str) -> None:
 
 def test_the_settings_page_is_current(top: Path) -> None:
     assert (top / "docs" / "settings.md").read_text().endswith(settings_markdown()), "run `make docs`"
+
+
+def test_the_installed_command_starts(top: Path) -> None:
+    """As pip's wrapper calls it: without an argument."""
+    module, _, name = tomllib.loads((top / "pyproject.toml").read_text())["project"]["scripts"]["flux"].partition(":")
+    wrapper = f"import sys; from {module} import {name}; sys.argv = ['flux', '--version']; sys.exit({name}())"
+    done = subprocess.run([sys.executable, "-c", wrapper], cwd=top, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("flux")
