@@ -52,7 +52,7 @@ class Run(Program):
         super().ready()
         said = self.log.read_text()
         # On a busy machine the greeting does not wait for the agent for ever.
-        return "Ctrl-C stops both" in said and "is in step" in said
+        return "Ctrl-C stops both" in said and "is synchronized" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a Unix shell's lines")

@@ -22,7 +22,7 @@ class Run(Program):
 
     def ready(self) -> bool:
         super().ready()
-        return "is in step" in self.log.read_text()
+        return "is synchronized" in self.log.read_text()
 
 
 def uninstall(top: Path, state: Path, venv: Path) -> subprocess.CompletedProcess[str]:
