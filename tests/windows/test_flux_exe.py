@@ -148,12 +148,13 @@ def test_a_taken_port_is_explained_and_the_window_stays(lab: Lab, home: Path) ->
 
 def test_a_bad_file_is_explained_and_the_window_stays(lab: Lab, home: Path) -> None:
     (home / "flux.yaml").write_text("api_key: short\nport: many\ncolour: red\n")
-    flux = failing(lab, home)
+    flux = failing(lab, home, 78)
     for words in ("port: must be a whole number", "colour: unknown key", "rename it and start again"):
         assert words in flux.words
 
 
 def test_an_agent_without_configuration_says_where_it_looked(lab: Lab, programs: Path, tmp_path: Path) -> None:
+    shutil.rmtree(lab.prefix / "drive_c" / "ProgramData" / "flux-agent", ignore_errors=True)
     done = subprocess.run(
         ["wine", programs / "flux-agent.exe"],
         cwd=tmp_path,
@@ -170,10 +171,12 @@ def test_an_agent_without_configuration_says_where_it_looked(lab: Lab, programs:
 def unpacked(lab: Lab) -> list[Path]:
     """The directories that our programs have unpacked themselves into."""
     users = lab.prefix / "drive_c" / "users"
-    return [path.parent for path in users.glob("*/AppData/Local/Temp/_MEI*/0-flux.txt")]
+    # Wine's own place for temporary files, and Windows'.
+    found = [*users.glob("*/Temp/_MEI*/0-flux.txt"), *users.glob("*/AppData/Local/Temp/_MEI*/0-flux.txt")]
+    return [path.parent for path in found]
 
 
-def failing(lab: Lab, home: Path) -> DoubleClicked:
+def failing(lab: Lab, home: Path, code: int = 1) -> DoubleClicked:
     """A start that fails: it must say so and wait for Enter, then end."""
     flux = DoubleClicked(lab, home)
     with flux.log.open("ab") as log:
@@ -184,7 +187,7 @@ def failing(lab: Lab, home: Path) -> DoubleClicked:
         assert flux.process.stdin is not None
         flux.process.stdin.write(b"\n")
         flux.process.stdin.close()
-        assert flux.process.wait(30) == 1
+        assert flux.process.wait(30) == code
     finally:
         flux.kill()
     return flux
