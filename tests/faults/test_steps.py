@@ -10,7 +10,7 @@ import pytest
 from fluxlib.store import open_control_store
 from tests.faults.rig import Marks, SyncCall, account, deploy, pass_time, settle
 from tests.faults.test_table import _FAST, Redis, World, at_burst, recovered, world
-from tests.support.programs import Agent, Flux, wait_until
+from tests.support.programs import Agent, Flux, enrolled, wait_until
 
 __all__ = ["world"]
 
@@ -56,6 +56,10 @@ def test_killed_while_it_deregisters(world: World) -> None:
     world.flux.start()
     records = settle(world.flux.api, "job", 60)
     account(records, world.accepted, world.marks)
+    # Its certificates may be revoked by now: it is enrolled again, as whoever deregistered it would.
+    world.agent.stop()
+    enrolled(world.flux.certs, "worker-1", world.agent.home / "certs")
+    world.agent.start()
     if not world.flux.status_of("worker-1"):
         world.flux.register(world.agent)
     recovered(world)
