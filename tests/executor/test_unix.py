@@ -361,7 +361,8 @@ def test_a_sandbox_outlives_its_invocations(whole: UnixExecutor) -> None:
         assert sandbox.figures().out_of_memory is False
     sandbox.destroy()
     assert sandbox.group is None or not os.path.exists(sandbox.group.path)
-    assert not sandbox.directory or not os.path.exists(f"{sandbox.directory}/file")
+    gone = f"{sandbox.directory}/file"
+    wait_until(lambda: not sandbox.directory or not os.path.exists(gone), "its files to be removed")
 
 
 def test_a_destroyed_sandbox_tells_the_end_of_what_ran(whole: UnixExecutor) -> None:

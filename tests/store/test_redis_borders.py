@@ -211,7 +211,7 @@ def test_a_replica_is_refused(tmp_path: Path) -> None:
 
 
 def test_tls_with_a_ca_of_ones_own(tmp_path: Path) -> None:
-    identity = Authority.open(tmp_path / "certs").flux_identity()
+    identity = Authority.open(tmp_path / "certs").issue_agent("redis")  # a server's certificate
     for name, pem in (("ca.pem", identity.ca_pem), ("cert.pem", identity.cert_pem), ("key.pem", identity.key_pem)):
         (tmp_path / name).write_bytes(pem)
     secured = free_port()
