@@ -300,10 +300,8 @@ def test_removing_leaves_what_was_made(host: Host) -> None:
 
 def test_purging_leaves_nothing(host: Host) -> None:
     host.run("dpkg -P flux flux-agent", timeout=300)
-    left = host.run(
     others = " ".join(f"-not -path '{directory}/*'" for directory in ("/root", "/home", "/opt", "/proc"))
     left = host.run(f"find / -xdev -name '*flux*' {others}")
-    )
     # systemd's journal and dpkg's own log are the machine's.
     assert left.split() == []
     assert host.machine.status("getent passwd flux flux-runner") != 0
