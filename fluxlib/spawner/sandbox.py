@@ -200,9 +200,10 @@ class Sandbox:
                 "CAP_SYS_RESOURCE is missing: functions can undo that they go first when the machine has no memory left"
             )
         if Step.PRIVILEGES in self._steps:
-            with _step("give up privileges"):
+            with _step("start programs in their cgroups (clone3)"):
                 if not linux.clone3_is_there():
-                    raise OSError(errno.ENOSYS, "clone3 is refused here, so programs cannot be born in their cgroups")
+                    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            with _step("give up privileges"):
                 linux.drop_bounding_set()
                 linux.make(linux.prctl(linux.PR_SET_DUMPABLE, 0))
             _set_login_user(users)

@@ -54,4 +54,6 @@ def test_a_unit_without_namespaces_has_minimal(agent: GuestAgent) -> None:
 
 def test_a_unit_that_hides_clone3(agent: GuestAgent) -> None:
     with _poorer(agent.machine, "RestrictNamespaces=ipc mnt pid uts net cgroup"):
-        _refuses(agent, "default", "clone3 is refused here, so programs cannot be born in their cgroups")
+        _refuses(
+            agent, "default", "(clone3): Function not implemented: take RestrictNamespaces= out of the agent's unit"
+        )

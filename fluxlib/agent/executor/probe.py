@@ -81,7 +81,9 @@ def require(profile: str, host: Host) -> None:
 def explain(profile: str, step: str, number: int) -> Unenforceable:
     """The error for a step that this host refused."""
     advice = "see docs/isolation.md for what the profile needs"
-    if profile != MINIMAL and number in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
+    if "clone3" in step:
+        advice = "take RestrictNamespaces= out of the agent's unit, which hides that call"
+    elif profile != MINIMAL and number in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
         advice = "choose `isolation: minimal`, which needs no namespaces, or let the agent have them"
     reason = os.strerror(number) if number else "no reason given"
     return Unenforceable(
