@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.fuzz.test_agent import generated, mutated, seeds
-from tests.support.programs import API_KEY, Agent, Flux
+from tests.support.programs import API_KEY, Agent, Flux, enrolled
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3600)]
 
@@ -110,6 +110,11 @@ class Ground:
     def mend(self, label: str) -> None:
         """What a request may have taken away is given back for the next one."""
         if label in ("DELETE /agents/{agent_id}", "POST /agents/{agent_id}/drain"):
+            if not self.flux.status_of(self.agent.agent_id):
+                # Deregistered: its certificates are revoked.
+                self.agent.stop()
+                enrolled(self.flux.certs, self.agent.agent_id, self.agent.home / "certs")
+                self.agent.start()
             self.flux.register(self.agent)
             self.flux.api.call("POST", f"/agents/{self.agent.agent_id}/undrain")
         elif label == "DELETE /functions/{name}":

@@ -15,7 +15,10 @@ from tests.support.programs import API_KEY, Api, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-GOOD = {"flux": f"api_key: {API_KEY}\n", "flux-agent": "agent_id: worker-1\n"}
+GOOD = {
+    "flux": f"api_key: {API_KEY}\n",
+    "flux-agent": "agent_id: worker-1\ntls: {enabled: false}\nisolation: 'off'\n",
+}
 
 
 def _call(package: Package, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
