@@ -47,7 +47,7 @@ def _idle() -> Section:
     pss = sum(one.pss for family in held.values() for one in family) / 1e6
     total = sum(rss.values())
     return Section(
-        "Idle: Flux with one agent in step",
+        "Idle: Flux with one synchronized agent",
         ["process", "RSS MB", "CPU %"],
         [*([name, rss[name], idle.get(name, "")] for name in rss), ["together", total, sum(idle.values())]],
         notes=[

@@ -79,7 +79,7 @@ class System:
 
 @contextmanager
 def system(agents: int = 1, *, settings: dict[str, Any] | None = None, **agent_settings: Any) -> Iterator[System]:
-    """A Flux with ``settings`` and its agents over mTLS, in step. Everything is gone afterwards."""
+    """A Flux with ``settings`` and its agents over mTLS, synchronized. Everything is gone afterwards."""
     with floor.workshop() as directory, ExitStack() as stack:
         flux = stack.enter_context(Flux(directory, **(settings or {})))
         fleet = []

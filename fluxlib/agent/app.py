@@ -139,7 +139,7 @@ class Agent:
         return self._listener.port
 
     def stop(self, seconds: float | None = None) -> None:
-        """Tell every Flux, let what runs finish, kill what does not, then take the floor away.
+        """Shut down gracefully: announce it, drain, kill stragglers, release resources.
 
         ``seconds`` is what all of it may take, by default what agent.yaml says and the time to kill.
         New work is refused first, so that the wait ends; the server stays until the last answer has been

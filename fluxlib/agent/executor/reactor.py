@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _READ_SIZE = 256 * 1024
 _QUICK_READS = 8
 _COALESCE = 0.02
+# Between two reads of output that is past its cap and thrown away: what a flood costs the agent (seconds).
+_DISCARD_EVERY = 0.04
 # A new pipe is watched from then on: a program that fills it at once waits no longer than this (seconds).
 _UNWATCHED = 0.01
 _PIPE_SIZE = 1024 * 1024
@@ -243,7 +245,7 @@ class Reactor:
                 fcntl.fcntl(pipe.fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         self._poller.unregister(pipe.fd)
         pipe.resting = True
-        self._resting.append((time.monotonic() + _COALESCE, pipe))
+        self._resting.append((time.monotonic() + (_COALESCE if pipe.wanted else _DISCARD_EVERY), pipe))
 
     def _end_rests(self) -> None:
         now = time.monotonic()
