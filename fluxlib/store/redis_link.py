@@ -179,7 +179,7 @@ class RedisLink:
                 try:
                     self._send(batch)
                 except Exception as error:
-                    unavailable = self._unavailable(error)
+                    unavailable = error if isinstance(error, StoreUnavailable) else self._unavailable(error)
                     log.error("%s: %d writes failed: %s", self._name, len(batch), unavailable.message)
                     for pending in batch:
                         if pending.error is None:
@@ -190,6 +190,7 @@ class RedisLink:
                 return
 
     def _send(self, batch: list[Pending[Call]]) -> None:
+        self._connect()
         answers = self._pipeline(batch)
         if any(isinstance(answer, NoScriptError) for answer in answers):
             # Redis was restarted. The whole batch again, in its order: a later write may rest on an earlier one.
@@ -203,6 +204,18 @@ class RedisLink:
                 pending.result = pending.work.read(answer)
             except FluxError as error:
                 pending.error = error
+
+    def _connect(self) -> None:
+        """Raises StoreUnavailable when nobody can be reached. Nothing was sent then, which an error of the pipeline
+        does not prove: it may have been sent once on a connection that broke.
+        """
+        try:
+            pool = self._redis.connection_pool
+            pool.release(pool.get_connection())
+        except (RedisError, OSError) as error:
+            unavailable = self._unavailable(error)
+            unavailable.nothing_written = True
+            raise unavailable from error
 
     def _pipeline(self, batch: list[Pending[Call]]) -> list[Any]:
         pipeline = self._redis.pipeline(transaction=False)

@@ -130,7 +130,7 @@ class SqliteFile:
                         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                         synced = durable
                 except sqlite3.Error as error:
-                    self._fail(connection, batch, error)
+                    self._fail(connection, batch, error, nothing_written=True)
                 else:
                     self._commit_or_fail(connection, batch)
                 for pending in batch:
@@ -141,18 +141,24 @@ class SqliteFile:
 
     def _commit_or_fail(self, connection: sqlite3.Connection, batch: list[Pending[Write]]) -> None:
         try:
-            self._commit(connection, batch)
+            self._apply(connection, batch)
         except Exception as error:
             if len(batch) == 1 or isinstance(error, sqlite3.OperationalError):
-                self._fail(connection, batch, error)
+                self._fail(connection, batch, error, nothing_written=True)
                 return
             # One of them is at fault, and the others only shared its transaction.
             self._roll_back(connection)
             for pending in batch:
                 pending.error = None
                 self._commit_or_fail(connection, [pending])
+            return
+        try:
+            connection.execute("COMMIT")
+        except Exception as error:
+            # Its frames may be in the WAL, where the next start could find them.
+            self._fail(connection, batch, error, nothing_written=False)
 
-    def _commit(self, connection: sqlite3.Connection, batch: list[Pending[Write]]) -> None:
+    def _apply(self, connection: sqlite3.Connection, batch: list[Pending[Write]]) -> None:
         if any(pending.durable for pending in batch) and _identity(self._path) != self._identity:
             raise sqlite3.OperationalError(
                 "its file was removed or replaced while Flux uses it, and what is written now would be gone after the"
@@ -165,15 +171,18 @@ class SqliteFile:
             except FluxError as error:
                 # A condition that did not hold; such a write has changed nothing.
                 pending.error = error
-        connection.execute("COMMIT")
 
-    def _fail(self, connection: sqlite3.Connection, batch: list[Pending[Write]], error: Exception) -> None:
+    def _fail(
+        self, connection: sqlite3.Connection, batch: list[Pending[Write]], error: Exception, *, nothing_written: bool
+    ) -> None:
         self._roll_back(connection)
         self._note_damage(error)
         log.error("%s: %d writes to %s failed: %s", self._name, len(batch), self._path, error)
         for pending in batch:
             if pending.error is None:
-                pending.error = StoreUnavailable(f"the store {self._path} cannot be written: {reason_of(error)}")
+                unavailable = StoreUnavailable(f"the store {self._path} cannot be written: {reason_of(error)}")
+                unavailable.nothing_written = nothing_written
+                pending.error = unavailable
 
     def _note_damage(self, error: Exception) -> None:
         if is_damage(error) and not self._damage:

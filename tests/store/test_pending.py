@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,3 +120,23 @@ def test_what_follows_a_write_may_read(file: SqliteFile) -> None:
     file.write(lambda db: db.execute("INSERT INTO t VALUES (1)")).then(follow)
     assert done.wait(4)
     assert seen == [(None, [(1,)])]
+
+
+def test_a_refused_write_says_whether_nothing_was_written(file: SqliteFile) -> None:
+    def faulty(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO t VALUES (1)")
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with pytest.raises(StoreUnavailable, match="disk I/O error") as undone:
+        file.write(faulty).wait()
+    assert undone.value.nothing_written
+    assert file.read("SELECT n FROM t") == []
+
+    # Only the commit finds this one at fault, as it would a disk that cannot sync.
+    deferred = "CREATE TABLE child (n INTEGER REFERENCES parent(n) DEFERRABLE INITIALLY DEFERRED)"
+    file.write(lambda db: (db.execute("CREATE TABLE parent (n INTEGER PRIMARY KEY)"), db.execute(deferred))).wait()
+    with pytest.raises(StoreUnavailable, match="FOREIGN KEY") as unknown:
+        file.write(lambda db: db.execute("INSERT INTO child VALUES (1)")).wait()
+    assert not unknown.value.nothing_written
+    file.write(lambda db: db.execute("INSERT INTO t VALUES (2)")).wait()
+    assert file.read("SELECT n FROM t") == [(2,)]

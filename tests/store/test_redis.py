@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -207,6 +208,37 @@ def test_a_redis_that_is_away_is_said_to_be_and_its_return_is_noticed(tmp_path: 
         finally:
             store.close()
             records.close()
+
+
+def test_a_write_that_nobody_could_be_sent_is_told_from_one_that_may_have_been_made(
+    server: RedisServer, store: RedisControlStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keep(store, "e-1")
+    pipeline = store._link._pipeline
+
+    def broken(batch: list[Any]) -> list[Any]:
+        pipeline(batch)
+        raise redis.ConnectionError("Error 111 connecting to 127.0.0.1. Connection refused.")
+
+    # It was made before its connection broke, whatever the error of the second attempt says.
+    with monkeypatch.context() as patch:
+        patch.setattr(store._link, "_pipeline", broken)
+        commit = store.create_execution(entry("e-2"), durable=True)[1]
+        with pytest.raises(StoreUnavailable) as unknown:
+            commit.wait()
+    assert not unknown.value.nothing_written
+    assert store.execution("e-2") is not None
+
+    with RedisServer(tmp_path) as other:
+        away = RedisControlStore(other.address)
+        try:
+            keep(away, "e-1")
+            other.kill()
+            with pytest.raises(StoreUnavailable, match="cannot be reached") as refused:
+                away.create_execution(entry("e-2"), durable=True)[1].wait()
+            assert refused.value.nothing_written
+        finally:
+            away.close()
 
 
 def test_an_agents_records_wait_for_a_redis_that_is_away(tmp_path: Path) -> None:
