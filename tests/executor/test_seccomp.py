@@ -96,7 +96,7 @@ def test_the_kernel_takes_it_and_holds_to_it() -> None:
     if pid == 0:
         report = []
         try:
-            linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+            linux.make(linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1))
             linux.make(linux.install_filter(filtered.program))
             libc = ctypes.CDLL(None, use_errno=True)
             numbers = seccomp.SYSCALLS[linux.MACHINE]

@@ -106,13 +106,21 @@ class Sshd:
         assert self._process is not None
         import psutil
 
-        children = psutil.Process(self._process.pid).children(recursive=True)
-        for child in children:
-            child.suspend()
+        # A session that has just logged in may be about to fork the process that serves it; a stopped one forks no more.
+        stopped: set[psutil.Process] = set()
         try:
+            while new := set(psutil.Process(self._process.pid).children(recursive=True)) - stopped:
+                for child in new:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.suspend()
+                        wait_until(
+                            lambda child=child: child.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE),
+                            "it to stop",
+                        )
+                stopped |= new
             yield
         finally:
-            for child in children:
+            for child in stopped:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.resume()
 
