@@ -211,7 +211,13 @@ class SqliteControlStore(TypedTables):
         if self._file.is_new and used_before:
             # The lock file of an earlier run is there, and its store is not.
             self._warnings = (f"the store {path} was missing or empty and was made anew: nothing of before is known",)
-            log.warning("%s", self._warnings[0])
+        elif self._file.lost_wal:
+            self._warnings = (
+                f"the newest writes of the store {path} are missing: {path.name}-wal was removed after Flux had ended"
+                " without closing it; stop Flux and restore both files together, if a copy has them",
+            )
+        for warning in self._warnings:
+            log.warning("%s", warning)
 
     # -- executions
 

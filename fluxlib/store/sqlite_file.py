@@ -42,6 +42,7 @@ class SqliteFile:
 
     ``migrations`` are the statements of each schema version, run in order, each version once and in a transaction of
     its own. With ``check`` the whole file is looked through first. ``is_new``: there was none, or an empty one.
+    ``lost_wal``: its newest writes are gone, because its WAL was removed after a crash.
     Raises StoreUnavailable, Damaged.
     """
 
@@ -53,6 +54,7 @@ class SqliteFile:
         self._lock = threading.Lock()
         try:
             self.is_new = _make_private(path)
+            self.lost_wal = not self.is_new and _lacks_wal(path)
             self._identity = _identity(path)
             self._damage = ""  # what was found damaged since
             connection = self._connect()
@@ -242,6 +244,14 @@ def _make_private(path: Path) -> bool:
     if sys.platform != "win32":
         os.chmod(path, 0o600)
     return path.stat().st_size == 0
+
+
+def _lacks_wal(path: Path) -> bool:
+    """Whether the WAL of a file that was not closed was removed.
+
+    SQLite makes -wal before -shm and at a clean end removes -shm before -wal, so that -shm is never there alone.
+    """
+    return path.with_name(f"{path.name}-shm").exists() and not path.with_name(f"{path.name}-wal").exists()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

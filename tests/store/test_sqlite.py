@@ -291,6 +291,33 @@ def test_a_store_that_was_made_anew_says_so(state_dir: Path, caplog: pytest.LogC
         assert warning in caplog.text
 
 
+def test_a_wal_that_was_removed_after_a_crash_is_said_to_be_missing(
+    state_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file without it holds an older state, and SQLite opens it without a word."""
+    crash = (
+        "import os, sys; from pathlib import Path; from fluxlib.store.sqlite import SqliteControlStore;"
+        " from tests.support.entries import function;"
+        " SqliteControlStore(Path(sys.argv[1])).save_function(function()); os._exit(0)"
+    )
+    path = state_dir / "flux.db"
+    subprocess.run([sys.executable, "-c", crash, str(path)], check=True, timeout=30)
+    whole = SqliteControlStore(path)
+    assert whole.persistence() == ()
+    assert whole.function("f") is not None
+    whole.close()
+    subprocess.run([sys.executable, "-c", crash, str(path)], check=True, timeout=30)
+    path.with_name("flux.db-wal").unlink()
+    older = SqliteControlStore(path)
+    (warning,) = older.persistence()
+    older.close()
+    assert "flux.db-wal was removed" in warning
+    assert warning in caplog.text
+    again = SqliteControlStore(path)
+    assert again.persistence() == ()
+    again.close()
+
+
 def damage_index(path: Path, name: str) -> None:
     with sqlite3.connect(path) as database:
         (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
