@@ -240,7 +240,7 @@ def test_what_serves_administrators_is_not_mounted(launched: Launched) -> None:
 def test_processes_of_others_are_not_there(launched: Launched) -> None:
     if launched.profile == MINIMAL:
         return  # the agent's unit hides them there
-    # Those of its own user that a test before it has left are gone in a moment; where process 1 reaps nobody, dead ones stay.
+    # What a test before it has left ends in a moment; where process 1 reaps nobody, it stays as a zombie.
     seen = "for process in /proc/[0-9]*; do grep -qs '^State:.*zombie' $process/status || echo; done | wc -l"
     wait_until(lambda: int(launched.run(seen)[0]) <= 4, "nobody but two shells and wc to be seen")
 

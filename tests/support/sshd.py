@@ -106,7 +106,7 @@ class Sshd:
         assert self._process is not None
         import psutil
 
-        # A session that has just logged in may be about to fork the process that serves it; a stopped one forks no more.
+        # A session that has just logged in may be about to fork; a stopped one forks no more.
         stopped: set[psutil.Process] = set()
         try:
             while new := set(psutil.Process(self._process.pid).children(recursive=True)) - stopped:
