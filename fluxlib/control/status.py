@@ -25,6 +25,8 @@ CONNECT_SECONDS = 10.0
 # /health is public: however often it is asked, the store is asked once in this time.
 _STORE_SECONDS = 1.0
 _PERSISTENCE_SECONDS = 60.0
+# So long a request waits for the answer; later it is told what was known before.
+_STORE_WAIT = 0.02
 # After this a store that has not answered is away for those who ask, though its own timeout is longer.
 _STORE_PATIENCE = 2.0
 _MB = 1024 * 1024
@@ -69,6 +71,7 @@ class StatusService:
         self._asking = threading.Lock()
         self._asked_at: float | None = None  # since when somebody has been waiting for the store
         self._checked_at = -_STORE_SECONDS
+        self._answered = False
         self._store_problem: StoreUnavailable | None = None
         self._persistence_at = -_PERSISTENCE_SECONDS
         self._persistence: tuple[str, ...] = ()
@@ -89,7 +92,7 @@ class StatusService:
     # -- services.Status ---------------------------------------------------------------
 
     def check_store(self) -> None:
-        self._ask_store()
+        self._look_at_store()
         problem, asked_at = self._store_problem, self._asked_at
         if problem is not None:
             raise StoreUnavailable(problem.message, retry_after=problem.retry_after)
@@ -100,7 +103,7 @@ class StatusService:
         return [loop.report() for loop in self._loops]
 
     def warnings(self) -> Sequence[str]:
-        self._ask_store()
+        self._look_at_store()
         found = list(self._persistence)
         if not self._tls:
             found.append(
@@ -126,6 +129,14 @@ class StatusService:
     def stopping(self) -> bool:
         return self._stopping()
 
+    def _look_at_store(self) -> None:
+        """For a request, which a slow store must not slow down: only the very first waits until there is an answer."""
+        if self._asking.locked() or time.monotonic() - self._checked_at < _STORE_SECONDS:
+            return
+        asker = threading.Thread(target=self._ask_store, name="store-health", daemon=True)
+        asker.start()
+        asker.join(_STORE_WAIT if self._answered else _STORE_PATIENCE)
+
     def _ask_store(self) -> None:
         """One asks at a time, and nobody waits for it: a store that hangs must not take every thread."""
         if time.monotonic() - self._checked_at < _STORE_SECONDS or not self._asking.acquire(blocking=False):
@@ -148,6 +159,7 @@ class StatusService:
                     self._persistence = found
         finally:
             self._checked_at = time.monotonic()
+            self._answered = True
             self._asked_at = None
             self._asking.release()
 
