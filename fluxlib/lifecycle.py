@@ -244,6 +244,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.failed = False
         self._stopped = False
+        self._installed: list[int] = []
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._within: float | None = None
 
@@ -254,6 +255,7 @@ class StopSignal:
             # SIGHUP is a closed terminal, unless nohup has said that it is not meant.
             if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, self._handle)
+                self._installed.append(number)
         return self
 
     def set(self, within: float | None = None) -> None:
@@ -284,8 +286,10 @@ class StopSignal:
         self._wake.put(None)  # for whoever else waits
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        # The next one is the kernel's to act on: a handler in Python waits for whatever its thread is blocked in.
+        for installed in self._installed:
+            signal.signal(installed, signal.SIG_DFL)
         if self._stopped:
-            signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._stopped = True
         self._wake.put(None)
