@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks import executions, fleet, footprint, management, output, queueing, results, retained
+from benchmarks import backlog, executions, fleet, footprint, health, management, output, queueing, results, retained
 from benchmarks.results import Section
 from benchmarks.system import Options
 
@@ -24,6 +24,8 @@ MEASUREMENTS: dict[str, Callable[[Options], Iterator[Section]]] = {
     "executions": executions.measure,
     "retained": retained.measure,
     "wait": queueing.measure,
+    "backlog": backlog.measure,
+    "health": health.measure,
     "fleet": fleet.measure,
     "output": output.measure,
     "management": management.measure,

@@ -22,6 +22,8 @@ class Proxy:
         self._away = False
         self._closed = False
         self.accepted = 0
+        self.delay = 0.0  # seconds that what arrives waits, each way
+        self._never = threading.Event()
         self._spawn(self._accept)
 
     def cut(self) -> None:
@@ -68,6 +70,8 @@ class Proxy:
     def _forward(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if self.delay:
+                    self._never.wait(self.delay)
                 sink.sendall(data)
         for one in (source, sink):
             with contextlib.suppress(OSError):
