@@ -102,7 +102,7 @@ def test_its_runs_are_lost_and_ended_when_it_dies_and_it_is_replaced(executor: U
     assert run.end() == Exit(lost=True)
     assert run.output == b"up\n"
     assert len(run.ends) == 1
-    assert not is_alive(run.pid)
+    wait_until(lambda: not is_alive(run.pid), "its program to have died of the signal")
     assert Run(executor, directory, "echo again", "e-2").end().exit_code == 0
 
 
@@ -279,7 +279,7 @@ def test_whatever_fails_with_a_new_spawner_it_is_tried_again(
     monkeypatch.setattr(executor, "greet", greet)
     monkeypatch.setattr(executor, "end_trees", end_trees)
     os.kill(executor._link.pid, signal.SIGKILL)
-    assert all(run.end().lost for run in runs)
+    assert [run.end() for run in runs] == [Exit(lost=True)] * 2
     assert Run(executor, directory, "exit 3", "e-3").end().exit_code == 3
     assert len(greeted) == 2
     assert not psutil.pid_exists(greeted[0].pid)
@@ -321,7 +321,7 @@ def test_the_machine_is_searched_once_for_what_a_dead_spawner_left(
     for run in runs:
         assert run.end().lost
         pid = int(run.output)
-        assert not is_alive(pid)
+        wait_until(lambda: not is_alive(pid), "it to have died of the signal")
     assert searches == [{"e-0", "e-1", "e-2"}]
 
 
