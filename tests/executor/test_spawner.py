@@ -29,7 +29,7 @@ from fluxlib.agent.executor.unix import UnixExecutor
 from fluxlib.config.agent import read_agent
 from fluxlib.errors import CannotStart, Stopping
 from fluxlib.spawner.sandbox import Step, _Failures
-from tests.support.programs import is_alive
+from tests.support.programs import is_alive, wait_until
 
 
 class Run:
@@ -321,7 +321,7 @@ def test_the_machine_is_searched_once_for_what_a_dead_spawner_left(
     for run in runs:
         assert run.end().lost
         pid = int(run.output)
-        wait_until(lambda: not is_alive(pid), "it to have died of the signal")
+        wait_until(lambda pid=pid: not is_alive(pid), "it to have died of the signal")
     assert searches == [{"e-0", "e-1", "e-2"}]
 
 
