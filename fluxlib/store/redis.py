@@ -45,23 +45,11 @@ class RedisKeyValues:
         self._link = link
 
     def get(self, table: str, key: str) -> Value | None:
-        def ask(client: Any) -> list[Any]:
-            pipeline = client.pipeline()
-            pipeline.hget(self._key(table), key)
-            pipeline.hget(self._key(f"{table}:revisions"), key)
-            return list(pipeline.execute())
-
-        text, revision = self._link.read(ask)
+        text, revision = self._link.run(scripts.VALUE, table, key)
         return Value(text.decode(), int(revision or 1)) if text is not None else None
 
     def all(self, table: str) -> dict[str, Value]:
-        def ask(client: Any) -> list[Any]:
-            pipeline = client.pipeline()
-            pipeline.hgetall(self._key(table))
-            pipeline.hgetall(self._key(f"{table}:revisions"))
-            return list(pipeline.execute())
-
-        texts, revisions = self._link.read(ask)
+        texts, revisions = map(_hash, self._link.run(scripts.HASHES, table, f"{table}:revisions"))
         return {key.decode(): Value(texts[key].decode(), int(revisions.get(key, 1))) for key in sorted(texts)}
 
     def put(self, table: str, key: str, text: str, blob: Blob = NO_BLOB, lease: Lease | None = None) -> None:
@@ -247,14 +235,7 @@ class RedisControlStore(TypedTables):
         return {execution_id.decode() for execution_id in ids}
 
     def queued(self) -> dict[str, QueuedExecutions]:
-        def ask(client: Any) -> list[Any]:
-            # In one transaction: the three belong together.
-            pipeline = client.pipeline()
-            for name in ("queues", "queues:ready", "queues:bytes"):
-                pipeline.hgetall(self._key(name))
-            return list(pipeline.execute())
-
-        waiting, ready, size = self._link.read(ask)
+        waiting, ready, size = map(_hash, self._link.run(scripts.HASHES, "queues", "queues:ready", "queues:bytes"))
         return {
             name.decode(): QueuedExecutions(int(count), int(ready.get(name, 0)), int(size.get(name, 0)))
             for name, count in sorted(waiting.items())
@@ -401,6 +382,10 @@ def _index(where: ExecutionFilter) -> str | None:
     if where.function_name:
         return f"executions:f:{where.function_name}"
     return f"executions:s:{where.status.value}" if where.status is not None else "executions"
+
+
+def _hash(flat: list[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _entry(values: list[bytes | None]) -> ExecutionEntry | None:

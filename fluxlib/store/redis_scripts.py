@@ -399,6 +399,20 @@ end
 return found
 """,
 )
+# What belongs together is read by a script: a transaction is refused while the server's memory is full, reads as well.
+# P, table, key → its text and its revision
+VALUE = Script.of(
+    "local P, tab, key = unpack(ARGV)\n"
+    "return {redis.call('HGET', P..tab, key), redis.call('HGET', P..tab..':revisions', key)}"
+)
+# P, name of a hash… → the fields and values of each, flat
+HASHES = Script.of(
+    """
+local P, found = ARGV[1], {}
+for i = 2, #ARGV do found[i - 1] = redis.call('HGETALL', P..ARGV[i]) end
+return found
+"""
+)
 # P, name, token
 RELEASE = Script.of(
     """
@@ -428,6 +442,8 @@ ALL = (
     EXPIRE,
     ACQUIRE,
     LEASES,
+    VALUE,
+    HASHES,
     RELEASE,
     PING,
 )

@@ -342,6 +342,9 @@ def test_a_full_redis_lets_leaders_lead_and_records_end_and_expire(
                 store.ping()
             assert store.acquire_lease("leader", "a", 15, 0.0) is not None
             assert store.acquire_lease("flux/b", "b", 15, 0.0) is not None
+            # What a leader reads before it comes to the records that expire.
+            assert store.queued()["f"].waiting == 1
+            assert (store.functions(), store.function("f"), store.agents(), store.note("n")) == ([], None, [], None)
             assert store.end_attempt(running.record.ended(ExecutionStatus.FAILED, at=1.0), 1, 1000.0).value() is True
             assert store.adopt_session("dead", "a", leader) == 0
             store.release_lease(leader)
