@@ -14,7 +14,9 @@ Reading ``_queues`` and ``_ready`` without the lock is only a first look: a dict
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -23,7 +25,11 @@ from fluxlib.control.executions.execution import Execution
 from fluxlib.errors import AtCapacity
 from fluxlib.store.base import QueuedExecutions
 
+log = logging.getLogger(__name__)
+
 _MB = 1024 * 1024
+# A backlog that stays full is logged so often, not for each execution that it refuses.
+_SAY_FULL_SECONDS = 60.0
 
 Place = Callable[[str, str], Reservation | None]
 OnSlot = Callable[[Execution, Reservation], None]
@@ -60,6 +66,7 @@ class Backlog:
         # Of everything that waits: as the store said last, and what came and went here since.
         self._count = 0
         self._bytes = 0
+        self._said_full = -_SAY_FULL_SECONDS
         # A freed slot of one function may be the memory that another one waits for.
         self._waits_for_resources: set[str] = set()
 
@@ -84,6 +91,9 @@ class Backlog:
             full = f"the requests that wait have {self._bytes / _MB:.0f} MB (max_backlog_mb)"
         if full:
             name = execution.function_name
+            if time.monotonic() - self._said_full >= _SAY_FULL_SECONDS:
+                self._said_full = time.monotonic()
+                log.warning("the backlog is full, new executions are refused: %s", full)
             raise AtCapacity(f"function {name} at capacity, and the backlog is full: {full}", retry_after=5)
 
     def count(self, execution: Execution) -> None:

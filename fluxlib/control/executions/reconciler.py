@@ -181,7 +181,7 @@ class Reconciler:
 
     def _found_at(self, execution: Execution, agent_id: str, record: ExecutionRecord) -> None:
         """The store says that it is queued, and this agent has it."""
-        log.warning("execution %s is queued in the store, and agent %s has had it", execution.execution_id, agent_id)
+        log.warning("stale record of execution %s: agent %s has had it", execution.execution_id, agent_id)
         execution.agent_id = agent_id
         if record.status.ended:
             self._dispatcher.ended(execution, record)
@@ -236,7 +236,7 @@ class Reconciler:
         execution_id, _ = split_attempt_id(attempt_id)
         entry = self._tracker.entry(execution_id)
         if entry is None:
-            log.warning("agent %s runs %s, which this Flux does not know: left alone", agent_id, attempt_id)
+            log.warning("orphaned execution %s at agent %s: no record of it here, left alone", attempt_id, agent_id)
         elif entry.record.status is ExecutionStatus.CANCELLED or entry.record.error_kind is ErrorKind.AGENT_LOST:
             # Others with an end have come to it by themselves, after the agent had listed them.
             log.warning("agent %s still ran %s, which was given up: cancelling it", agent_id, attempt_id)

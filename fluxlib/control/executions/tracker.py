@@ -17,7 +17,7 @@ from fluxlib.control.agents.fleet import Reservation
 from fluxlib.control.executions.execution import Execution, Reply, State, state_after
 from fluxlib.errors import FluxError, StoreUnavailable
 from fluxlib.lifecycle import Deadline
-from fluxlib.model import ExecutionRecord, ExecutionRequest
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionRequest
 from fluxlib.store.base import Commit, ControlStore, ExecutionEntry
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class ExecutionTracker:
         reservation, reply = closed
         if reservation is not None:
             self._release(reservation)
+        if final.error_kind is ErrorKind.TIMEOUT:
+            log.info("timeout of execution %s of %s: %s", execution.execution_id, execution.function_name, final.error)
         if reply is not None:
             reply(final)
         self.changed(execution.execution_id)
