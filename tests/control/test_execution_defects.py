@@ -27,6 +27,7 @@ from fluxlib.model import (
 )
 from fluxlib.store.base import Committed, ExecutionEntry
 from fluxlib.store.sqlite import SqliteControlStore
+from tests.support.entries import keep
 from tests.support.fake_agents import Asked, FakeConnection, accept, join, refuse, succeed
 from tests.support.memory_store import MemoryControlStore
 from tests.support.plane import WAIT, Plane, until
@@ -290,6 +291,35 @@ def test_a_hung_agent_does_not_delay_the_cancels_of_others(plane: Plane, monkeyp
     for one in cancelling:
         with pytest.raises(Exception):  # noqa: B017, PT011
             one.result(10)
+
+
+def test_what_is_claimed_during_a_take_over_is_started_once(store: Store) -> None:
+    """In a rolling restart: the claim was asking the agents when the take-over found in the store that it was ours."""
+    keep(store, "e-1", "w")
+    with planes(store, "new", shared=True, lease=lambda: None) as (plane,):
+        claiming, go_on = threading.Event(), threading.Event()
+        agents = [plane.agent(agent_id, script=accept) for agent_id in ("a1", "a2")]
+        known_records = agents[0].known_records
+
+        def late(execution_ids: Any) -> Any:
+            answer = known_records(execution_ids)
+            if not claiming.is_set():
+                claiming.set()
+                assert go_on.wait(10)
+            return answer
+
+        agents[0].known_records = late  # type: ignore[method-assign]
+        try:
+            plane.service.tick(0.0)
+            assert claiming.wait(5)
+            plane.service.adopt("dead", None)
+            until(lambda: agents[0].asked or agents[1].asked)
+        finally:
+            go_on.set()
+        until(lambda: not plane.service._dispatcher._claiming)
+        (first,) = [asked for agent in agents for asked in agent.asked]
+        assert first.request.execution_id == "e-1"
+        assert sum(agent.total for agent in plane.fleet.agents()) == 1
 
 
 def test_what_went_missing_is_asked_for_until_its_agent_answers(plane: Plane) -> None:

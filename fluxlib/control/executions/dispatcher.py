@@ -205,9 +205,9 @@ class Dispatcher:
             for execution in fresh:
                 self._tracker.end(execution, execution.failed(_deleted(name)))
             return
-        waiting = self.confirm(fresh)
+        # Meanwhile a take-over may have found in the store that what a claim took is ours, or the other way round.
+        waiting = [one for one in self.confirm(fresh) if self._tracker.take(one)]
         for execution in waiting:
-            self._tracker.add(execution)
             if execution.request is not None and not worth_keeping(execution.request):
                 execution.request = None
         self.backlog.add(waiting, waits_for_resources=True)
@@ -277,6 +277,7 @@ class Dispatcher:
             former = execution.state
             if former is not State.ENDED:
                 execution.state = State.QUEUED
+                execution.unclaimed = not claimed
                 execution.deadline = time.monotonic() + COMMIT_SECONDS
         try:
             if former is State.ENDED:

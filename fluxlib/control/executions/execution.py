@@ -88,6 +88,7 @@ class Execution:
         "reservation",
         "started",
         "state",
+        "unclaimed",
         "waited_ms",
         "watch",
     )
@@ -117,6 +118,7 @@ class Execution:
         self.on_reply = on_reply
         self.agent_id = ""  # the agent it was assigned to last
         self.reservation: Reservation | None = None
+        self.unclaimed = False  # it goes into the store's backlog and out of flight: whoever claims it has it
         self.cancel_reason = ""
         self.deadline = 0.0  # monotonic; by then the store has committed what moves it on
         self.waited_ms = 0  # from acceptance until an agent was sent it

@@ -142,7 +142,7 @@ class Reconciler:
         execution = Execution.stored(entry)
         if execution.state is State.RUNNING:
             execution.watch = Watch()
-            self._tracker.add(execution)
+            self._tracker.take(execution)
         elif execution.asynchronous:
             self._dispatcher.queue_again(execution)
         else:
@@ -182,13 +182,14 @@ class Reconciler:
     def _found_at(self, execution: Execution, agent_id: str, record: ExecutionRecord) -> None:
         """The store says that it is queued, and this agent has it."""
         log.warning("stale record of execution %s: agent %s has had it", execution.execution_id, agent_id)
+        if not self._tracker.take(execution):
+            return
         execution.agent_id = agent_id
         if record.status.ended:
             self._dispatcher.ended(execution, record)
             return
         execution.state = State.RUNNING
         execution.watch = Watch()
-        self._tracker.add(execution)
         store, session = self._tracker.store, self._tracker.session
         with suppress(StoreUnavailable):  # the audit finds it
             store.assign_attempt(execution.execution_id, execution.attempt, agent_id, session)

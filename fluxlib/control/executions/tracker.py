@@ -69,6 +69,15 @@ class ExecutionTracker:
         with self._lock:
             self._in_flight[execution.execution_id] = execution
 
+    def take(self, execution: Execution) -> bool:
+        """Add one that was found in the store. False: it came into flight in another way, and must not start twice."""
+        with self._lock:
+            known = self._in_flight.get(execution.execution_id)
+            if known is not None and known is not execution and not known.unclaimed:
+                return False
+            self._in_flight[execution.execution_id] = execution
+            return True
+
     def drain(self, deadline: Deadline) -> int:
         """Wait until no caller waits for anything in flight; how many still do at the deadline."""
 
