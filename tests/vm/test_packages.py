@@ -268,7 +268,8 @@ def test_a_bad_configuration_is_told_at_the_start_and_not_restarted(host: Host) 
         # A unit that is going to be restarted is "activating".
         shown = host.run(f"systemctl show -p ActiveState -p ExecMainStatus {unit}").split()
         assert sorted(shown) == ["ActiveState=failed", "ExecMainStatus=78"]
-        assert "port: must be a whole number" in host.run(f"journalctl -u {unit} -o cat -n 20")
+        told = f"journalctl -u {unit} -o cat -n 20 | grep -q 'port: must be a whole number'"
+        wait_until(lambda told=told: host.machine.status(told) == 0, f"the journal to have what {unit} said")
         host.run(f"cp -p /root/good.yaml {file} && systemctl start {unit}")
     wait_until(host.agent_is_online, "both to be back", 120)
 
@@ -277,7 +278,10 @@ def test_a_taken_port_fails_the_start_and_says_how_to_find_the_program(host: Hos
     host.run("systemctl stop flux && systemd-run --unit taker python3 -m http.server 7227 --bind 127.0.0.1")
     host.run("until curl -sf http://127.0.0.1:7227/ >/dev/null; do sleep 0.2; done", timeout=60)
     assert host.machine.status("systemctl start flux") != 0
-    found = re.findall(r"`(sudo ss [^`]*)` shows", host.run("journalctl -u flux -o cat -n 50"))
+    advice = re.compile(r"`(sudo ss [^`]*)` shows")
+    found = wait_until(
+        lambda: advice.findall(host.run("journalctl -u flux -o cat -n 50")), "the journal to have the advice"
+    )
     assert "python3" in host.run(found[-1])
     host.run("systemctl stop taker")
     wait_until(host.agent_is_online, "Flux to have tried again", 120)
