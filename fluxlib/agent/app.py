@@ -8,16 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fluxlib.agent.certificates import Certificates
+from fluxlib.agent.executions import Executions, Settings
 from fluxlib.agent.executor import build_executor, users_walk_to_code
 from fluxlib.agent.executor.base import Executor, Limits
-from fluxlib.agent.health import CHECK_EVERY, Health
-from fluxlib.agent.jobs import Settings
+from fluxlib.agent.health import CHECK_EVERY, Health, StallDetector
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
 from fluxlib.agent.places import hold, programs_dir
-from fluxlib.agent.pulse import Pulse
 from fluxlib.agent.records import Records
-from fluxlib.agent.runs import Runs
 from fluxlib.config.agent import AgentConfig
 from fluxlib.config.environment import function_basics, prepare_grpc, report_ready
 from fluxlib.descriptors import raise_limit
@@ -85,30 +83,30 @@ class Agent:
         monitor = Monitor(state)
         monitor.start()
         parts.add("monitor", monitor.stop)
-        pulse = Pulse()
-        pulse.start()
-        parts.add("pulse", pulse.stop)
+        stalls = StallDetector()
+        stalls.start()
+        parts.add("stall detector", stalls.stop)
         expiry = Loop("record-expiry", records.tick, min(_EXPIRE_EVERY, config.execution_ttl_sec / 2)).start()
         parts.add("record expiry", expiry.stop)
         records.over = expiry.wake
-        self._runs = Runs(_settings(config), packages, records, executor, timers)
+        self._executions = Executions(_settings(config), packages, records, executor, timers)
         # Through the running table's lock: an agent that hangs there is not alive.
-        health = Health(executor, records, state, self._runs.open_ids)
+        health = Health(executor, records, state, self._executions.open_ids)
         checks = Loop("health", health.tick, CHECK_EVERY).start()
         parts.add("health", checks.stop)
 
         from fluxlib.agent.listener import Listener
-        from fluxlib.agent.server import MAX_FOLLOWERS, Agency, AgentService
-        from fluxlib.agent.server_stream import Sessions
+        from fluxlib.agent.server import MAX_FOLLOWERS, AgentService, ServiceContext
+        from fluxlib.agent.sessions import Sessions
 
-        self._sessions = Sessions(self._runs, timers, pulse, monitor.instance_id, config.detach_grace_sec)
-        agency = Agency(
+        self._sessions = Sessions(self._executions, timers, stalls, monitor.instance_id, config.detach_grace_sec)
+        context = ServiceContext(
             agent_id=config.agent_id,
             max_tasks=config.max_tasks,
             max_archive=_MAX_ARCHIVE,
             packages=packages,
             records=records,
-            runs=self._runs,
+            executions=self._executions,
             sessions=self._sessions,
             executor=executor,
             monitor=monitor,
@@ -120,7 +118,7 @@ class Agent:
         threads = 2 * config.max_tasks + MAX_FOLLOWERS + _SPARE_THREADS
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="call")
         parts.add("calls", lambda deadline: self._pool.shutdown(wait=False, cancel_futures=True))
-        self._listener = Listener(AgentService(agency), self._pool, config.listen_host, config.port, certificates)
+        self._listener = Listener(AgentService(context), self._pool, config.listen_host, config.port, certificates)
         isolation = executor.isolation
         for note in isolation.notes:
             (log.warning if isolation.profile == "off" else log.info)("%s", note)
@@ -147,9 +145,9 @@ class Agent:
         """
         seconds = self._config.shutdown_sec + _KILL_TIME if seconds is None else seconds
         deadline, kill_time = Deadline(seconds), min(_KILL_TIME, seconds / 2)
-        self._runs.refuse_new()
-        self._sessions.say_stopping()
-        self._runs.stop(deadline.at - kill_time, deadline.at - kill_time / 2)
+        self._executions.refuse_new()
+        self._sessions.announce_stopping()
+        self._executions.stop(deadline.at - kill_time, deadline.at - kill_time / 2)
         self._sessions.close()
         self._listener.stop(deadline)
         self._parts.stop(deadline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import psutil
 
 from fluxlib.agent.executor.base import Executor
 from fluxlib.agent.records import Records
+from fluxlib.clock import elapsed
 from fluxlib.config.environment import report_alive
+from fluxlib.lifecycle import Deadline, Loop
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,11 @@ CHECK_EVERY = 5.0
 GRACE = 3.0
 _STORE_EVERY = 30.0
 _GB = 1024**3
+# Seconds. Flux gives an agent up after three questions without an answer, of 5 s each at least.
+_STILL = 10.0
+_BEAT = 1.0
+# What was sent before is read within so long after it goes on.
+_AFTERWARDS = 1.0
 
 
 class Health:
@@ -79,3 +87,35 @@ class Health:
         if usage.free >= min(usage.total // 20, _GB):
             return ()
         return (f"the disk of {self._state_dir} is nearly full: {usage.free // 1024**2} MB are free",)
+
+
+class StallDetector:
+    """Detects that this process was stopped, or its machine suspended.
+
+    What waited in its sockets meanwhile is read when it continues, before it learns that its callers have gone.
+    ``beat`` is called every second by a thread of its own (``start``).
+    """
+
+    def __init__(self, clock: Callable[[], float] = elapsed) -> None:
+        self._clock = clock
+        self._at = clock()
+        self._woke_at = -math.inf
+        self._loop = Loop("stall-detector", lambda now: self.beat(), _BEAT)
+
+    def start(self) -> None:
+        self._loop.start()
+
+    def stop(self, deadline: Deadline) -> None:
+        self._loop.stop(deadline)
+
+    def beat(self) -> None:
+        now = self._clock()
+        if now - self._at > _STILL:
+            self._woke_at = now
+        self._at = now
+
+    @property
+    def recently_stalled(self) -> bool:
+        """It does, or did a moment ago: what is read now may be as old as that."""
+        now = self._clock()
+        return now - self._at > _STILL or now - self._woke_at < _AFTERWARDS

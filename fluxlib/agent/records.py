@@ -1,7 +1,11 @@
-"""The agent's memory of executions: what runs, with its output so far, and what has ended, for a while."""
+"""The agent's memory of executions: the running ones with their output so far, and the ended ones for a while.
+
+A record goes to the store through the journal, an output to memory or to a file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -11,8 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from fluxlib.agent.journal import Journal
-from fluxlib.agent.output import IN_MEMORY, Output, read_file
 from fluxlib.errors import StoreUnavailable
 from fluxlib.lifecycle import Deadline
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
@@ -27,6 +29,10 @@ _CLOSE = 10.0
 # For clients that ask at once, and for a store whose disk is full.
 _RECENT = 2000
 _RECENT_BYTES = 16 * 1024 * 1024
+# How long a record waits for others to be written with it (seconds): a write each costs as much as a short program.
+_TOGETHER = 0.02
+# An output up to this size stays in memory (bytes).
+IN_MEMORY = 64 * 1024
 
 
 class Records:
@@ -348,3 +354,211 @@ def new_record(
         started_at=time.time(),
         warnings=warnings,
     )
+
+
+class Journal:
+    """Beginnings and ends on their way to the store, together every 20 ms; the order of one execution's is kept.
+
+    One that begins and ends within that time is written once.
+    """
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self._condition = threading.Condition()
+        self._writing = threading.Lock()
+        self._waiting: dict[str, tuple[ExecutionRecord, float | None]] = {}
+        self._being_written: dict[str, tuple[ExecutionRecord, float | None]] = {}
+        self._stopping = False
+        self.written = 0  # how many records the store was told
+        self._thread = threading.Thread(target=self._run, name="record-journal", daemon=True)
+        self._thread.start()
+
+    def put(self, record: ExecutionRecord, keep_until: float | None) -> None:
+        """``keep_until`` None: it has begun; else it has ended, with ``record.output`` as RecordStore.end takes it."""
+        with self._condition:
+            first = not self._waiting
+            self._waiting[record.execution_id] = (record, keep_until)
+            if first:
+                self._condition.notify()
+
+    def strike(self, execution_id: str) -> bool:
+        """Whether the store has not been told of it and never will be."""
+        with self._condition:
+            return self._waiting.pop(execution_id, None) is not None and execution_id not in self._being_written
+
+    def find(self, execution_id: str) -> ExecutionRecord | None:
+        """What the store has not been told yet."""
+        with self._condition:
+            found = self._waiting.get(execution_id) or self._being_written.get(execution_id)
+            return found[0] if found is not None else None
+
+    def flush(self) -> None:
+        """Tell the store everything now. It may still be on its way to the disk there."""
+        with self._writing:
+            with self._condition:
+                self._being_written, self._waiting = self._waiting, {}
+            for record, keep_until in self._being_written.values():
+                try:
+                    if keep_until is None:
+                        self._store.begin(record)
+                    else:
+                        self._store.end(record, record.output, keep_until)
+                except StoreUnavailable as error:
+                    log.error("the record of %s cannot be kept: %s", record.execution_id, error.message)
+                except Exception:
+                    log.exception("the record of %s cannot be kept", record.execution_id)
+            with self._condition:
+                self.written += len(self._being_written)
+                self._being_written = {}
+
+    def stop(self, deadline: Deadline) -> None:
+        """Everything that waits is told first."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join(deadline.remaining())
+        self.flush()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._waiting or self._stopping)
+                self._condition.wait_for(lambda: self._stopping, _TOGETHER)
+                stopping = self._stopping
+            self.flush()
+            if stopping:
+                return
+
+
+class Output:
+    """One execution's output: appended by the executor's thread, never rewritten; read by any thread at any offset.
+
+    Past the cap the rest is dropped, and so it is when the disk is full: the program must never wait for it.
+
+    ``cap`` is in bytes. ``path`` is where it goes when it outgrows memory.
+    """
+
+    def __init__(self, path: str | Path, cap: int) -> None:
+        self._path = path
+        self._cap = cap
+        self._condition = threading.Condition()
+        self._memory = bytearray()
+        self._file: int | None = None
+        self._readers = 0
+        self.size = 0  # bytes kept
+        self.dropped = 0
+        self.ended = False
+        self.problem = ""  # why some of it could not be kept
+
+    @classmethod
+    def kept(cls, path: str | Path, size: int, data: bytes | None) -> Output:
+        """The output of an execution that has ended; ``data`` None: it lies in the file."""
+        output = cls(path, size)
+        output.size = size if data is None else len(data)
+        output._memory += data or b""
+        output.ended = True
+        return output
+
+    @property
+    def truncated(self) -> bool:
+        return self.dropped > 0
+
+    @property
+    def in_file(self) -> bool:
+        """Whether it has outgrown memory (also after ``end``)."""
+        return self.size > len(self._memory)
+
+    def append(self, data: bytes) -> bool:
+        """Whether more is kept. Never raises and never waits for a reader."""
+        room = 0 if self.problem else self._cap - self.size
+        kept = data if len(data) <= room else data[: max(0, room)]
+        self.dropped += len(data) - len(kept)
+        if not kept:
+            return False
+        with self._condition:
+            if self._file is None and self.size + len(kept) <= IN_MEMORY:
+                self._memory += kept
+                self.size += len(kept)
+            else:
+                self._to_file(kept)
+            if self._readers:
+                self._condition.notify_all()
+        return True
+
+    def end(self) -> None:
+        """Nothing more comes: whoever follows is told, and what lies in a file is read from the disk from now on."""
+        with self._condition:
+            self.ended = True
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+            self._condition.notify_all()
+
+    def wake(self) -> None:
+        """Followers look again whether they are still wanted."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def read(self, offset: int, limit: int) -> bytes:
+        """At most ``limit`` bytes that are there from ``offset`` on; empty when there are none."""
+        with self._condition:
+            limit = min(limit, self.size - offset)
+            if limit <= 0:
+                return b""
+            if not self.in_file:
+                return bytes(self._memory[offset : offset + limit])
+        # Not under the lock: what is counted is written, and the program must not wait for this.
+        return read_file(self._path, offset, limit)
+
+    def follow(self, offset: int, limit: int, abandoned: Callable[[], bool]) -> tuple[bytes, bool]:
+        """(bytes, whether that was the last of it); waits for either, or until ``abandoned`` and a ``wake``."""
+        with self._condition:
+            self._readers += 1
+            try:
+                self._condition.wait_for(lambda: self.size > offset or self.ended or abandoned())
+            finally:
+                self._readers -= 1
+            ended = self.ended
+        data = self.read(offset, limit)
+        # Its file may hold less than was written, after a power cut, or be gone, when its time was over: no more comes.
+        return data, not data or (ended and offset + len(data) >= self.size)
+
+    def _to_file(self, data: bytes) -> None:
+        try:
+            if self._file is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+                self._file = os.open(self._path, flags, 0o600)
+                _write(self._file, self._memory)
+            _write(self._file, data)
+        except OSError as error:
+            self.dropped += len(data)
+            self.problem = f"its output could not be kept: {error.strerror or error}"
+            log.error("%s: %s; the rest of it is dropped", self._path, self.problem)
+            self._give_up_file()
+            return
+        self.size += len(data)
+        self._memory = bytearray()
+
+    def _give_up_file(self) -> None:
+        """After a failed write: what counts as kept is what ``size`` says, in memory or in the file."""
+        if not self.in_file and self._file is not None:
+            os.close(self._file)
+            self._file = None
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+
+def read_file(path: str | Path, offset: int, limit: int) -> bytes:
+    """A part of a kept output; empty when it is gone."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(limit)
+    except FileNotFoundError:
+        return b""
+
+
+def _write(fd: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -15,14 +15,13 @@ import grpc
 import fluxlib
 from fluxlib.agent.certificates import Certificates
 from fluxlib.agent.diagnosis import start_problem
+from fluxlib.agent.executions import Executions, sendable
 from fluxlib.agent.executor.base import Executor
 from fluxlib.agent.health import Health
 from fluxlib.agent.monitor import Monitor
-from fluxlib.agent.outcomes import sendable
 from fluxlib.agent.packages import Installed, Packages
 from fluxlib.agent.records import Records
-from fluxlib.agent.runs import Runs
-from fluxlib.agent.server_stream import Sessions, cancel_response
+from fluxlib.agent.sessions import Sessions, cancel_response
 from fluxlib.archive import Archive
 from fluxlib.errors import Conflict, FluxError, InvalidInput, NotFound
 from fluxlib.model import ErrorKind, ExecutionRecord, Inventory, kind_of
@@ -45,7 +44,7 @@ Ack = TypeVar("Ack", pb.FunctionAck, pb.DeploymentAck)
 
 
 @dataclass(frozen=True, slots=True)
-class Agency:
+class ServiceContext:
     """What the calls are about."""
 
     agent_id: str
@@ -53,7 +52,7 @@ class Agency:
     max_archive: int  # bytes
     packages: Packages
     records: Records
-    runs: Runs
+    executions: Executions
     sessions: Sessions
     executor: Executor
     monitor: Monitor
@@ -73,19 +72,19 @@ class Done:
 class AgentService(flux_pb2_grpc.AgentServiceServicer):
     """Every call of flux.proto's AgentService."""
 
-    def __init__(self, agency: Agency) -> None:
-        self._agent_id = agency.agent_id
-        self._max_tasks = agency.max_tasks
-        self._max_archive = agency.max_archive
-        self._packages = agency.packages
-        self._records = agency.records
-        self._runs = agency.runs
-        self._sessions = agency.sessions
-        self._executor = agency.executor
-        self._monitor = agency.monitor
-        self._health = agency.health
-        self._certificates = agency.certificates
-        self._notes = agency.notes
+    def __init__(self, context: ServiceContext) -> None:
+        self._agent_id = context.agent_id
+        self._max_tasks = context.max_tasks
+        self._max_archive = context.max_archive
+        self._packages = context.packages
+        self._records = context.records
+        self._executions = context.executions
+        self._sessions = context.sessions
+        self._executor = context.executor
+        self._monitor = context.monitor
+        self._health = context.health
+        self._certificates = context.certificates
+        self._notes = context.notes
         self._followers = threading.BoundedSemaphore(MAX_FOLLOWERS)
 
     # -- functions -----------------------------------------------------------------
@@ -93,9 +92,9 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
     def RegisterFunction(self, request: pb.FunctionConfig, context: grpc.ServicerContext) -> pb.FunctionAck:
         def register() -> Done:
             spec, digest = codec.spec_from_message(request)
-            warnings = self._runs.check(spec)
+            warnings = self._executions.check(spec)
             installed = self._packages.register(spec, digest)
-            self._sessions.look_again(spec.name)
+            self._sessions.notify_capacity_changed(spec.name)
             return Done(warnings, self._start_problem(installed))
 
         return _acknowledge(pb.FunctionAck, "registered", register)
@@ -131,9 +130,9 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
                 if installed is None:
                     raise NotFound(f"function {package.function_name} is not registered")
                 spec, digest = installed.spec, installed.spec_digest
-            warnings = self._runs.check(spec)
+            warnings = self._executions.check(spec)
             installed = self._packages.deploy(spec, digest, package.code_digest, archive)
-            self._sessions.look_again(spec.name)
+            self._sessions.notify_capacity_changed(spec.name)
             return Done(warnings, self._start_problem(installed))
 
         return _acknowledge(pb.DeploymentAck, "deployed", deploy)
@@ -161,19 +160,19 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             final.append(record)
             done.set()
 
-        record, accepted = self._runs.start(asked, ended)
+        record, accepted = self._executions.start(asked, ended)
         if not accepted or asked.asynchronous:
             return codec.response_from_record(record, with_output=False)
 
         def caller_gone() -> None:
             # An original Flux hangs up when its own client does.
             if not done.is_set():
-                self._runs.cancel(record.execution_id, "cancelled: the caller is gone")
+                self._executions.cancel(record.execution_id, "cancelled: the caller is gone")
 
         if not context.add_callback(caller_gone):
             caller_gone()
         done.wait()
-        return codec.response_from_record(sendable(self._runs.with_output(final[0])))
+        return codec.response_from_record(sendable(self._executions.with_output(final[0])))
 
     def CancelExecution(
         self, request: pb.CancelExecutionRequest, context: grpc.ServicerContext
@@ -186,7 +185,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             dead.set()
 
         record = self._answer(
-            context, lambda: self._runs.cancel(request.execution_id, request.reason or "cancelled", ended)
+            context, lambda: self._executions.cancel(request.execution_id, request.reason or "cancelled", ended)
         )
         if record is None or record.status.ended:
             return cancel_response(record, in_time=False)
@@ -239,7 +238,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
         report = codec.NodeReport(
             agent_id=self._agent_id,
             figures=replace(
-                self._monitor.figures(self._runs.active, self._max_tasks),
+                self._monitor.figures(self._executions.active, self._max_tasks),
                 problem=self._health.problem,
                 warnings=self._health.warnings,
             ),
@@ -266,7 +265,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             revision=self._packages.revision,
             features=FEATURES if renew else FEATURES[:-1],
             certificate_not_after=self._certificates.not_after if self._certificates is not None else 0.0,
-            open_executions=self._runs.open_ids(),
+            open_executions=self._executions.open_ids(),
         )
         return codec.inventory_to_message(inventory)
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fluxlib.agent.executions import Executions, Settings
 from fluxlib.agent.executor.base import Exit, Isolation, Job, Limits
-from fluxlib.agent.jobs import Settings
 from fluxlib.agent.packages import Packages
 from fluxlib.agent.records import Records
-from fluxlib.agent.runs import Runs
 from fluxlib.lifecycle import Deadline, Timers
 from fluxlib.model import ExecutionRecord, ExecutionRequest, FunctionSpec
 from fluxlib.store.base import RecordStore
@@ -98,7 +97,7 @@ class Rooms:
         self.packages = Packages(directory / "functions")
         self.records = Records(store, directory / "outputs", 3600, 1024 * 1024)
         settings = Settings("worker-1", max_tasks, 0.05, Limits(), {"PATH": "/usr/bin:/bin"})
-        self.runs = Runs(settings, self.packages, self.records, executor, self.timers)
+        self.runs = Executions(settings, self.packages, self.records, executor, self.timers)
 
     def deploy(self, name: str = "hello", **fields: object) -> FunctionSpec:
         spec = FunctionSpec(name=name, handler="main.sh", **fields)  # type: ignore[arg-type]

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.agent.output import IN_MEMORY, Output
-from fluxlib.agent.records import Reader
+from fluxlib.agent.records import IN_MEMORY, Output, Reader
 
 LINE = b"x" * 499 + b"\n"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fluxlib.agent.outcomes import sendable
+from fluxlib.agent.executions import sendable
 from fluxlib.agent.server import _json_that_fits
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.rpc import codec, tls

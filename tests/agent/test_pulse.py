@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxlib.agent.pulse import Pulse
+from fluxlib.agent.health import StallDetector
 
 
 class Clock:
@@ -16,26 +16,26 @@ class Clock:
 def test_what_is_read_after_a_standstill_is_known_to_be_old_whoever_goes_on_first() -> None:
     clock = Clock()
     for beats_first in (False, True):
-        pulse = Pulse(clock)
-        assert not pulse.stood_still
+        pulse = StallDetector(clock)
+        assert not pulse.recently_stalled
         clock.now += 30
         if beats_first:
             pulse.beat()
-        assert pulse.stood_still
+        assert pulse.recently_stalled
         pulse.beat()
         clock.now += 0.5
         pulse.beat()
-        assert pulse.stood_still
+        assert pulse.recently_stalled
         clock.now += 2
         pulse.beat()
-        assert not pulse.stood_still
+        assert not pulse.recently_stalled
 
 
 def test_a_late_beat_is_no_standstill() -> None:
     clock = Clock()
-    pulse = Pulse(clock)
+    pulse = StallDetector(clock)
     for _ in range(10):
         clock.now += 3
-        assert not pulse.stood_still
+        assert not pulse.recently_stalled
         pulse.beat()
-        assert not pulse.stood_still
+        assert not pulse.recently_stalled

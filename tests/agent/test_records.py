@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from fluxlib.agent import records as module
-from fluxlib.agent.output import IN_MEMORY
-from fluxlib.agent.records import Records, new_record
+from fluxlib.agent.records import IN_MEMORY, Records, new_record
 from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 from fluxlib.store.base import RecordStore
 from fluxlib.store.records_sqlite import SqliteRecordStore

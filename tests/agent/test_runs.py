@@ -181,11 +181,11 @@ def test_capacity_of_a_function_and_of_the_agent(tmp_path: Path) -> None:
         assert record.error == "function narrow at capacity"
         assert agent.runs.start(asked("c", "wide"), Ends())[1]
         assert agent.runs.start(asked("d", "wide"), Ends())[1]
-        assert not agent.runs.has_room("wide")
+        assert not agent.runs.has_capacity("wide")
         assert agent.runs.start(asked("e", "wide"), Ends())[0].error_kind is ErrorKind.AT_CAPACITY
         agent.executor.jobs[0].end()
         assert freed == ["narrow"]
-        assert agent.runs.has_room("wide")
+        assert agent.runs.has_capacity("wide")
         assert agent.runs.start(asked("b", "narrow"), Ends())[1]
 
 
@@ -290,10 +290,10 @@ def test_a_vanished_owner_takes_its_sync_runs_with_it(agent: Rooms) -> None:
     assert agent.runs.cancel_owned("flux-a", "vanished") == 1
     assert sync.wait().status is ExecutionStatus.CANCELLED
     assert set(agent.runs.open_ids()) == {"async", "other"}
-    agent.runs.disown("flux-a")
+    agent.runs.detach_owner("flux-a")
     back = Ends()
-    agent.runs.own_again("flux-a", lambda asynchronous: back)
-    agent.runs.own_again("flux-a", lambda asynchronous: pytest.fail("twice"))
+    agent.runs.reattach_owner("flux-a", lambda asynchronous: back)
+    agent.runs.reattach_owner("flux-a", lambda asynchronous: pytest.fail("twice"))
     for job in agent.executor.jobs:
         job.end()
     assert async_.records == []

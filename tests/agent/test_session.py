@@ -1,4 +1,4 @@
-"""What one Flux is owed: frames of bearable size, nothing lost, memory bounded when it does not fetch."""
+"""What one Flux is pending: frames of bearable size, nothing lost, memory bounded when it does not fetch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fluxlib.agent.pulse import Pulse
-from fluxlib.agent.server_stream import Sessions
-from fluxlib.agent.session import _OWED_BYTES, Owed, Session
+from fluxlib.agent.health import StallDetector
+from fluxlib.agent.sessions import _PENDING_BYTES, PendingReply, Session, Sessions
 from fluxlib.lifecycle import Timer, Timers
 from fluxlib.model import ExecutionRecord, ExecutionStatus
 from fluxlib.rpc.gen import flux_pb2 as pb
@@ -17,9 +16,11 @@ from tests.agent.fakes import Ends, asked, rooms
 Fetch = Callable[[ExecutionRecord], ExecutionRecord]
 
 
-def final(name: str, output: bytes | None = b"x", size: int | None = None) -> Owed:
+def final(name: str, output: bytes | None = b"x", size: int | None = None) -> PendingReply:
     record = ExecutionRecord(name, "hello", status=ExecutionStatus.SUCCESS, output=output, exit_code=0)
-    return Owed(replace(record, output_bytes=len(output or b"") if size is None else size), True, with_output=True)
+    return PendingReply(
+        replace(record, output_bytes=len(output or b"") if size is None else size), True, with_output=True
+    )
 
 
 def session(fetch: Fetch = lambda record: record) -> Session:
@@ -56,7 +57,7 @@ def test_an_output_in_a_file_is_fetched_only_for_its_frame() -> None:
     for number in range(3):
         one.answer(final(str(number), None, size=2_000_000))
     assert fetched == []
-    assert not one.overdue
+    assert not one.backlog_full
     assert len(frame(one).executed[0].response.output) == 2_000_000
     assert fetched == ["0"]
 
@@ -64,13 +65,13 @@ def test_an_output_in_a_file_is_fetched_only_for_its_frame() -> None:
 def test_what_is_not_fetched_is_bounded() -> None:
     one = session()
     number = 0
-    while not one.overdue:
+    while not one.backlog_full:
         one.answer(final(str(number), b"x" * 60_000))
         number += 1
-    assert number <= _OWED_BYTES // 60_000 + 1
+    assert number <= _PENDING_BYTES // 60_000 + 1
     one.acknowledge([str(known) for known in range(number)])
-    assert not one.overdue
-    assert one._owed_bytes == 0
+    assert not one.backlog_full
+    assert one._pending_bytes == 0
 
 
 def test_resuming_sends_again_what_was_not_acknowledged_and_nothing_twice() -> None:
@@ -112,7 +113,7 @@ def test_freed_and_stopping_ride_along_once() -> None:
     one = session()
     one.refused = {"a", "b"}
     one.freed(["a"])
-    one.say_stopping()
+    one.announce_stopping()
     first = frame(one)
     assert (list(first.freed), first.stopping) == (["a"], True)
     assert one.refused == {"b"}
@@ -137,7 +138,7 @@ def test_a_grace_that_ends_while_its_flux_is_back_takes_nothing_from_the_next(tm
     timers = Recorded()
     with rooms(tmp_path) as place:
         place.deploy()
-        sessions = Sessions(place.runs, timers, Pulse(), "life", 1)
+        sessions = Sessions(place.runs, timers, StallDetector(), "life", 1)
 
         def come_and_go() -> None:
             stream = sessions.serve(
@@ -160,7 +161,7 @@ def test_who_stood_still_starts_nothing_that_a_caller_waited_for_before(tmp_path
     now = 0.0
     with rooms(tmp_path) as place:
         place.deploy()
-        sessions = Sessions(place.runs, Recorded(), Pulse(lambda: now), "life", 1)
+        sessions = Sessions(place.runs, Recorded(), StallDetector(lambda: now), "life", 1)
         name = asked().function_name
         calls = [
             pb.ExecutionRequest(function_name=name, execution_id="waited-for"),

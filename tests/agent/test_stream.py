@@ -108,7 +108,7 @@ def test_many_executions_over_one_stream(agent: Running) -> None:
         stream.wait(lambda: len(stream.answers) == 30, "not all were answered", 30)
         outputs = {one.execution_id: one.response.output for one in stream.answers}
         assert outputs == {f"e-{number}": b"%d\n" % number for number in range(30)}
-        assert agent.agent._runs.open_ids() == ()
+        assert agent.agent._executions.open_ids() == ()
 
 
 def test_async_is_accepted_before_it_ends(agent: Running) -> None:
@@ -219,7 +219,7 @@ def test_a_cancel_that_fails_leaves_the_stream_to_the_others(agent: Running, mon
 
     with Stream(agent, "s") as stream:
         with monkeypatch.context() as patched:
-            patched.setattr(agent.agent._runs, "cancel", cancel)
+            patched.setattr(agent.agent._executions, "cancel", cancel)
             stream.send(cancel=[pb.CancelExecutionRequest(execution_id="one")])
             stream.wait(lambda: any(frame.cancelled for frame in stream.frames), "the answer")
         answers = [one.response for frame in stream.frames for one in frame.cancelled]
@@ -236,7 +236,7 @@ def test_an_output_that_cannot_be_read_leaves_the_stream_to_the_others(agent: Ru
         reading = agent.read("broken", follow=True)
         assert next(reading).data == b"started\n"
         reading.cancel()
-        agent.agent._runs._records._open["broken"][1].append(b"x" * 100_000)
+        agent.agent._executions._records._open["broken"][1].append(b"x" * 100_000)
         path = agent.directory / "state/outputs/broken"
         path.rename(path.with_name("away"))
         path.mkdir()
@@ -296,7 +296,7 @@ def test_control_calls_answer_while_every_slot_and_every_reader_is_taken(agent: 
         )
         for number in range(40)
     ]
-    wait_until(lambda: len(agent.agent._runs.open_ids()) == 40, "every slot to be taken")
+    wait_until(lambda: len(agent.agent._executions.open_ids()) == 40, "every slot to be taken")
     readers = [agent.read("full-0", follow=True) for _ in range(MAX_FOLLOWERS)]
     for reader in readers:
         assert next(reader).data == b"started\n"
@@ -311,5 +311,5 @@ def test_control_calls_answer_while_every_slot_and_every_reader_is_taken(agent: 
         call.cancel()
     for reader in readers:
         reader.cancel()
-    wait_until(lambda: agent.agent._runs.active == 0, "all to be cancelled")
+    wait_until(lambda: agent.agent._executions.active == 0, "all to be cancelled")
     assert [piece.data for piece in agent.read("full-0")] == [b"started\n"]

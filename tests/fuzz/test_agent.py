@@ -348,7 +348,7 @@ def test_mutated_messages(outside: Path, caplog: pytest.LogCaptureFixture) -> No
                 if number % 500 == 0:
                     assert agent.deploy().success, where
             assert agent.deploy().success
-            for execution_id in agent.agent._runs.open_ids():
+            for execution_id in agent.agent._executions.open_ids():
                 agent.cancel(execution_id)
             assert agent.run("say", "still here").output == b"still here\n"
             report = agent.stub.ReportNodeStatus(pb.NodeStatusRequest(), timeout=5)

@@ -87,7 +87,7 @@ def test_a_dead_spawner_is_replaced_and_its_runs_are_accounted_for(ready: GuestA
     ready.machine.run(f"kill -9 {SPAWNER}")
     for identifier in (running[0], running[2]):
         record = ready.ended(identifier)
-        assert record["error"] == "the agent lost the process that ran it"
+        assert record["error"] == "internal error: the spawner died while this execution was running"
     assert ready.ended(running[1])["status"] == "success"
     assert ready.processes_of_functions() == []
     assert ready.run("hog", "network")["status"] == "success"

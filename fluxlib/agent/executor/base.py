@@ -2,7 +2,7 @@
 
 An executor creates sandboxes, starts programs in them, tells what they write and how they end, and kills
 whole trees. It knows nothing of functions' slots, timeouts or records: those
-are ``agent.runs`` and ``executor.supervise``.
+are ``agent.executions``.
 
 Rules every executor keeps:
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fluxlib.agent.executions import Execution
 from fluxlib.agent.executor import winapi
 from fluxlib.agent.executor.base import Job, Limits
 from fluxlib.agent.executor.jobobject import KILLED_EXIT_CODE
-from fluxlib.agent.executor.supervise import Supervised, Verdict
 from fluxlib.agent.executor.windows import WindowsExecutor
+from fluxlib.agent.records import new_record
 from fluxlib.config.agent import AgentConfig
 from fluxlib.errors import InvalidInput, Stopping, Unenforceable
 from fluxlib.lifecycle import Deadline, Timers
-from fluxlib.model import ErrorKind, ExecutionStatus, FunctionSpec, Network, WorkingDirectory
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus, FunctionSpec, Network, WorkingDirectory
 from tests.windows.inside.runs import Programs
 
 pytestmark = pytest.mark.windows
@@ -220,45 +221,47 @@ def test_a_batch_files_children_die_with_it(programs: Programs) -> None:
 def test_terminate_ends_a_program_that_ignores_everything(programs: Programs) -> None:
     """With a console CTRL_BREAK comes first and the kill after the grace; without one the kill comes at once."""
     timers = Timers("test-timers").start()
-    verdicts: list[Verdict] = []
+    records: list[ExecutionRecord] = []
     ended, up = threading.Event(), threading.Event()
 
-    def on_end(verdict: Verdict) -> None:
-        verdicts.append(verdict)
+    def on_end(execution: Execution, record: ExecutionRecord) -> None:
+        records.append(record)
         ended.set()
 
     code = "import signal; signal.signal(signal.SIGBREAK, signal.SIG_IGN); " + SLEEP
     job = Job("stubborn", (sys.executable, "-c", code), {}, programs.code)
-    supervised = Supervised(programs.executor, timers, job, 0, 0.5, on_end)
+    record = new_record("stubborn", "stubborn", "worker-1", False, ())
+    execution = Execution(record, programs.executor, timers, 0.5, lambda execution: None, on_end)
     try:
-        supervised.start(lambda data: up.set(), lambda pid, ago: None)
+        execution.launch(job, 0, lambda data: up.set())
         assert up.wait(30)
-        supervised.stop(ErrorKind.CANCELLED, "cancelled")
+        execution.stop(ErrorKind.CANCELLED, "cancelled")
         assert ended.wait(30)
     finally:
         timers.stop(Deadline(5))
-    assert verdicts[0].status is ExecutionStatus.CANCELLED
+    assert records[0].status is ExecutionStatus.CANCELLED
 
 
 def test_timeout_kills_the_tree(programs: Programs) -> None:
     timers = Timers("test-timers").start()
-    verdicts: list[Verdict] = []
+    records: list[ExecutionRecord] = []
     output = bytearray()
     ended = threading.Event()
 
-    def on_end(verdict: Verdict) -> None:
-        verdicts.append(verdict)
+    def on_end(execution: Execution, record: ExecutionRecord) -> None:
+        records.append(record)
         ended.set()
 
     job = Job("timeout", (sys.executable, "-c", FAMILY + SLEEP), {}, programs.code)
-    supervised = Supervised(programs.executor, timers, job, 3.0, 0.2, on_end)
+    record = new_record("timeout", "timeout", "worker-1", False, ())
+    execution = Execution(record, programs.executor, timers, 0.2, lambda execution: None, on_end)
     try:
-        supervised.start(output.extend, lambda pid, ago: None)
+        execution.launch(job, 3.0, output.extend)
         assert ended.wait(30)
     finally:
         timers.stop(Deadline(5))
-    assert verdicts[0].kind is ErrorKind.TIMEOUT
-    assert verdicts[0].error == "execution timed out after 3s"
+    assert records[0].error_kind is ErrorKind.TIMEOUT
+    assert records[0].error == "execution timed out after 3s"
     assert gone(child_of(output.decode()))
 
 

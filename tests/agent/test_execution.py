@@ -1,4 +1,4 @@
-"""A job's limits of time, with invented times: nothing is started and nothing waits."""
+"""One execution's states, deadline and kill timer, with invented times: nothing is started and nothing waits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from fluxlib.agent.executor import supervise
+from fluxlib.agent import executions
+from fluxlib.agent.executions import Execution, State
 from fluxlib.agent.executor.base import Executor, Exit, Job
-from fluxlib.agent.executor.supervise import Supervised, Verdict
+from fluxlib.agent.records import new_record
 from fluxlib.lifecycle import Timers
-from fluxlib.model import ErrorKind, ExecutionStatus
+from fluxlib.model import ErrorKind, ExecutionRecord, ExecutionStatus
 
 
 class Clock:
@@ -23,10 +24,10 @@ class Clock:
         self.now = 1000.0
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.signals: list[str] = []
-        self.verdicts: list[Verdict] = []
+        self.ends: list[ExecutionRecord] = []
         self.started: Callable[[int], None]
         self.exited: Callable[[Exit], None]
-        self.supervised: Supervised
+        self.execution: Execution
 
     def monotonic(self) -> float:
         return self.now
@@ -56,16 +57,27 @@ class Clock:
         call()
 
 
+def execution_of(executor: Clock, timers: Clock) -> Execution:
+    record = new_record("e-1", "hello", "worker-1", False, ())
+    return Execution(
+        record,
+        cast(Executor, executor),
+        cast(Timers, timers),
+        2.0,
+        lambda execution: None,
+        lambda execution, ended: timers.ends.append(ended),
+    )
+
+
+JOB = Job("e-1", ("/bin/true",), {}, Path("/"))
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=clock.monotonic))
-    job = Job("e-1", ("/bin/true",), {}, Path("/"))
-    supervised = Supervised(
-        cast(Executor, clock), cast(Timers, clock), job, 10.0, 2.0, lambda verdict: clock.verdicts.append(verdict)
-    )
-    clock.supervised = supervised
-    supervised.start(lambda data: None, lambda pid, ago: None)
+    monkeypatch.setattr(executions, "time", SimpleNamespace(monotonic=clock.monotonic, time=clock.monotonic))
+    clock.execution = execution_of(clock, clock)
+    clock.execution.launch(JOB, 10.0, lambda data: None)
     return clock
 
 
@@ -87,9 +99,9 @@ def test_the_timeout_counts_from_its_own_start(clock: Clock) -> None:
     clock.fire()
     assert (clock.now, clock.signals) == (1016.0, ["TERM", "KILL"])
     clock.exited(Exit(signal=9))
-    verdict = clock.verdicts[0]
-    assert (verdict.status, verdict.kind) == (ExecutionStatus.FAILED, ErrorKind.TIMEOUT)
-    assert verdict.error == "execution timed out after 10s"
+    ended = clock.ends[0]
+    assert (ended.status, ended.error_kind) == (ExecutionStatus.FAILED, ErrorKind.TIMEOUT)
+    assert ended.error == "execution timed out after 10s"
 
 
 def test_a_start_that_never_comes_ends_too(clock: Clock) -> None:
@@ -98,23 +110,44 @@ def test_a_start_that_never_comes_ends_too(clock: Clock) -> None:
 
 
 def test_a_stop_before_its_start_returns_keeps_its_grace(clock: Clock) -> None:
-    job = Job("e-2", ("/bin/true",), {}, Path("/"))
-    clock.signals.clear()
-
     class Slow(Clock):
         def start(self, *arguments: Any) -> Clock:
-            supervised.stop(ErrorKind.AGENT_STOPPED, "the agent ends now", grace=0)
+            execution.stop(ErrorKind.AGENT_STOPPED, "the agent ends now", grace=0)
             return clock
 
-    supervised = Supervised(cast(Executor, Slow()), cast(Timers, clock), job, 0, 2.0, lambda verdict: None)
-    supervised.start(lambda data: None, lambda pid, ago: None)
+    execution = execution_of(Slow(), clock)
+    execution.launch(JOB, 0, lambda data: None)
     assert clock.signals == ["KILL"]
+
+
+def test_a_stop_before_the_launch_is_the_state_that_the_launch_finds(clock: Clock) -> None:
+    execution = execution_of(clock, clock)
+    execution.stop(ErrorKind.CANCELLED, "changed my mind")
+    execution.launch(JOB, 0, lambda data: None)
+    clock.started(7, 0.0)
+    assert (execution.state, clock.signals) == (State.STOPPING, ["TERM"])
+    clock.exited(Exit(exit_code=0))
+    assert (execution.state, clock.ends[0].status) == (State.ENDED, ExecutionStatus.CANCELLED)
+
+
+def test_the_states_of_an_execution_in_order(clock: Clock) -> None:
+    execution = execution_of(clock, clock)
+    assert execution.state is State.ACCEPTED
+    execution.launch(JOB, 0, lambda data: None)
+    assert execution.state is State.STARTING
+    clock.started(7, 0.0)
+    assert execution.state is State.RUNNING
+    execution.stop(ErrorKind.CANCELLED, "enough")
+    assert execution.state is State.STOPPING
+    clock.exited(Exit(signal=15))
+    execution.stop(ErrorKind.CANCELLED, "again")
+    assert (execution.state, clock.signals) == (State.ENDED, ["TERM"])
 
 
 def test_a_second_stop_with_less_grace_kills_sooner(clock: Clock) -> None:
     """The agent ends while a function that is deaf to TERM is being cancelled."""
     clock.started(7, 0.0)
-    stop = clock.supervised.stop
+    stop = clock.execution.stop
     stop(ErrorKind.CANCELLED, "enough", grace=60)
     stop(ErrorKind.TIMEOUT, "later than its own", grace=61)
     stop(ErrorKind.CANCELLED, "as it says itself")
@@ -127,7 +160,7 @@ def test_a_second_stop_with_less_grace_kills_sooner(clock: Clock) -> None:
     stop(ErrorKind.AGENT_STOPPED, "at once", grace=0)
     assert clock.signals == ["TERM", "KILL"]
     clock.exited(Exit(signal=9))
-    assert (clock.verdicts[0].kind, clock.verdicts[0].error) == (ErrorKind.CANCELLED, "enough")
+    assert (clock.ends[0].error_kind, clock.ends[0].error) == (ErrorKind.CANCELLED, "enough")
 
 
 def test_one_that_has_ended_is_left_alone(clock: Clock) -> None:
@@ -135,4 +168,4 @@ def test_one_that_has_ended_is_left_alone(clock: Clock) -> None:
     clock.exited(Exit(exit_code=0))
     clock.fire()
     assert clock.signals == []
-    assert clock.verdicts[0].status is ExecutionStatus.SUCCESS
+    assert clock.ends[0].status is ExecutionStatus.SUCCESS
