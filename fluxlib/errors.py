@@ -23,6 +23,7 @@
     │   ├── AgentUnreachable      502                        before it can have started the work
     │   ├── AgentLost             502                        after it may have started the work
     │   └── AgentRefused          502   FAILED_PRECONDITION  the agent answered no
+    │       └── AgentRevoked      502                        its certificate was revoked
     ├── ProviderError             502   UNAVAILABLE          a cloud or a node's SSH said no
     │   └── StrandedNode          502                        and a machine it launched could not be ended
     ├── CannotStart               500   FAILED_PRECONDITION  a program could not be started
@@ -165,6 +166,14 @@ class AgentRefused(AgentError):
     """The agent answered, and its answer was no."""
 
     grpc_status = "FAILED_PRECONDITION"
+
+
+class AgentRevoked(AgentRefused):
+    """The agent was deregistered at ``revoked_at`` (epoch milliseconds), and its certificate is not newer."""
+
+    def __init__(self, message: str, revoked_at: int) -> None:
+        super().__init__(message)
+        self.revoked_at = revoked_at
 
 
 class ProviderError(FluxError):

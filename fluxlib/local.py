@@ -30,7 +30,7 @@ from fluxlib.config.environment import for_child
 from fluxlib.config.files import AGENT_PORT, read_file
 from fluxlib.config.first_start import write_new
 from fluxlib.control.app import Control, say_what_is_odd
-from fluxlib.errors import CannotStart, FluxError, InUse
+from fluxlib.errors import AgentRevoked, CannotStart, FluxError, InUse
 from fluxlib.filelock import ExclusiveLock
 from fluxlib.lifecycle import Deadline, Loop, StopSignal, pause
 from fluxlib.log import relay
@@ -57,8 +57,8 @@ def prepare_agent(config: ControlConfig, directory: Path, port: int = AGENT_PORT
     try:
         if not path.exists():
             _make_agent(config, path, port)
-        elif not config.disable_grpc_tls:
-            _mend_certificates(config, path)
+        elif not config.disable_grpc_tls and _has_own_certificates(path):
+            _mend_certificates(config, directory.resolve())
     except OSError as error:
         raise _cannot_write(error, directory) from error
     return path
@@ -90,9 +90,9 @@ def _make_agent(config: ControlConfig, path: Path, port: int) -> None:
     write_new(path, "# The agent of this machine, made by Flux.\n" + yaml.safe_dump(settings, sort_keys=False))
 
 
-def _write_certificates(authority: Authority, directory: Path) -> bytes:
-    """The agent.yaml that goes with them."""
-    files = enrolment_files(authority.issue_agent(LOCAL_ID), LOCAL_ID, AGENT_PORT)
+def _write_certificates(authority: Authority, directory: Path, *, after: int = 0) -> bytes:
+    """New ones, enrolled after ``after`` (epoch milliseconds); the agent.yaml that goes with them."""
+    files = enrolment_files(authority.issue_agent(LOCAL_ID, after=after), LOCAL_ID, AGENT_PORT)
     config = files.pop("agent.yaml")
     for name, content in files.items():
         with open(os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -100,20 +100,26 @@ def _write_certificates(authority: Authority, directory: Path) -> bytes:
     return config
 
 
-def _mend_certificates(config: ControlConfig, path: Path) -> None:
-    """New ones where Flux would refuse this agent for ever: they ended while nothing ran, or the authority is new.
+def _has_own_certificates(path: Path) -> bool:
+    """Whether the agent uses the certificates that Flux made for it; others are left alone."""
+    agent = read_agent(read_file(path), path)
+    return [agent.tls_ca_cert, agent.tls_cert_file, agent.tls_key_file] == _certificate_files(path.resolve().parent)
 
-    There is nobody to enrol it again. Files that somebody else put into its configuration are left alone.
+
+def _certificate_files(directory: Path) -> list[Path]:
+    return [directory / name for name in ("ca.pem", "agent.pem", "agent-key.pem")]
+
+
+def _mend_certificates(config: ControlConfig, directory: Path) -> None:
+    """New ones where Flux would refuse this agent for ever: they expired while nothing ran, or the CA is new.
+
+    Nobody else enrols it again.
     """
-    agent, directory = read_agent(read_file(path), path), path.resolve().parent
-    ours = [directory / name for name in ("ca.pem", "agent.pem", "agent-key.pem")]
-    if [agent.tls_ca_cert, agent.tls_cert_file, agent.tls_key_file] != ours:
-        return
     authority = Authority.open(config.certs_dir)
-    ca, certificate, key = ours
+    ca, certificate, key = _certificate_files(directory)
     if _is_that_of(authority, ca) and read_leaf(certificate, key, authority.ca_pem) is not None:
         return
-    log.warning("the certificate of this machine's agent is none that Flux would take: it gets a new one")
+    log.warning("the local agent's certificate has expired or is of another CA: it gets a new one")
     _write_certificates(authority, directory)
 
 
@@ -125,10 +131,15 @@ def _is_that_of(authority: Authority, ca: Path) -> bool:
 
 
 class LocalAgent:
-    """Keeps the agent's process alive, on a port that is free at each start."""
+    """Keeps the agent's process alive, on a port that is free at each start.
 
-    def __init__(self, config_file: Path) -> None:
+    ``enrol(after)`` gives it new certificates, enrolled after that time (epoch milliseconds).
+    """
+
+    def __init__(self, config_file: Path, enrol: Callable[[int], object]) -> None:
         self._config_file = config_file
+        self._enrol = enrol
+        self._may_enrol = True  # later a deregistered agent stays away until the next start
         self._wanted_port = load_agent(config_file).port
         self._port = 0
         self._join: Callable[[str], object] | None = None
@@ -150,11 +161,16 @@ class LocalAgent:
     def join(self, join: Callable[[str], object], within: Deadline) -> None:
         """``join(address)`` makes it known to Flux, now and whenever it has moved; waits for the first time."""
         self._join = join
+        self._join_first(within)
+        if not self._joined:
+            self._join_first(within)
+        self._watch.start()
+
+    def _join_first(self, within: Deadline) -> None:
         while not (answers := self._answers()) and within.remaining() and self._lives():
             pause(_LOOK_EVERY)
         if answers:
             self.tick(steady_time())
-        self._watch.start()
 
     def warnings(self) -> list[str]:
         """Why there is no agent on this machine now."""
@@ -181,11 +197,33 @@ class LocalAgent:
         try:
             self._join(f"127.0.0.1:{self._port}")
             self._joined, self._problem = True, ""
+            self._may_enrol = False
+        except AgentRevoked as error:
+            if not self._may_enrol:
+                self._not_joined(error, now)
+                return
+            log.info("the local agent was deregistered: it gets a new certificate")
+            self._may_enrol = False
+            self._replace(error.revoked_at, now)
         except FluxError as error:
-            if error.message != self._problem:
-                log.warning("the local agent cannot be taken in yet: %s", error.message)
-            self._problem = error.message
-            self._not_before = now + self._pause()
+            self._not_joined(error, now)
+
+    def _not_joined(self, error: FluxError, now: float) -> None:
+        if error.message != self._problem:
+            log.warning("the local agent cannot be registered yet: %s", error.message)
+        self._problem = error.message
+        self._not_before = now + self._pause()
+
+    def _replace(self, revoked_at: int, now: float) -> None:
+        """Start it again with new certificates."""
+        with self._lock:
+            if self._stopping:
+                return
+            self._enrol(revoked_at)
+            process, self._process = self._process, None
+            if process is not None:
+                _end(process, _AGENT_STOPS_WITHIN)
+            self._launch(now)
 
     def _lives(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -199,17 +237,8 @@ class LocalAgent:
         with self._lock:
             self._stopping = True
             process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        try:
-            process.wait(max(1.0, min(deadline.remaining(), _AGENT_STOPS_WITHIN)))
-        except subprocess.TimeoutExpired:
-            log.warning("the local agent did not stop in time: killing it")
-            process.kill()
-            process.wait()
+        if process is not None:
+            _end(process, max(1.0, min(deadline.remaining(), _AGENT_STOPS_WITHIN)))
 
     def _launch(self, now: float) -> None:
         port = usable_port(self._wanted_port)
@@ -254,6 +283,18 @@ class LocalAgent:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1):
             return True
         return False
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        log.warning("the local agent did not stop in time: killing it")
+        process.kill()
+        process.wait()
 
 
 def _copy_log(source: IO[bytes]) -> None:
@@ -302,7 +343,13 @@ def _hold(config: ControlConfig, directory: Path) -> ExclusiveLock:
 def _serve(config: ControlConfig, directory: Path, stop: StopSignal, greet: Callable[[ControlConfig], None]) -> int:
     say_what_is_odd(config)
     # First, because it comes up while Flux is built, and would be missed by it otherwise.
-    agent = LocalAgent(prepare_agent(config, directory / "agent")).start()
+    agent_config = prepare_agent(config, directory / "agent")
+
+    def enrol(after: int) -> None:
+        if _has_own_certificates(agent_config):
+            _write_certificates(Authority.open(config.certs_dir), agent_config.parent, after=after)
+
+    agent = LocalAgent(agent_config, enrol).start()
     control: Control | None = None
     try:
         control = Control(config, stop.fail)

@@ -187,6 +187,20 @@ def test_the_local_agent_gets_certificates_that_flux_takes(tmp_path: Path, fate:
     assert {file.stat().st_mode & 0o777 for file in (state / "agent").glob("*.pem")} == {0o600}
 
 
+def test_a_deregistered_local_agent_is_enrolled_again_at_the_next_start(tmp_path: Path) -> None:
+    """Its certificates are revoked, and nobody else would make new ones."""
+    state = tmp_path / ".state"
+    make_flux_yaml(state / "flux.yaml", data=".", port=(port := free_port()))
+    api = Api(f"http://127.0.0.1:{port}", read_control((state / "flux.yaml").read_text(), Path("x")).api_key)
+    with Run(tmp_path):
+        api.deploy({"name": "here", "handler": "run.sh"}, {"run.sh": "#!/bin/sh\necho here\n"})
+        assert api.call("DELETE", "/agents/local")[0] == 200
+        assert api.call("GET", "/agents")[1] == []
+    with Run(tmp_path):
+        wait_until(lambda: [one["status"] for one in api.call("GET", "/agents")[1]] == ["online"], "it to be back")
+        assert api.execute("here")[1]["output"] == "here\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="needs another user")
 def test_a_state_directory_that_cannot_be_written_is_told(top: Path, tmp_path: Path) -> None:
     as_nobody = ["setpriv", "--reuid", "65534", "--clear-groups"]

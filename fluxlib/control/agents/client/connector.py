@@ -10,7 +10,7 @@ from dataclasses import replace
 from fluxlib.control.agents.client.channels import Line, check_address, server_name
 from fluxlib.control.agents.client.client import AgentClient
 from fluxlib.control.agents.connection import ConnectionEvents, ProbeResult
-from fluxlib.errors import AgentLost, AgentRefused, AgentUnreachable, InvalidInput
+from fluxlib.errors import AgentLost, AgentRefused, AgentRevoked, AgentUnreachable, InvalidInput
 from fluxlib.lifecycle import Timers
 from fluxlib.model import Inventory
 from fluxlib.pki import Identity
@@ -90,9 +90,10 @@ class AgentConnector:
             )
         enrolled = enrolled_at(shown, agent_id)
         if enrolled <= revoked_at:
-            raise AgentRefused(
+            raise AgentRevoked(
                 f"the certificate of agent {agent_id} at {address} was revoked when the agent was deregistered:"
-                f" enrol it again (flux enroll {agent_id}), and restart it with the new files"
+                f" enrol it again (flux enroll {agent_id}), and restart it with the new files",
+                revoked_at,
             )
         with self._opened(address, identity, enrolment_name(agent_id, enrolled)) as line:
             found = self._probe_result(address, line, agent_id, legacy_certificate=False)
