@@ -1,9 +1,9 @@
-"""Zips from strangers: what is in one, and unpacking it so that nothing lands outside.
+"""Untrusted zips: listing one, and unpacking it so that nothing lands outside the directory.
 
 One place (``_names``) turns what a tool wrote into paths, the checks come after it
 and see paths only. The whole directory of the zip is checked before a byte is
-unpacked; sizes are counted again while unpacking, because a zip's own figures are
-the stranger's too.
+unpacked; sizes are counted again while unpacking, because a zip's own sizes are
+untrusted too.
 """
 
 from __future__ import annotations

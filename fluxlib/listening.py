@@ -54,6 +54,6 @@ def try_to_listen(host: str, port: int) -> None:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
         with socket.socket(family, kind, protocol) as probe:
-            if sys.platform != "win32":  # where it would share the port with whoever has it
+            if sys.platform != "win32":  # where it would share the port with its owner
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)

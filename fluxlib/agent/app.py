@@ -14,7 +14,7 @@ from fluxlib.agent.executor.base import Executor, Limits
 from fluxlib.agent.health import CHECK_EVERY, Health, StallDetector
 from fluxlib.agent.monitor import Monitor
 from fluxlib.agent.packages import Packages
-from fluxlib.agent.places import hold, programs_dir
+from fluxlib.agent.program_dirs import lock_state_dir, programs_dir
 from fluxlib.agent.records import Records
 from fluxlib.config.agent import AgentConfig
 from fluxlib.config.environment import function_basics, prepare_grpc, report_ready
@@ -57,7 +57,7 @@ class Agent:
             raise
 
     def _hold(self, directory: Path) -> None:
-        lock = hold(directory)
+        lock = lock_state_dir(directory)
         self._parts.add("state directory", lambda deadline: lock.release())
 
     def _build(self, config: AgentConfig, state: Path, programs: Path) -> None:

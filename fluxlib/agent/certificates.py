@@ -67,7 +67,7 @@ class Certificates:
             return not_after
 
     def _load(self) -> tuple[Identity, list[str]]:
-        """The identity and its faults, told and no more: clocks are set right, and an original asks for no ID."""
+        """The identity and its faults, logged and no more: clocks get corrected, and a legacy Flux asks for no ID."""
         ca_pem = read_file(self._files.ca)
         found = None if ca_pem is None else read_leaf(self._files.certificate, self._files.key, ca_pem)
         if ca_pem is not None and found is not None:

@@ -27,7 +27,7 @@ _SHOWN_CODE = "/run/flux/code/"
 
 
 def this_platform() -> Platform:
-    """This machine in Go's words, as the original and its users spell them."""
+    """This machine in Go's words, as a legacy Flux and its users spell them."""
     systems = {"win32": "windows", "darwin": "darwin", "linux": "linux"}
     machine = platform.machine().lower()
     return Platform(systems.get(sys.platform, sys.platform), _ARCHITECTURES.get(machine, machine))

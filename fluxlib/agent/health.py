@@ -74,7 +74,7 @@ class Health:
             log.log(
                 logging.ERROR if problem else logging.INFO,
                 "%s",
-                f"takes no work: {problem}" if problem else "well again",
+                f"takes no work: {problem}" if problem else "healthy again",
             )
         self._alive()
         report_alive(f"takes no work: {problem}" if problem else "; ".join(self.warnings) or "serving")

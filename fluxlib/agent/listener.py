@@ -25,7 +25,7 @@ _OPTIONS = [
     # And the other way round: a Flux whose host has vanished must not keep its session.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Whoever reaches the port can connect without a certificate: such a connection is held for a moment only, and
+    # Anybody who reaches the port can connect without a certificate: such a connection is held for a moment only, and
     # there are not many of them. Each costs 20 to 50 KB, and a Flux needs less than ten.
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
     ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
@@ -35,7 +35,7 @@ _OPTIONS = [
 
 
 class Listener:
-    """Serves from the moment it is made. Raises FluxError when the address cannot be had."""
+    """Serves from the moment it is made. Raises FluxError when the address is not available."""
 
     def __init__(
         self, service: AgentService, pool: ThreadPoolExecutor, host: str, port: int, certificates: Certificates | None

@@ -64,18 +64,18 @@ class Packages:
         self._installed: dict[str, Installed] = {}
         self._in_use: Counter[Path] = Counter()
         self._obsolete: set[Path] = set()
-        self._doomed: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._to_delete: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self.revision = 0
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         # The functions' users must be able to walk to their code, and not to list the others'.
         os.chmod(directory, 0o711)
         self._load()
         # Large versions take seconds to remove; runs end and start meanwhile.
-        self._remover = threading.Thread(target=self._remove_doomed, name="old-versions", daemon=True)
+        self._remover = threading.Thread(target=self._delete_obsolete, name="old-versions", daemon=True)
         self._remover.start()
 
     def stop(self, deadline: Deadline) -> None:
-        self._doomed.put(None)
+        self._to_delete.put(None)
         self._remover.join(deadline.remaining())
 
     def spool(self) -> BinaryIO:
@@ -113,12 +113,12 @@ class Packages:
         check_names(spec)
         actual = archives.digest_of(archive)
         if code_digest and code_digest != actual:
-            raise InvalidInput(f"the code of {spec.name} arrived damaged: its SHA-256 is not what Flux said")
+            raise InvalidInput(f"checksum mismatch for the code of {spec.name}: it arrived damaged")
         home = self._directory / spec.name
         target = home / actual
         with self._lock:
             self._make_home(home)
-            # Whoever unpacks or takes it is counted like a run, so that nobody removes it or its home.
+            # Unpacking and starting count as uses, so that neither it nor its home is removed.
             self._in_use[target] += 1
         try:
             if not target.is_dir():
@@ -195,7 +195,7 @@ class Packages:
         except OSError as error:
             log.warning("the old version %s cannot be removed before the next start: %s", code_dir, error)
         else:
-            self._doomed.put(doomed)
+            self._to_delete.put(doomed)
 
     def _remove_home(self, home: Path) -> None:
         """When it is empty and nobody is about to put something there."""
@@ -203,8 +203,8 @@ class Packages:
             with contextlib.suppress(OSError):
                 home.rmdir()
 
-    def _remove_doomed(self) -> None:
-        while (doomed := self._doomed.get()) is not None:
+    def _delete_obsolete(self) -> None:
+        while (doomed := self._to_delete.get()) is not None:
             discard(doomed)
             with self._lock:
                 self._remove_home(doomed.parent)
@@ -277,7 +277,7 @@ class Packages:
 
 
 def check_names(spec: FunctionSpec) -> None:
-    """Raises InvalidInput for what cannot be a path or a variable: an original Flux checks nothing."""
+    """Raises InvalidInput for what cannot be a path or a variable: a legacy Flux checks nothing."""
     problems = {
         "name": name_problem(spec.name),
         "handler": handler_problem(spec.handler),

@@ -75,14 +75,14 @@ class Records:
         return output
 
     def update(self, record: ExecutionRecord) -> None:
-        """A newer look at one that runs; in memory only, a restart would end it anyway."""
+        """The newer record of a running execution; in memory only, a restart would end it anyway."""
         with self._lock:
             known = self._open.get(record.execution_id)
             if known is not None:
                 self._open[record.execution_id] = (record, known[1])
 
     def end(self, record: ExecutionRecord) -> ExecutionRecord:
-        """The final record, its output figures filled in; with the output unless it lies in a file."""
+        """The final record, its output's size filled in; with the output unless it lies in a file."""
         with self._lock:
             output = self._open[record.execution_id][1]
         warnings = (*record.warnings, output.problem) if output.problem else record.warnings
@@ -95,7 +95,7 @@ class Records:
         )
         self._journal.put(record, record.status_at + self._keep_for)
         with self._lock:
-            # In one step: whoever asks finds it here or there, never nowhere.
+            # In one step: a reader finds it here or there, never nowhere.
             del self._open[record.execution_id]
             self._remember(record)
             self._count(record.execution_id, output.size)
@@ -107,7 +107,7 @@ class Records:
 
     def refuse(self, record: ExecutionRecord) -> None:
         """One that was begun and refused after all: as if it had never been here."""
-        if not self._journal.strike(record.execution_id):
+        if not self._journal.discard_pending(record.execution_id):
             self._journal.put(replace(record, output=b""), record.status_at)
         with self._lock:
             known = self._open.pop(record.execution_id, None)
@@ -117,7 +117,7 @@ class Records:
     # -- asked for -----------------------------------------------------------------
 
     def known(self, execution_id: str) -> ExecutionRecord | None:
-        """The record of one that ran or runs here, without its output. Cheap. Raises StoreUnavailable."""
+        """The record of an execution known here, without its output. Cheap. Raises StoreUnavailable."""
         with self._lock:
             running = self._open.get(execution_id)
             found = running[0] if running is not None else self._recent.get(execution_id)
@@ -190,7 +190,7 @@ class Records:
             try:
                 size = os.stat(self._path(record.execution_id)).st_size
             except OSError:
-                size = 0  # what was in memory is lost with that life
+                size = 0  # what was in memory is lost
             ended = record.ended(ExecutionStatus.FAILED, at=now, error=reason, kind=ErrorKind.AGENT_STOPPED)
             ended = replace(ended, output_bytes=min(size, self._cap), truncated=size >= self._cap)
             self._store.end(ended, None if size > IN_MEMORY else b"", now + self._keep_for)
@@ -381,8 +381,8 @@ class Journal:
             if first:
                 self._condition.notify()
 
-    def strike(self, execution_id: str) -> bool:
-        """Whether the store has not been told of it and never will be."""
+    def discard_pending(self, execution_id: str) -> bool:
+        """Discard what was not written yet; whether the store never hears of it."""
         with self._condition:
             return self._waiting.pop(execution_id, None) is not None and execution_id not in self._being_written
 
@@ -486,7 +486,7 @@ class Output:
         return True
 
     def end(self) -> None:
-        """Nothing more comes: whoever follows is told, and what lies in a file is read from the disk from now on."""
+        """Nothing more comes: followers learn it, and what lies in a file is read from the disk from now on."""
         with self._condition:
             self.ended = True
             if self._file is not None:

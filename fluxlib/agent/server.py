@@ -1,4 +1,4 @@
-"""The gRPC calls: decode, ask, encode. What is refused is an answer in the original's words, with status OK."""
+"""The gRPC calls: decode, ask, encode. A rejection is an answer that a legacy Flux understands, with status OK."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fluxlib.rpc.tls import MESSAGE_LIMIT
 log = logging.getLogger(__name__)
 
 FEATURES = ("attach", "deploy_stream", "get_executions", "read_output", "renew")
-# An original Flux waits 5 s for a cancel; what takes longer is dying all the same.
+# A legacy Flux waits 5 s for a cancel; what takes longer is dying all the same.
 _CANCEL_ANSWER = 4.0
 # Each follower holds a thread of the server while it waits.
 MAX_FOLLOWERS = 200
@@ -45,7 +45,7 @@ Ack = TypeVar("Ack", pb.FunctionAck, pb.DeploymentAck)
 
 @dataclass(frozen=True, slots=True)
 class ServiceContext:
-    """What the calls are about."""
+    """What the calls work on."""
 
     agent_id: str
     max_tasks: int
@@ -165,7 +165,7 @@ class AgentService(flux_pb2_grpc.AgentServiceServicer):
             return codec.response_from_record(record, with_output=False)
 
         def caller_gone() -> None:
-            # An original Flux hangs up when its own client does.
+            # A legacy Flux hangs up when its own client does.
             if not done.is_set():
                 self._executions.cancel(record.execution_id, "cancelled: the caller is gone")
 

@@ -48,7 +48,7 @@ class PendingReply:
 
 
 class Session:
-    """One life of one Flux. Pushed to from any thread, drained by the stream that is attached.
+    """One process of one Flux. Pushed to from any thread, drained by the stream that is attached.
 
     ``fetch`` completes a record whose output lies in a file; only while its frame is made, so that large
     outputs do not wait in memory. ``running`` tells how many executions there are now.
@@ -359,7 +359,7 @@ class Sessions:
         if session.backlog_full:
             return AtCapacity(f"function {request.function_name} at capacity: answers wait to be fetched")
         if not request.asynchronous and self._stalls.recently_stalled:
-            # Its caller may have been told that it is lost, and have called again. Whoever still waits asks elsewhere.
+            # Its caller may have given up on it and called again. One that still waits is sent to another agent.
             return Stopping("the agent was suspended for a while and rejects synchronous requests that may be stale")
         return None
 

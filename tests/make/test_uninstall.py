@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.agent.places import OUTSIDE
+from fluxlib.agent.program_dirs import FALLBACK_DIR
 from fluxlib.config.control import read_control
 from fluxlib.config.first_start import make_flux_yaml
 from tests.support.programs import Api, Program, free_port
@@ -41,7 +41,7 @@ def ran(tmp_path: Path) -> tuple[Path, Path]:
         api.deploy({"name": "here", "handler": "bin/run.sh"}, {"bin/run.sh": "#!/bin/sh\necho here\n"})
         assert api.execute("here")[1]["output"] == "here\n"
     note = state / "agent" / "state" / "programs"
-    programs = OUTSIDE / note.read_text().strip() if note.exists() else state / "agent" / "state"
+    programs = FALLBACK_DIR / note.read_text().strip() if note.exists() else state / "agent" / "state"
     return state, programs
 
 
@@ -53,7 +53,7 @@ def test_nothing_stays_inside_or_outside(top: Path, tmp_path: Path, ran: tuple[P
     (venv / ".flux-venv").touch()
     done = uninstall(top, state, venv)
     assert done.returncode == 0, done.stderr
-    assert f"removed {programs if OUTSIDE in programs.parents else programs.parent}\n" in done.stdout
+    assert f"removed {programs if FALLBACK_DIR in programs.parents else programs.parent}\n" in done.stdout
     assert not any(path.exists() for path in (state, programs, venv))
     assert uninstall(top, state, venv).returncode == 0
 

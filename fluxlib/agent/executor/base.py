@@ -120,7 +120,7 @@ class Sandbox(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """What is in force on this host: reported in the agent's figures and in GET /agents."""
+    """What is in force on this host: reported in GET /agents."""
 
     profile: str  # "default", "strict", "minimal", "off"
     enforces: frozenset[Enforcement]

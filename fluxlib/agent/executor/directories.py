@@ -119,7 +119,7 @@ class WorkDirectories:
         while True:
             left = again_at - time.monotonic()
             try:
-                # Whoever always has something new to remove must not keep what stayed waiting for ever.
+                # New work must not keep the leftovers waiting for ever.
                 if stayed and left <= 0:
                     raise queue.Empty
                 task = self._queue.get(timeout=left if stayed else None)

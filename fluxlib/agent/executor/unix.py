@@ -579,7 +579,7 @@ class UnixExecutor:
         for fed in sandbox.inputs:
             self._reactor.drop(fed)
 
-    # -- the spawner's life ----------------------------------------------------------
+    # -- the spawner process ---------------------------------------------------------
 
     def _connect(self) -> None:
         link = SpawnerLink(*self._spawner_arguments)

@@ -31,15 +31,15 @@ from fluxlib.filelock import ExclusiveLock, try_lock
 
 log = logging.getLogger(__name__)
 
-OUTSIDE = Path("/var/lib/flux-programs")
+FALLBACK_DIR = Path("/var/lib/flux-programs")
 LOCK = "agent.lock"
 _NAME = re.compile(r"[0-9a-f]{16}")
 
 
-def programs_dir(state_dir: Path, outside: Path = OUTSIDE) -> Path:
+def programs_dir(state_dir: Path, outside: Path = FALLBACK_DIR) -> Path:
     """The directory for code and work directories: ``state_dir`` itself, or one outside that all can reach.
 
-    Raises FluxError when neither can be had.
+    Raises FluxError when neither is usable.
     """
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return state_dir  # functions run as the agent's own user
@@ -53,11 +53,11 @@ def programs_dir(state_dir: Path, outside: Path = OUTSIDE) -> Path:
             f"functions' users cannot reach {state_dir}, and {outside} cannot be used instead: {error}:"
             " set `state_dir` to a directory that everybody may enter"
         ) from error
-    log.info("functions' users may not enter %s: their code and work directories are in %s", closed, directory)
+    log.info("%s is closed to other users, so functions' code and work directories are kept in %s", closed, directory)
     return directory
 
 
-def outside_programs(state_dir: Path, outside: Path = OUTSIDE) -> Path | None:
+def outside_programs(state_dir: Path, outside: Path = FALLBACK_DIR) -> Path | None:
     """The directory outside that this state directory has, if it has one. For who removes both."""
     note = state_dir / "programs"
     name = note.read_text().strip() if note.is_file() else ""
@@ -69,12 +69,12 @@ def outside_programs(state_dir: Path, outside: Path = OUTSIDE) -> Path | None:
     return outside / name if theirs == state_dir.resolve() or not theirs.exists() else None
 
 
-def hold(directory: Path) -> ExclusiveLock:
+def lock_state_dir(directory: Path) -> ExclusiveLock:
     """Keep a directory for this agent alone. Raises Conflict when another process has it, FluxError."""
     try:
         return ExclusiveLock(directory / LOCK, "stop that agent, or give this one a `state_dir` of its own")
     except OSError as error:
-        raise FluxError(f"{directory / LOCK} cannot be had: {error.strerror}: set `state_dir`") from error
+        raise FluxError(f"{directory / LOCK} cannot be locked: {error.strerror}: set `state_dir`") from error
 
 
 def closed_parent(directory: Path) -> Path | None:
@@ -87,7 +87,7 @@ def closed_parent(directory: Path) -> Path | None:
 
 
 def _claimed(state_dir: Path, outside: Path) -> Path:
-    _make_ours(outside)
+    _ensure_root_owned(outside)
     _sweep(outside)
     note = state_dir / "programs"
     name = note.read_text().strip() if note.is_file() else ""
@@ -96,7 +96,7 @@ def _claimed(state_dir: Path, outside: Path) -> Path:
         # The note first: a sweep of another agent goes by it.
         note.write_text(name + "\n")
     directory = outside / name
-    _make_ours(directory)
+    _ensure_root_owned(directory)
     owner = directory / "owner"
     if not owner.exists():
         # Whole or not at all: half a path would be that of a state directory which is gone.
@@ -107,7 +107,7 @@ def _claimed(state_dir: Path, outside: Path) -> Path:
     return directory
 
 
-def _make_ours(directory: Path) -> None:
+def _ensure_root_owned(directory: Path) -> None:
     """Made, or found to be a directory of root's that only root may write. Raises FluxError, OSError."""
     try:
         os.mkdir(directory, 0o711)
@@ -123,7 +123,7 @@ def _sweep(outside: Path) -> None:
     for entry in os.scandir(outside):
         directory = Path(entry.path)
         if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and _abandoned(directory):
-            log.info("removing the programs of an agent whose state is gone: %s", directory)
+            log.info("removing the code of an agent whose state directory is gone: %s", directory)
             discard(directory)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxlib.agent.places import closed_parent, hold, programs_dir
+from fluxlib.agent.program_dirs import closed_parent, lock_state_dir, programs_dir
 from fluxlib.errors import Conflict, FluxError
 from fluxlib.model import ExecutionStatus
 from tests.agent.running import running
@@ -121,7 +121,7 @@ def test_a_living_agents_is_never_removed_even_when_its_state_is_out_of_sight(ou
     home = state(private)
     mine = programs_dir(home, outside)
     (mine / "functions").mkdir()
-    lock = hold(mine)
+    lock = lock_state_dir(mine)
     home.rename(private / "moved")
     programs_dir(state(private, "other"), outside)
     assert (mine / "functions").is_dir()
