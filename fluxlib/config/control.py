@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from fluxlib.config.document import load_mapping
 from fluxlib.config.files import (
     AGENT_PORT,
+    API_PORT,
     LOG_LEVELS,
     absolute,
     address_problem,
@@ -38,7 +39,6 @@ __all__ = [
     "read_control",
 ]
 
-API_PORT = 7227
 EXAMPLE_KEY = "change-me"
 _SHORT_KEY = 16
 

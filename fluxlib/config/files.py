@@ -14,6 +14,7 @@ from fluxlib.config.environment import config_path, is_named, program_data, stat
 from fluxlib.errors import ConfigInvalid
 
 AGENT_PORT = 50052
+API_PORT = 7227
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 

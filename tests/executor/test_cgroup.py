@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,6 +176,67 @@ def test_a_group_that_no_descriptor_is_left_for_is_not_left_behind(tmp_path: Pat
     assert not (hierarchy.functions / "e-1").exists()
 
 
+def test_functions_get_a_port_neither_to_listen_on_nor_to_connect_to(cgroups: Path, tmp_path: Path) -> None:
+    """Whatever the address and the way to connect; and the ports of an agent replace those of the one before it."""
+    hierarchy = Hierarchy(tmp_path)
+    hierarchy.functions = cgroups
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
+        agent, elsewhere = server.getsockname()[1], other.getsockname()[1]
+        hierarchy.close_ports(listen={elsewhere}, connect={elsewhere})
+        hierarchy.close_ports(listen={_FREE_PORT, agent}, connect={agent})
+        run = cgroups / "run"
+        run.mkdir()
+        try:
+            script = _JOIN_AND_TRY.format(group=run, api=_FREE_PORT, agent=agent, elsewhere=elsewhere)
+            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        finally:
+            run.rmdir()
+    assert not hierarchy.warnings
+    assert json.loads(done.stdout) == {
+        **dict.fromkeys(("listen", "listen on IPv6", "connect", "connect from IPv6", "fast open"), "EPERM"),
+        "connect elsewhere": "works",
+        "listen elsewhere": "works",
+    }
+
+
+def test_where_ports_cannot_be_closed_the_agent_says_so(tmp_path: Path) -> None:
+    hierarchy = Hierarchy(tmp_path)
+    hierarchy.close_ports(listen={7227, 50052}, connect={50052})
+    (warning,) = hierarchy.warnings
+    assert "functions can listen on ports 7227, 50052 of this machine while nobody else does" in warning
+
+
+_FREE_PORT = 7227  # never bound here: listening on it is refused
+_JOIN_AND_TRY = """
+import errno, json, socket
+with open("{group}/cgroup.procs", "w") as file:
+    file.write("0")
+FAST_OPEN = 0x20000000
+def listen(address, family=socket.AF_INET):
+    socket.socket(family).bind(address)
+def connect(port):
+    socket.create_connection(("127.0.0.1", port), 5).close()
+def connect6():
+    socket.socket(socket.AF_INET6).connect(("::ffff:127.0.0.1", {agent}))
+tries = {{
+    "listen": lambda: listen(("0.0.0.0", {api})),
+    "listen on IPv6": lambda: listen(("::", {api}), socket.AF_INET6),
+    "listen elsewhere": lambda: listen(("127.0.0.1", 0)),
+    "connect": lambda: connect({agent}),
+    "connect from IPv6": connect6,
+    "fast open": lambda: socket.socket().sendto(b"x", FAST_OPEN, ("127.0.0.1", {agent})),
+    "connect elsewhere": lambda: connect({elsewhere}),
+}}
+found = {{}}
+for name, attempt in tries.items():
+    try:
+        attempt()
+        found[name] = "works"
+    except OSError as error:
+        found[name] = errno.errorcode[error.errno]
+print(json.dumps(found))
+"""
+
 _GB = 1024**3
 
 
@@ -188,14 +253,14 @@ _GB = 1024**3
 def test_the_sum_of_all_executions_is_bounded(
     tmp_path: Path, memory: int, of_the_unit: str, reserve: int, functions: int, agent: int
 ) -> None:
-    names = ("fn/memory.max", "fn/memory.swap.max", "fn/pids.max", "agent/memory.max", "memory.max")
+    names = ("fn/memory.max", "fn/memory.swap.max", "fn/pids.max", "agent/memory.max", "agent/cpu.weight", "memory.max")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "memory.max").write_text(of_the_unit + "\n")
     Hierarchy(tmp_path).bound(Machine(memory, 32768), reserve)
-    written = {name: (tmp_path / name).read_text() for name in names[:4]}
-    assert written == dict(zip(names, (str(functions), "0", "16384", str(agent)), strict=False))
+    written = {name: (tmp_path / name).read_text() for name in names[:5]}
+    assert written == dict(zip(names, (str(functions), "0", "16384", str(agent), "1000"), strict=False))
 
 
 def test_this_machine_has_memory_and_threads() -> None:

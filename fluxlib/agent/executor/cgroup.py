@@ -21,9 +21,11 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxlib.agent.executor import ports
 from fluxlib.agent.executor.base import Figures, Limits
 from fluxlib.errors import CannotStart, Unenforceable
 
@@ -37,6 +39,7 @@ _TOGETHER = 64
 # What functions leave to the machine at least, and what the agent with its spawner may take, in bytes.
 _RESERVE = 512 * 1024**2
 _AGENT_MEMORY = 1024**3
+_AGENT_WEIGHT = 1000  # of a processor's time, where all executions together have 100
 _PART = 2048  # the kernel gives a file a page at a time, which is some 500 processes: less than half of one is its end
 
 
@@ -309,6 +312,22 @@ class Hierarchy:
         if (self.base / "agent").is_dir():
             # Idle connections, for one, are memory of the agent's: systemd starts it again when they take all of this.
             _write(self.base / "agent/memory.max", str(min(max(_AGENT_MEMORY, reserve), memory // 2)))
+            # It ends what runs too long, reads all output and tells Flux that it lives, whatever functions compute.
+            _write(self.base / "agent/cpu.weight", str(_AGENT_WEIGHT))
+
+    def close_ports(self, *, listen: Collection[int], connect: Collection[int]) -> None:
+        """Keep these ports from all executions; a warning where that cannot be done."""
+        try:
+            group = os.open(self.functions, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                ports.close_ports(group, listen=listen, connect=connect)
+            finally:
+                os.close(group)
+        except OSError as error:
+            self.warnings.append(
+                f"functions can listen on ports {', '.join(map(str, sorted(listen)))} of this machine while nobody"
+                f" else does, and connect to the agent's: BPF programs of cgroups cannot be used ({error.strerror})"
+            )
 
     def _check_controllers(self) -> None:
         there = (self.base / "cgroup.controllers").read_text().split()

@@ -32,6 +32,7 @@ from fluxlib.agent.executor.link import SetUpRefused, SpawnerLink
 from fluxlib.agent.executor.reactor import InputPipe, OutputPipe, Reactor
 from fluxlib.agent.executor.users import Users, check_range
 from fluxlib.config.agent import AgentConfig
+from fluxlib.config.files import API_PORT
 from fluxlib.errors import CannotStart, InvalidInput, Stopping, Unenforceable
 from fluxlib.model import Enforcement, FunctionSpec, Network, WorkingDirectory
 from fluxlib.spawner.sandbox import CODE, DEFAULT, OFF, PROFILES, VIEW, WORK, Step
@@ -131,6 +132,7 @@ class UnixExecutor:
             probe.require(profile, probe.Host.here())
             self._hierarchy = Hierarchy.find(config.agent_id)
             self._left_behind = self._hierarchy.set_up(config.reserve_memory_mb * 1024 * 1024)
+            self._hierarchy.close_ports(listen={API_PORT, config.port}, connect={config.port})
             check_range(config.uid_first, config.uid_count)
             self._users = Users(config.uid_first, config.uid_count)
             # Reported once the trial has shown it.

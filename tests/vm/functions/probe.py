@@ -7,6 +7,7 @@ Arguments, as JSON: what the test put on the machine for it to find.
 import asyncio
 import ctypes
 import errno
+import fcntl
 import getpass
 import json
 import os
@@ -14,6 +15,7 @@ import pwd
 import resource
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -22,7 +24,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x20000
 PTRACE_ATTACH = 16
 BPF, IO_SETUP = {"x86_64": (321, 206), "aarch64": (280, 0)}[os.uname().machine]
-AF_NETLINK, NETLINK_ROUTE, NETLINK_USERSOCK, SO_ATTACH_FILTER = 16, 0, 2, 26
+AF_NETLINK, NETLINK_ROUTE, NETLINK_USERSOCK, NETLINK_SOCK_DIAG, SO_ATTACH_FILTER = 16, 0, 2, 4, 26
+FLUX_PORT, AGENT_PORT = 7227, 50052
 target = json.loads(sys.argv[1])
 victim, agent = target["victim"], target["agent"]
 
@@ -53,6 +56,51 @@ def connect(address, family=socket.AF_UNIX):
     with socket.socket(family) as client:
         client.settimeout(5)
         client.connect(address)
+
+
+def listen(address, family=socket.AF_INET):
+    with socket.socket(family) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(address)
+        server.listen()
+
+
+def share_standard_input():
+    """Flags of an open file that others have too, /dev/null, would be seen by them."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        raise OSError(errno.EPERM, "standard input")
+
+
+def lock_a_file_of_the_machine():
+    with open("/etc/passwd") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def count_processes():
+    """Without /proc: a number that exists is refused otherwise than one that does not."""
+    try:
+        os.kill(1, 0)
+    except PermissionError:
+        return
+
+
+def hand_memory_on():
+    """A memfd stays while anybody has it, also when its maker has ended and is charged no longer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        memory = os.memfd_create("lab")
+        socket.send_fds(ours, [b"x"], [memory])
+        os.close(memory)
+        os.close(socket.recv_fds(theirs, 1, 1)[1][0])
+
+
+def tee():
+    subprocess.run(["tee", "/dev/stdout", "/dev/stderr"], stdin=subprocess.DEVNULL, check=True)
+
+
+def ssh():
+    """It ends when it cannot find who it is."""
+    subprocess.run(["ssh", "-G", "localhost"], capture_output=True, check=True)
 
 
 def set_user_id(path):
@@ -157,8 +205,11 @@ ATTACKS = {
     "HONEST read its memory limit": read_memory_limit,
     "HONEST write to /dev/stdout": lambda: write("/dev/stdout", ""),
     "HONEST write to /dev/stderr": lambda: write("/dev/stderr", ""),
+    "HONEST tee to /dev/stdout and /dev/stderr": tee,
     "HONEST read standard input in an event loop": read_standard_input,
     "HONEST know who it is": who_am_i,
+    "HONEST ask whoami": lambda: subprocess.run(["whoami"], capture_output=True, check=True),
+    "HONEST run ssh": ssh,
     "HONEST use a terminal": use_a_terminal,
     "HONEST ask for its personality": lambda: call("personality", 0xFFFFFFFF),
     "HONEST list network interfaces": lambda: netlink(NETLINK_ROUTE),
@@ -178,6 +229,9 @@ ATTACKS = {
     "connect to a socket in /run": lambda: connect("/run/lab.sock"),
     "connect to an abstract socket": lambda: connect("\0lab"),
     "connect to a local port": lambda: connect(("127.0.0.1", 22), socket.AF_INET),
+    "connect to the agent's port": lambda: connect(("127.0.0.1", AGENT_PORT), socket.AF_INET),
+    "listen on Flux's port": lambda: listen(("127.0.0.1", FLUX_PORT)),
+    "listen on Flux's port by IPv6": lambda: listen(("::1", FLUX_PORT), socket.AF_INET6),
     "open a raw network socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close(),
     "attach to another's SysV memory": lambda: call("shmget", 0x1AB, 4096, 0),
     "leave SysV memory behind": lambda: call("shmget", 0x2AB, 4096, 0o1666),
@@ -190,12 +244,17 @@ ATTACKS = {
     "write to a FIFO in /var/lib": write_to_fifo,
     "take the machine's terminals": take_terminals,
     "fill netlink queues": lambda: netlink(NETLINK_USERSOCK),
+    "list the machine's sockets": lambda: netlink(NETLINK_SOCK_DIAG),
     "use up the memory for compiled filters": filter_of_a_socket,
     "take a share of fs.aio-max-nr": lambda: call("syscall", IO_SETUP, 1, ctypes.byref(ctypes.c_ulong(0))),
     "change its limit of core dumps": change_the_core_limit,
     "have root handle its crash": crash,
     "say it is root's login": lambda: write("/proc/self/loginuid", "0"),
     "be spared when memory runs out": lambda: write("/proc/self/oom_score_adj", "0"),
+    "share its standard input with others": share_standard_input,
+    "lock a file of the machine": lock_a_file_of_the_machine,
+    "count processes by their numbers": count_processes,
+    "hand memory on to others": hand_memory_on,
     "leave its cgroup": leave_cgroup,
     "see other cgroups": see_other_cgroups,
     "read a disk": lambda: read("/dev/vda"),
