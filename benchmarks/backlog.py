@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,14 +26,14 @@ _BUSY = '#!/bin/sh\n[ "$1" = busy ] && exec sleep 3600\nexec cat > /dev/null\n'
 
 
 def measure(options: Options) -> Iterator[Section]:
-    yield _restart(200 if options.smoke else 10_000)
+    yield _restart(("sqlite",) if options.smoke else ("sqlite", "redis"), 50 if options.smoke else 10_000)
     yield _idle(2_000 if options.smoke else 100_000, 2 if options.smoke else 16, options.seconds)
 
 
-def _restart(count: int) -> Section:
+def _restart(kinds: Sequence[str], count: int) -> Section:
     """The peak of a start that finds them and runs some, against one that finds none."""
     rows = []
-    for kind in ("sqlite", "redis"):
+    for kind in kinds:
         with ExitStack() as stack:
             settings: dict[str, object] = {"max_waiting": 1_000_000, "max_backlog_mb": 100_000}
             if kind == "redis":
@@ -61,7 +61,7 @@ def _restart(count: int) -> Section:
 
 def _idle(count: int, rounds: int, seconds: float) -> Section:
     """Two systems side by side, asked in turns; in one of them many wait for a slot that does not become free."""
-    with system() as empty, system(settings={"max_waiting": 1_000_000}) as full:
+    with system() as empty, system(settings={"max_waiting": 1_000_000}, shutdown_sec=1) as full:
         for one in (empty, full):
             one.deploy_program("counted")
         full.deploy("waited", _BUSY, max_concurrency=1)
