@@ -1,4 +1,4 @@
-"""Commands for whoever runs Flux: enrolling agents, managing keys. They talk to no server."""
+"""Commands for operators: enrolling agents, managing keys. They talk to no server."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _rewrite(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 if sys.platform != "win32":
-                    # By the descriptor: whoever owns the directory could put a link in the file's place.
+                    # By the descriptor: the directory's owner could put a link in the file's place.
                     if os.geteuid() == 0:
                         os.fchown(file.fileno(), known.st_uid, known.st_gid)
                     os.fchmod(file.fileno(), known.st_mode & 0o777)

@@ -344,7 +344,7 @@ def _check(opened: zipfile.ZipFile, size: int, limits: Limits) -> _Contents:
     faults += _size_faults(contents, size, limits)
     if faults:
         shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
-        raise InvalidInput("the zip cannot be taken", shown)
+        raise InvalidInput("the zip cannot be unpacked", shown)
     return contents
 
 

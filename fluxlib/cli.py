@@ -27,16 +27,18 @@ CONFIG_INVALID = 78
 
 def main(arguments: list[str], default: str = "serve") -> int:
     """Run one command; its exit code. ``default`` is the command of a call that names none."""
-    options = _parser(default).parse_args(arguments or [default])
+    parser = _parser(default)
+    name = parser.prog
+    options = parser.parse_args(arguments or [default])
     try:
         return int(options.run(options))
     except ConfigInvalid as error:
         lines = [f"  - {fault}" for fault in error.faults]
         head = error.message.removesuffix("; ".join(error.faults)).rstrip()
-        print("\n".join([f"flux: {head}", *lines]), file=sys.stderr)
+        print("\n".join([f"{name}: {head}", *lines]), file=sys.stderr)
         return CONFIG_INVALID
     except FluxError as error:
-        print(f"flux: {error.message}", file=sys.stderr)
+        print(f"{name}: {error.message}", file=sys.stderr)
         return 1
 
 

@@ -56,7 +56,7 @@ class ExclusiveLock:
     """Held from the moment it is made until ``release`` or this process's end; the file stays.
 
     Raises InUse when another process has it: the message names that process and ends with ``advice``. Raises OSError
-    when the file cannot be had. Its directory must be there.
+    when the file cannot be locked. Its directory must be there.
     """
 
     def __init__(self, path: Path, advice: str) -> None:

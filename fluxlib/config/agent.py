@@ -79,7 +79,7 @@ class AgentConfig:
         "insecure",
         "boolean",
         False,
-        why="run isolated functions without TLS: whoever reaches the port runs programs here",
+        why="run isolated functions without TLS: anybody who reaches the port can run programs here",
     )
     tls_ca_cert: Path | None = setting(
         "tls.ca_cert", "string", None, why="the CA's certificate", convert=Path, check=path_problem
@@ -241,7 +241,9 @@ class AgentConfig:
     def open_door(self) -> str:
         """What to say of an agent without TLS, empty for one with it."""
         return (
-            "" if self.tls_enabled else f"TLS is off: whoever reaches {self.listen_host}:{self.port} can run programs"
+            ""
+            if self.tls_enabled
+            else f"TLS is off: anybody who reaches {self.listen_host}:{self.port} can run programs"
         )
 
     @property

@@ -266,7 +266,7 @@ def read_control(data: bytes | str, path: Path) -> ControlConfig:
     if EXAMPLE_KEY in values["api_key"]:
         warnings.append("api_key: is still the example's; put a long random text there")
     elif len(values["api_key"]) < _SHORT_KEY:
-        warnings.append(f"api_key: has fewer than {_SHORT_KEY} characters; whoever guesses it may do everything")
+        warnings.append(f"api_key: has fewer than {_SHORT_KEY} characters; anybody who guesses it may do everything")
     beside = path.resolve().parent
     values["state_dir"] = absolute(values.get("state_dir") or default_state_dir("flux", beside), beside)
     values["certs_dir"] = absolute(values.get("certs_dir") or default_certs_dir(beside), beside)

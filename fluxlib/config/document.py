@@ -45,7 +45,7 @@ def load_mapping(data: bytes | str, what: str, error: type[InvalidInput] = Inval
     except UnicodeError as fault:
         raise error(f"{what} is not UTF-8 text: {fault}") from fault
     except _Refused as fault:
-        raise error(f"{what} cannot be taken: {fault}") from fault
+        raise error(f"{what} cannot be used: {fault}") from fault
     except yaml.YAMLError as fault:
         problem = getattr(fault, "problem", None) or getattr(fault, "reason", None) or type(fault).__name__
         where = _place(getattr(fault, "problem_mark", None))

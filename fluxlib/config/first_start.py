@@ -32,7 +32,7 @@ def make_flux_yaml(path: Path, *, data: str | None = None, **settings: str | int
         settings |= {"state_dir": f"{data}/state", "certs_dir": f"{data}/certs"}
     lines = [
         "# Made by Flux on its first start. Every setting there is, with its default and reason:",
-        "# `flux check-config --settings`. Whoever has this key may do everything.",
+        "# `flux check-config --settings`. Anybody who has this key may do everything.",
         f"api_key: {random_key()}",
         *(f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()),
     ]

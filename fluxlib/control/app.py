@@ -184,7 +184,9 @@ class Control:
         self._server.start()
         log.info("Flux answers on %s:%d", self._config.listen_host, self._server.port)
         if self._config.disable_grpc_tls:
-            log.warning("agents are spoken to WITHOUT TLS (disable_grpc_tls): whoever reaches them can run programs")
+            log.warning(
+                "connections to agents are WITHOUT TLS (disable_grpc_tls): anybody who reaches one can run programs"
+            )
 
     def join_own(self, agent_id: str, address: str) -> None:
         """Take in the agent this process has started itself: it listens elsewhere when its port was taken.

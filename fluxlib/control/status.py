@@ -107,7 +107,7 @@ class StatusService:
         found = list(self._persistence)
         if not self._tls:
             found.append(
-                "agents are spoken to without TLS (disable_grpc_tls): whoever reaches them can run programs there"
+                "connections to agents are without TLS (disable_grpc_tls): anybody who reaches one can run programs"
             )
         for agent in self._fleet.agents():
             if agent.figures is not None and agent.record.status.present:

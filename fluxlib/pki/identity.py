@@ -79,7 +79,7 @@ def outlives(ca_end: float, end: float) -> bool:
 
 
 def is_due(end: float, ca_end: float, now: float) -> bool:
-    """Whether to renew what ends at ``end``. One that ends with its CA cannot be had with a later end."""
+    """Whether to renew what ends at ``end``. One that ends with its CA cannot be issued with a later end."""
     return end - now <= RENEW_BEFORE and outlives(ca_end, end)
 
 

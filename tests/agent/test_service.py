@@ -176,7 +176,7 @@ def test_a_monitor_does_not_judge_the_cpu_by_a_moment(tmp_path: Path) -> None:
 
 def test_an_agent_without_tls_shows_it(agent: Running) -> None:
     """What GET /agents shows as isolation_notes."""
-    assert any("TLS is off: whoever reaches" in note for note in inventory(agent).isolation_notes)
+    assert any("TLS is off: anybody who reaches" in note for note in inventory(agent).isolation_notes)
 
 
 def test_without_tls_there_is_nothing_to_renew(agent: Running) -> None:

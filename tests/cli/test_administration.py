@@ -183,6 +183,18 @@ def test_every_fault_of_a_file_is_told(home: Path) -> None:
     assert "port: " in serve.stderr
 
 
+def test_the_agents_own_program_gives_its_own_name_with_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "agent.yaml").write_text("agent_id: worker\nport: many\n")
+    environment = {key: value for key, value in os.environ.items() if key != "AGENT_CONFIG"}
+    top = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, top / "flux_agent.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 78
+    assert done.stderr.startswith("flux-agent: ")
+    assert "port: must be a whole number" in done.stderr
+
+
 def test_a_missing_file_that_was_named_is_no_first_start(tmp_path: Path) -> None:
     done = run(tmp_path, "serve")
     assert done.returncode == 78

@@ -125,7 +125,7 @@ def test_files_that_are_not_what_they_should_be(home: Path, damage: Callable[[Pa
         (b"api_key: \xe4\xf6", "is not UTF-8 text"),
         (b"api_key: [", "is not valid YAML"),
         (b"- api_key", "must be a mapping of keys to values, is a list"),
-        (b"&a [*a]", "cannot be taken: the alias 'a' has no value before it"),
+        (b"&a [*a]", "cannot be used: the alias 'a' has no value before it"),
     ],
 )
 def test_a_configuration_that_is_no_yaml_of_ours(home: Path, content: bytes, words: str) -> None:

@@ -336,7 +336,7 @@ class WindowsExecutor:
             run.on_exit(ended)
         finally:
             with self._lock:
-                # Last, so that whoever waits for the end of everything has been told of it.
+                # Last, so that a shutdown that waits for every end has been told of it.
                 del self._jobs[run.identifier]
                 if not self._jobs:
                     self._idle.notify_all()
@@ -348,7 +348,7 @@ class WindowsExecutor:
         try:
             usage = None if self._wine else run.object.usage()  # Wine keeps no figures of jobs
         except OSError as error:
-            log.warning("the figures of %s cannot be had: %s", run.job.execution_id, error)
+            log.warning("the memory and CPU time of %s cannot be read: %s", run.job.execution_id, error)
             usage = None
         # Windows refuses memory and lets the program go on: only one that then failed ran out of it.
         return Exit(

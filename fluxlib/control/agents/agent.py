@@ -27,7 +27,7 @@ class SyncState(Enum):
 class Agent:
     """One agent. Changed only by :class:`Fleet`, under its lock; reading attributes needs no lock.
 
-    ``lock`` is another one: whoever sends the agent a function holds it, so that two versions cannot cross.
+    ``lock`` is another one: it is held while the agent is sent a function, so that two versions cannot cross.
     """
 
     __slots__ = (
@@ -83,7 +83,7 @@ class Agent:
         # The connection.
         self.connection = connection
         self.connection_number = 0  # events of an earlier connection are ignored
-        self.probe: ProbeResult | None = None  # of whoever has just asked it who it is; the next connection uses it
+        self.probe: ProbeResult | None = None  # of a request that has just identified it; the next connection uses it
         self.features: tuple[str, ...] = ()
         self.reachable = True  # executions can be sent now
         self.tried = False  # this process has synchronized it, or failed to, at least once
@@ -178,7 +178,7 @@ class Agent:
     def shown_status(self) -> AgentStatus:
         """The stored status; ``busy`` while every slot is taken, ``offline`` while executions cannot be sent.
 
-        That is also while it is synchronized: whoever sees it online may call.
+        That is also while it is synchronized: a caller that sees it online may call it.
         """
         status = self.record.status
         if status.takes_work and not self.takes_work:

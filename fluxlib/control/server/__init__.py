@@ -42,7 +42,7 @@ class WebServer:
 
     ``app`` may have an ``early_check`` (http.Api has), asked before a large body is
     read. ``on_failure(reason)`` is called when the loop has ended although nobody stopped it: nothing is served from
-    then on. Raises FluxError when the address cannot be had.
+    then on. Raises FluxError when the address cannot be bound.
     """
 
     def __init__(

@@ -151,4 +151,6 @@ def _check_id(agent_id: str, address: str) -> None:
     try:
         check_agent_id(agent_id)
     except InvalidInput as error:
-        raise AgentRefused(f"the agent at {address} cannot be taken: {error.message}: set its `agent_id`") from error
+        raise AgentRefused(
+            f"the agent at {address} cannot be registered: {error.message}: set its `agent_id`"
+        ) from error
