@@ -31,7 +31,7 @@ from tests.executor.conftest import need_own_root
 from tests.support.need import need_root
 from tests.support.programs import wait_until
 
-UID = 1_900_000_500
+UID = 1_950_000_000 + os.getpid()  # of this process alone: tests run beside each other, and some count its processes
 _numbers = itertools.count(1)
 
 

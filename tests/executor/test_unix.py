@@ -30,6 +30,8 @@ from tests.executor.conftest import need_own_root
 from tests.support.programs import wait_until
 
 SECONDS = 10
+# Of this process alone: a range in which somebody's processes run is refused, and tests run beside each other.
+UIDS = f"{1_900_000_600 + os.getpid() % 100_000 * 256}+256"
 
 
 @pytest.fixture
@@ -98,6 +100,7 @@ def test_what_a_program_left_is_ended_when_there_is_a_descriptor(executor: UnixE
     assert tree.process.wait(SECONDS) == -9
     assert over.wait(SECONDS)
     assert not os.path.exists(tree.group.path)
+    wait_until(lambda: tree.group.fd < 0, "the executor to be done with it")
 
 
 def test_a_tree_of_many_processes_is_told_to_stop_to_the_last(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +224,7 @@ def whole(request: pytest.FixtureRequest, cgroups: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(unix.Hierarchy, "find", classmethod(lambda cls, agent_id: Groups(cgroups)))
     monkeypatch.setattr(unix.probe, "require", lambda profile, host: None)
     config = read_agent(
-        "agent_id: a\ntls: {enabled: false}\ninsecure: true\nuid_range: 1900000600+256\n"
+        f"agent_id: a\ntls: {{enabled: false}}\ninsecure: true\nuid_range: {UIDS}\n"
         f"isolation: {profile}\nstate_dir: {state}\n",
         state / "a",
     )
@@ -283,7 +286,7 @@ def test_code_may_lie_where_only_root_may_walk(
     state = tmp_path_factory.mktemp("closed")
     state.parent.chmod(0o700)
     config = read_agent(
-        f"agent_id: a\ntls: {{enabled: false}}\ninsecure: true\nuid_range: 1900000600+256\nstate_dir: {state}\n",
+        f"agent_id: a\ntls: {{enabled: false}}\ninsecure: true\nuid_range: {UIDS}\nstate_dir: {state}\n",
         state / "agent.yaml",
     )
     assert not users_walk_to_code(config)
