@@ -159,11 +159,11 @@ def test_run_is_not_for_people(lab: Lab, program_data: Path) -> None:
 
 
 def test_run_tells_so_where_no_service_was_ever_installed(lab: Lab, program_data: Path) -> None:
-    for name in ("flux", "flux_agent"):
-        ran = lab.run([f"{name}.py", "service", "run"])
+    for file, program in (("flux.py", "flux"), ("flux_agent.py", "flux-agent")):
+        ran = lab.run([file, "service", "run"])
         words = ran.stdout.decode(errors="replace")
         assert (ran.returncode, words.strip()) == (
             1,
-            "flux: `service run` is for the service manager: use `service install`",
+            f"{program}: `service run` is for the service manager: use `service install`",
         )
     assert not list(program_data.glob("flux*"))
